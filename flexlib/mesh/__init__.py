@@ -1,0 +1,1 @@
+"""Tetrahedral meshes: the lattice, its rigidity weights, its elastic modes, voxels inside cells."""

@@ -1,0 +1,1 @@
+"""Particle metadata and images: RELION STAR, CryoSPARC .cs, MRC stacks."""

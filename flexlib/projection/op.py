@@ -1,0 +1,208 @@
+"""The operator: voxels that ride on a mesh, splatted straight into 2D images.
+
+The position of a moved, rotated voxel is the barycentric mix of its cell's *projected* vertices, so one image costs
+(masked voxels) x (kernel taps): no 3D grid is interpolated. With the FFT and the division by the kernel's transfer
+function this is a type-1 non-uniform FFT of the moved voxels; the backward pass is its exact adjoint.
+
+``splat_voxels`` is one torch custom operator with its autograd rule; backends are registered per device:
+numba on the CPU (``cpu.py``), ``cuda.py`` on CUDA, plain torch (``reference.py``) for float64 and everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from flexlib.mesh.tetmesh import MeshVoxels
+from flexlib.projection import reference
+
+KERNELS = {"linear": 2, "cubic": 4}  # taps per axis; B-splines of degree 1 and 3
+
+
+@dataclass(frozen=True)
+class VoxelTensors:
+    """``MeshVoxels`` as tensors on one device, ready for the operator (see there for shapes)."""
+
+    box: int
+    num_vertices: int
+    cells: torch.Tensor  # (nc, 4) int32
+    cell: torch.Tensor  # (nvox,) int32, non-decreasing
+    bary: torch.Tensor  # (nvox, 4) float32 or float64
+    index: torch.Tensor  # (nvox,) int64 into the flattened (z, y, x) volume
+
+    @classmethod
+    def from_mesh_voxels(
+        cls, voxels: MeshVoxels, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> VoxelTensors:
+        """Copy to ``device``; ``dtype`` of the barycentric weights decides the arithmetic."""
+        return cls(
+            voxels.box,
+            voxels.num_vertices,
+            torch.as_tensor(voxels.cells, dtype=torch.int32, device=device),
+            torch.as_tensor(voxels.cell, dtype=torch.int32, device=device),
+            torch.as_tensor(voxels.bary, dtype=dtype, device=device),
+            torch.as_tensor(voxels.index, dtype=torch.int64, device=device),
+        )
+
+
+@torch.library.custom_op("flexlib::splat_voxels", mutates_args=())
+def splat_voxels(
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    grid: int,
+    taps: int,
+) -> torch.Tensor:
+    """Splat nvox voxels into b periodic images.
+
+    Parameters: ``values`` (nvox,) densities; ``vertices`` (b, nv, 2) view positions (x, y) in grid pixels from the
+    box centre; ``cells`` (nc, 4) int32; ``cell`` (nvox,) int32; ``bary`` (nvox, 4); ``grid`` side of the image;
+    ``taps`` 2 (linear) or 4 (cubic B-spline). Returns (b, grid, grid), axes (y, x), the box centre at pixel (0, 0)
+    and positions taken modulo ``grid``.
+    """
+    return reference.splat(values, vertices, cells, cell, bary, grid, taps)
+
+
+@splat_voxels.register_fake
+def _(values, vertices, cells, cell, bary, grid, taps):
+    return values.new_empty((vertices.shape[0], grid, grid))
+
+
+@torch.library.custom_op("flexlib::splat_voxels_adjoint", mutates_args=())
+def splat_voxels_adjoint(
+    grad_images: torch.Tensor,
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    taps: int,
+    need_values: bool,
+    need_vertices: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adjoint of ``splat_voxels``: gradients to ``values`` (nvox,) and ``vertices`` (b, nv, 2).
+
+    ``grad_images`` is (b, grid, grid). A gradient that is not needed comes back empty.
+    """
+    return reference.splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices)
+
+
+@splat_voxels_adjoint.register_fake
+def _(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
+    return (
+        torch.empty_like(values) if need_values else values.new_empty(0),
+        torch.empty_like(vertices) if need_vertices else vertices.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    values, vertices, cells, cell, bary, _, ctx.taps = inputs
+    ctx.save_for_backward(values, vertices, cells, cell, bary)
+
+
+def _backward(ctx, grad_images):
+    values, vertices, cells, cell, bary = ctx.saved_tensors
+    need_values, need_vertices = ctx.needs_input_grad[:2]
+    grad_values, grad_vertices = splat_voxels_adjoint(
+        grad_images.contiguous(), values, vertices, cells, cell, bary, ctx.taps, need_values, need_vertices
+    )
+    return (
+        grad_values if need_values else None,
+        grad_vertices if need_vertices else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+splat_voxels.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _cpu_splat(values, vertices, cells, cell, bary, grid, taps):
+    if values.dtype != torch.float32:
+        return reference.splat(values, vertices, cells, cell, bary, grid, taps)
+    from flexlib.projection import cpu
+
+    return cpu.splat(values, vertices, cells, cell, bary, grid, taps)
+
+
+def _cpu_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
+    arguments = (grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices)
+    if values.dtype != torch.float32:
+        return reference.splat_adjoint(*arguments)
+    from flexlib.projection import cpu
+
+    return cpu.splat_adjoint(*arguments)
+
+
+splat_voxels.register_kernel("cpu")(_cpu_splat)
+splat_voxels_adjoint.register_kernel("cpu")(_cpu_adjoint)
+
+
+@lru_cache(maxsize=16)
+def _deconvolution(box: int, grid: int, taps: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """(box, box//2+1) inverse of the B-spline kernel's transfer function at the box's frequencies."""
+    ky = torch.fft.fftfreq(box, 1.0 / box, dtype=torch.float64)[:, None] / grid
+    kx = torch.arange(box // 2 + 1, dtype=torch.float64)[None, :] / grid
+    return (1.0 / (torch.sinc(ky) * torch.sinc(kx)) ** taps).to(device=device, dtype=dtype)
+
+
+def project(
+    values: torch.Tensor,
+    vertices_px: torch.Tensor,
+    voxels: VoxelTensors,
+    kernel: str = "cubic",
+    oversampling: int = 1,
+) -> torch.Tensor:
+    """Fourier transforms of the projections of a deformed volume.
+
+    Parameters
+    ----------
+    values : (nvox,) densities at ``voxels.index``.
+    vertices_px : (b, nv, 2) view positions (x, y) of the mesh vertices, in pixels of ``voxels.box`` from the box
+        centre, after displacement, rotation and shift.
+    kernel : "linear" (4 taps) or "cubic" (16 taps).
+    oversampling : image grid over box, 1 or 2; 2 lowers the aliasing error by orders of magnitude at the same taps.
+
+    Returns
+    -------
+    (b, box, box//2+1) complex: ``sum_j values_j exp(-2 pi i k . p_j / box)`` in rfft2 layout, phase origin at the box
+    centre. Raises KeyError for an unknown kernel.
+    """
+    box, taps = voxels.box, KERNELS[kernel]
+    grid = box * oversampling
+    images = splat_voxels(values, vertices_px * oversampling, voxels.cells, voxels.cell, voxels.bary, grid, taps)
+    spectrum = torch.fft.rfft2(images)
+    if oversampling > 1:
+        half = box // 2
+        spectrum = torch.cat([spectrum[:, :half, : half + 1], spectrum[:, grid - half :, : half + 1]], dim=1)
+    return spectrum * _deconvolution(box, grid, taps, str(values.device), values.dtype)
+
+
+def view_vertices(
+    vertices_A: torch.Tensor, rotation: torch.Tensor, origin_px: torch.Tensor, pixel_size_A: float
+) -> torch.Tensor:
+    """Rotate mesh vertices into the view, drop z, apply the particle's shift.
+
+    ``vertices_A`` (nv, 3) or (b, nv, 3) in A; ``rotation`` (b, 3, 3); ``origin_px`` (b, 2). Returns (b, nv, 2) pixels.
+    """
+    return vertices_A @ rotation[:, :2].transpose(1, 2) / pixel_size_A - origin_px[:, None]
+
+
+def scatter_volume(values: torch.Tensor, voxels: VoxelTensors) -> torch.Tensor:
+    """(nvox,) values back into a zero-filled (box, box, box) volume, axes (z, y, x)."""
+    volume = values.new_zeros(voxels.box**3)
+    volume[voxels.index] = values
+    return volume.view(voxels.box, voxels.box, voxels.box)
+
+
+def gather_volume(volume: torch.Tensor | np.ndarray, voxels: VoxelTensors) -> torch.Tensor:
+    """The (box, box, box) volume's values at the mask's voxels, (nvox,)."""
+    return torch.as_tensor(volume, device=voxels.index.device).reshape(-1)[voxels.index]

@@ -1,0 +1,63 @@
+"""Plain-torch backend of the operator: any device, any float type; what the fast backends are tested against."""
+
+from __future__ import annotations
+
+import torch
+
+
+def bspline_weights(fraction: torch.Tensor, taps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B-spline weights and their derivatives by position at ``fraction`` in [0, 1): two (..., taps) tensors.
+
+    Taps sit at floor(p) + 0, 1 (linear) or floor(p) - 1, 0, 1, 2 (cubic).
+    """
+    f = fraction
+    if taps == 2:
+        return torch.stack([1 - f, f], -1), torch.stack([-torch.ones_like(f), torch.ones_like(f)], -1)
+    g = 1 - f
+    weights = torch.stack([g**3 / 6, 2 / 3 - f * f + f**3 / 2, 2 / 3 - g * g + g**3 / 2, f**3 / 6], -1)
+    slopes = torch.stack([-g * g / 2, -2 * f + 1.5 * f * f, 2 * g - 1.5 * g * g, f * f / 2], -1)
+    return weights, slopes
+
+
+def _taps(vertices, cells, cell, bary, grid, taps):
+    """Flat pixel indices (b, nvox, taps, taps) and weights, slopes (b, nvox, taps) along x and y."""
+    corner = cells.long()[cell.long()]  # (nvox, 4)
+    position = (vertices[:, corner] * bary[None, :, :, None]).sum(2)  # (b, nvox, 2)
+    base = torch.floor(position)
+    wx, sx = bspline_weights(position[..., 0] - base[..., 0], taps)
+    wy, sy = bspline_weights(position[..., 1] - base[..., 1], taps)
+    offset = torch.arange(taps, device=vertices.device) - (taps // 2 - 1)
+    ix = (base[..., 0, None].long() + offset) % grid
+    iy = (base[..., 1, None].long() + offset) % grid
+    return iy[..., :, None] * grid + ix[..., None, :], wx, sx, wy, sy, corner
+
+
+def splat(values, vertices, cells, cell, bary, grid, taps):
+    """See ``op.splat_voxels``."""
+    pixel, wx, _, wy, _, _ = _taps(vertices, cells, cell, bary, grid, taps)
+    weight = wy[..., :, None] * wx[..., None, :] * values[None, :, None, None]
+    images = vertices.new_zeros((vertices.shape[0], grid * grid))
+    images.scatter_add_(1, pixel.flatten(1), weight.flatten(1))
+    return images.view(-1, grid, grid)
+
+
+def splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
+    """See ``op.splat_voxels_adjoint``."""
+    batch, grid = grad_images.shape[0], grad_images.shape[-1]
+    pixel, wx, sx, wy, sy, corner = _taps(vertices, cells, cell, bary, grid, taps)
+    gathered = grad_images.reshape(batch, -1).gather(1, pixel.flatten(1)).view(pixel.shape)
+    empty = values.new_empty(0)
+    grad_values = (gathered * wy[..., :, None] * wx[..., None, :]).sum((0, 2, 3)) if need_values else empty
+    if not need_vertices:
+        return grad_values, empty.clone()
+    slope = torch.stack(
+        [
+            (gathered * wy[..., :, None] * sx[..., None, :]).sum((2, 3)),
+            (gathered * sy[..., :, None] * wx[..., None, :]).sum((2, 3)),
+        ],
+        -1,
+    )
+    force = (slope * values[None, :, None])[:, :, None, :] * bary[None, :, :, None]  # (b, nvox, 4, 2)
+    grad_vertices = torch.zeros_like(vertices)
+    grad_vertices.index_add_(1, corner.flatten(), force.flatten(1, 2))
+    return grad_values, grad_vertices
