@@ -12,6 +12,8 @@ squared residual; in the half plane of rfft2 (what is stored) columns 0 < kx < N
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,3 +59,23 @@ def plane_weight(box: int, max_shell: float | None = None) -> torch.Tensor:
     if max_shell is not None:
         weight[radius > max_shell] = 0.0
     return weight
+
+
+def read_ahead(
+    source: ImageSource, batches: Iterable[np.ndarray], device: torch.device | str = "cpu"
+) -> Iterator[ImageBatch]:
+    """Yield the image batches of ``batches`` (arrays of rows) in order, reading one ahead in a thread."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        pending = None
+        for rows in batches:
+            upcoming = reader.submit(source.batch, rows, device)
+            if pending is not None:
+                yield pending.result()
+            pending = upcoming
+        if pending is not None:
+            yield pending.result()
+
+
+def split_batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cut ``rows`` into consecutive batches of at most ``batch_size``, none dropped."""
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]

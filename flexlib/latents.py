@@ -1,0 +1,137 @@
+"""Where latents come from: the spectral start, and Gauss-Newton inference of single particles.
+
+The spectral start reads the motion off the residual images in one pass, before any network exists. At zero
+displacement the force of particle i on the mesh, projected on smooth displacement fields, is ``s_i = H_i a_i + e_i``
+with ``a_i`` the particle's (small) displacement and ``Cov(e_i) = H_i``, the Fisher information. With white noise in
+place of the residuals the same pass gives ``mean H``. In the coordinates where that is the identity, directions
+whose variance stands above the noise edge are motion; their scores start the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flexlib.particles.images import ImageBatch
+from flexlib.projection.op import VoxelTensors, project, view_vertices
+
+
+@dataclass(frozen=True)
+class SpectralStart:
+    """Result of ``spectral_start``: eigenvalues in units of the noise, scores and the fields they belong to."""
+
+    eigenvalues: np.ndarray  # (m,) descending; 1 is pure noise
+    noise_edge: float  # largest eigenvalue that pure noise is expected to give
+    suggested_dims: int  # eigenvalues above the edge
+    latents: np.ndarray  # (n, K) float32, unit variance
+    directions: np.ndarray  # (K, m) coefficients of the basis per unit latent
+    scores: np.ndarray  # (n, m) float32, whitened, leading first
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How this run projects: the mesh at rest, its voxels, and the kernel."""
+
+    vertices_A: torch.Tensor  # (nv, 3) float32
+    voxels: VoxelTensors
+    pixel_size_A: float
+    kernel: str = "linear"
+    oversampling: int = 2
+
+    def slices(self, values: torch.Tensor, batch: ImageBatch, displacements_A: torch.Tensor | None) -> torch.Tensor:
+        """Fourier transforms (b, box, box//2+1) of the views of ``values`` (nvox,) moved by (b, nv, 3) or at rest."""
+        vertices = self.vertices_A if displacements_A is None else self.vertices_A + displacements_A
+        in_view = view_vertices(vertices, batch.rotation, batch.origin_px, self.pixel_size_A)
+        return project(values, in_view, self.voxels, self.kernel, self.oversampling)
+
+
+def log_likelihood_loss(
+    operator: Operator,
+    values: torch.Tensor,
+    batch: ImageBatch,
+    displacements_A: torch.Tensor | None,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """(b,) negative log-likelihood in nats up to a constant: half the squared residual summed over Fourier pixels.
+
+    ``weight`` (box, box//2+1) or (b, box, box//2+1) is ``plane_weight`` of the band in use.
+    """
+    residual = batch.images - batch.transfer * operator.slices(values, batch, displacements_A)
+    return 0.5 * (weight * (residual.real**2 + residual.imag**2)).sum((1, 2))
+
+
+def field_forces(
+    operator: Operator, values: torch.Tensor, batch: ImageBatch, basis_A: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forces on the displacement fields at rest: of the residual images, and of white noise in their place.
+
+    ``basis_A`` (m, nv, 3). Returns two (b, m) tensors, minus the gradient of the loss by the field's coefficient.
+    """
+    vertices = view_vertices(operator.vertices_A, batch.rotation, batch.origin_px, operator.pixel_size_A)
+    vertices = vertices.detach().requires_grad_()
+    slices = project(values, vertices, operator.voxels, operator.kernel, operator.oversampling)
+    predicted = batch.transfer * slices
+    box = batch.images.shape[1]
+    noise = torch.fft.rfft2(torch.randn((len(batch.rows), box, box), device=values.device), norm="ortho")
+    forces = []
+    for residual, keep in ((batch.images - predicted.detach(), True), (noise, False)):
+        (gradient,) = torch.autograd.grad(
+            (weight * (residual.real * predicted.real + residual.imag * predicted.imag)).sum(),
+            vertices,
+            retain_graph=keep,
+        )
+        spatial = gradient @ batch.rotation[:, :2] / operator.pixel_size_A  # (b, nv, 3), back in the volume's frame
+        forces.append(spatial.flatten(1) @ basis_A.flatten(1).T)
+    return forces[0], forces[1]
+
+
+def spectral_start(
+    operator: Operator,
+    values: torch.Tensor,
+    batches: Iterable[ImageBatch],
+    basis_A: torch.Tensor,
+    weight: torch.Tensor,
+    latent_dims: int,
+    progress: Callable[[int], None] | None = None,
+) -> SpectralStart:
+    """One pass over the particles (see the module's text); streams any number of them, keeping (n, m) scores.
+
+    ``values`` (nvox,) the rigid map; ``basis_A`` (m, nv, 3); ``weight`` the band. Source: design of this project.
+    """
+    residual_forces, noise_forces = [], []
+    for batch in batches:
+        residual, noise = field_forces(operator, values, batch, basis_A, weight)
+        residual_forces.append(residual)
+        noise_forces.append(noise)
+        if progress is not None:
+            progress(len(batch.rows))
+    force = torch.cat(residual_forces).double()
+    noise_force = torch.cat(noise_forces).double()
+    force = force - force.mean(0)
+    num, num_fields = force.shape
+    information = noise_force.T @ noise_force / num
+    # fields that the images hardly see are left out instead of being blown up by the whitening
+    spread, axes = torch.linalg.eigh(information)
+    seen = spread > spread[-1] * 1e-6
+    whitener = axes[:, seen] / spread[seen].sqrt()
+    white = force @ whitener
+    variance, directions = torch.linalg.eigh(white.T @ white / num)
+    variance, directions = variance.flip(0), directions.flip(1)
+    edge = float((1.0 + np.sqrt(int(seen.sum()) / num)) ** 2 * 1.02)
+    scores = white @ directions
+    leading = variance[:latent_dims].clamp(min=1.0 + 1e-3)
+    latents = scores[:, :latent_dims] / variance[:latent_dims].sqrt()
+    # posterior mean displacement per unit score of the linear-Gaussian model: (lambda - 1) / sqrt(lambda)
+    amplitude = (leading - 1.0) / leading.sqrt()
+    fields = (whitener @ directions[:, :latent_dims] * amplitude).T
+    return SpectralStart(
+        variance.numpy(),
+        edge,
+        int((variance > edge).sum()),
+        latents.float().numpy(),
+        fields.float().numpy(),
+        scores.float().numpy(),
+    )
