@@ -1,0 +1,151 @@
+"""The default mesh: a body-centred-cubic (BCC) tetrahedral lattice over the mask.
+
+Nodes are the corners and the centres of cubes of edge h. Each square face between two cubes carries four tetrahedra:
+the two cube centres with one of the face's four edges. All are congruent (volume h^3/12, dihedral angles 60 and 90
+degrees), neighbours share whole faces, and the cell of a point follows from its two largest offsets within its cube:
+there is nothing to search.
+
+``mesh.cells`` of the settings counts cubes across the box, so that h = box extent / cells; it stands for 3DFlex's
+``tetra_num_cells`` ("number of cells that fit across the box"), whose own lattice is not published.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flexlib.errors import InputError
+from flexlib.mesh.tetmesh import TetraMesh
+
+
+class BccLattice:
+    """The lattice of cube edge ``cell_size_A`` that encloses a box, with a cube corner on the box centre.
+
+    Nodes have integer coordinates in half edges, counted from the lattice's own corner: all even at cube corners, all
+    odd at cube centres. A tetra is one integer: ``((face cube) * 3 + face axis) * 4 + edge of the face``.
+    """
+
+    def __init__(self, cell_size_A: float, extent_A: float) -> None:
+        """Cover a box of side ``extent_A`` centred on the origin, with a margin of two cubes."""
+        self.cell_size_A = float(cell_size_A)
+        self.half_cubes = int(np.ceil(0.5 * extent_A / cell_size_A)) + 2
+        self.cubes = 2 * self.half_cubes
+        self.nodes = 2 * self.cubes + 1
+
+    def locate(self, points_A: np.ndarray) -> np.ndarray:
+        """The tetra that holds each point, in constant time.
+
+        The face is that of the largest offset from the cube's centre, the edge that of the second largest.
+
+        Parameters: ``points_A`` (n, 3), axes (x, y, z), inside the box. Returns (n,) int64 tetra numbers.
+        """
+        scaled = np.asarray(points_A, dtype=np.float64) / self.cell_size_A + self.half_cubes
+        cube = np.floor(scaled).astype(np.int64)
+        offset = scaled - cube - 0.5
+        size = np.abs(offset)
+        rows = np.arange(len(size))
+        face_axis = np.argmax(size, axis=1)
+        next_axis = (face_axis + 1) % 3
+        last_axis = (face_axis + 2) % 3
+        which = (size[rows, last_axis] > size[rows, next_axis]).astype(np.int64)
+        edge_axis = np.where(which == 1, last_axis, next_axis)
+        cube[rows, face_axis] -= offset[rows, face_axis] < 0  # a face belongs to the cube below it
+        edge = 2 * which + (offset[rows, edge_axis] > 0)
+        flat = (cube[:, 2] * self.cubes + cube[:, 1]) * self.cubes + cube[:, 0]
+        return (flat * 3 + face_axis) * 4 + edge
+
+    def tetra_nodes(self, tetra: np.ndarray) -> np.ndarray:
+        """(n, 4) int64 node numbers of tetras (n,), ordered so that their volume is positive."""
+        tetra = np.asarray(tetra, dtype=np.int64)
+        edge, face = tetra % 4, tetra // 4
+        face_axis, flat = face % 3, face // 3
+        rows = np.arange(len(tetra))
+        cube = np.stack([flat % self.cubes, flat // self.cubes % self.cubes, flat // self.cubes**2], axis=1)
+        unit = np.eye(3, dtype=np.int64)
+        which, sign = edge // 2, 2 * (edge % 2) - 1
+        edge_axis, along_axis = (face_axis + 1 + which) % 3, (face_axis + 2 - which) % 3
+        lower = 2 * cube + 1
+        middle = lower + unit[face_axis] + sign[:, None] * unit[edge_axis]
+        corners = np.stack(
+            [lower, lower + 2 * unit[face_axis], middle - unit[along_axis], middle + unit[along_axis]], 1
+        )
+        # (face, edge, along) is a right-handed triple for which = 0, left-handed for which = 1
+        swap = (sign > 0) == (which == 1)
+        corners[rows[swap], 2:] = corners[rows[swap], 3:1:-1]
+        return (corners[..., 2] * self.nodes + corners[..., 1]) * self.nodes + corners[..., 0]
+
+    def node_positions_A(self, node: np.ndarray) -> np.ndarray:
+        """(n, 3) float64 positions (x, y, z) of nodes (n,) in A from the box centre."""
+        node = np.asarray(node, dtype=np.int64)
+        half_edges = np.stack([node % self.nodes, node // self.nodes % self.nodes, node // self.nodes**2], axis=1)
+        return (0.5 * half_edges - self.half_cubes) * self.cell_size_A
+
+    def neighbours_of(self, cube: np.ndarray) -> np.ndarray:
+        """(n * 12,) int64 tetras on the three upper faces of cubes (n, 3)."""
+        flat = (cube[:, 2] * self.cubes + cube[:, 1]) * self.cubes + cube[:, 0]
+        return (flat[:, None] * 12 + np.arange(12)).ravel()
+
+
+def bcc_mesh(mask: np.ndarray, pixel_size_A: float, cell_size_A: float) -> TetraMesh:
+    """Mesh of the BCC cells that hold at least one mask voxel.
+
+    Where cells are smaller than a voxel or two, cells whose centroid lies in the mask are kept as well, so that the
+    mesh has no holes inside the mask.
+
+    Parameters
+    ----------
+    mask : (N, N, N) bool, the voxels to cover, soft edge included.
+    pixel_size_A : float, voxel size of the mask in A.
+    cell_size_A : float, cube edge h in A; the cells' volume is h^3 / 12.
+
+    Returns
+    -------
+    TetraMesh with rigidity 1 and segment 0 everywhere, vertices and cells in the lattice's order (z, y, x).
+
+    Raises ``InputError`` for an empty mask or a cell size that is not positive.
+    """
+    mask = np.asarray(mask, dtype=bool)
+    if cell_size_A <= 0:
+        raise InputError(f"mesh: the cell size must be positive, not {cell_size_A:g} A")
+    if not mask.any():
+        raise InputError("mesh: the mask is empty")
+    box = mask.shape[0]
+    lattice = BccLattice(cell_size_A, (box + 2) * pixel_size_A)
+    tetra = np.unique(np.concatenate([np.unique(lattice.locate(part)) for part in _mask_points_A(mask, pixel_size_A)]))
+    if cell_size_A < 6 * pixel_size_A:
+        tetra = np.union1d(tetra, _tetras_by_centroid(lattice, mask, pixel_size_A))
+    node, cells = np.unique(lattice.tetra_nodes(tetra), return_inverse=True)
+    return TetraMesh(
+        vertices_A=lattice.node_positions_A(node),
+        cells=cells.reshape(-1, 4).astype(np.int32),
+        rigidity=np.ones(len(tetra)),
+        segment=np.zeros(len(tetra), dtype=np.int32),
+    )
+
+
+def _mask_points_A(mask: np.ndarray, pixel_size_A: float, chunk: int = 1 << 19):
+    """Yield the mask's voxel positions (x, y, z) in A from the box centre, (<= chunk, 3) at a time."""
+    index = np.flatnonzero(mask)
+    box = mask.shape[0]
+    for start in range(0, len(index), chunk):
+        part = index[start : start + chunk]
+        zyx = np.unravel_index(part, mask.shape)
+        yield (np.stack(zyx[::-1], axis=1) - box // 2) * pixel_size_A
+
+
+def _tetras_by_centroid(lattice: BccLattice, mask: np.ndarray, pixel_size_A: float) -> np.ndarray:
+    """Tetras whose centroid lies in a mask voxel."""
+    box = mask.shape[0]
+    zyx = np.argwhere(mask)
+    low = np.floor((zyx.min(0)[::-1] - box // 2 - 1) * pixel_size_A / lattice.cell_size_A).astype(int)
+    high = np.ceil((zyx.max(0)[::-1] - box // 2 + 1) * pixel_size_A / lattice.cell_size_A).astype(int)
+    low, high = low + lattice.half_cubes - 1, high + lattice.half_cubes
+    found = []
+    for z in range(low[2], high[2] + 1):  # one layer of cubes at a time bounds the memory
+        y, x = np.meshgrid(np.arange(low[1], high[1] + 1), np.arange(low[0], high[0] + 1), indexing="ij")
+        tetra = lattice.neighbours_of(np.stack([x.ravel(), y.ravel(), np.full(x.size, z)], axis=1))
+        centroid = lattice.node_positions_A(lattice.tetra_nodes(tetra).ravel()).reshape(-1, 4, 3).mean(1)
+        voxel = np.rint(centroid / pixel_size_A).astype(int) + box // 2
+        inside = ((voxel >= 0) & (voxel < box)).all(1)
+        tetra, voxel = tetra[inside], voxel[inside]
+        found.append(tetra[mask[voxel[:, 2], voxel[:, 1], voxel[:, 0]]])
+    return np.concatenate(found)
