@@ -16,6 +16,7 @@ from flexlib.mesh.tetmesh import MeshVoxels, TetraMesh
 _STIFF_PERIPHERY_WEIGHT = 3.0  # 3DFlex's weight for low-density periphery
 _PERIPHERY_RANGE = (0.1, 0.5)  # relative density of cells that count as non-empty periphery
 _ROBUST_MAXIMUM_PERCENTILE = 95.0
+_NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
 
 
 def density_rigidity(
@@ -86,10 +87,17 @@ def barycentric_gradients(mesh: TetraMesh) -> np.ndarray:
 def deformation_gradients(tensors: RigidityTensors, vertices_A: torch.Tensor) -> torch.Tensor:
     """Deformation gradient F of each cell: d(moved position) / d(rest position).
 
-    Parameters: ``vertices_A`` (b, nv, 3) moved vertices. Returns (b, nc, 3, 3), row = moved axis, column = rest axis.
+    Parameters: ``vertices_A`` (b, nv, 3) moved vertices. Returns (b, nc, 3, 3), row = moved axis, column = rest axis;
+    a view of component-major memory, which ``rigidity_energy`` reads without a copy.
     """
-    edges = vertices_A[:, tensors.cells[:, 1:]] - vertices_A[:, tensors.cells[:, :1]]  # (b, nc, 3 edges, 3)
-    return edges.transpose(-1, -2) @ tensors.gradients_1_per_A[:, 1:]
+    batch, num_vertices, _ = vertices_A.shape
+    num_cells = len(tensors.cells)
+    by_vertex = vertices_A.transpose(0, 1).reshape(num_vertices, batch * 3)
+    corner = by_vertex.index_select(0, tensors.cells.flatten()).view(num_cells, 4, batch * 3)
+    # relative to the first vertex: a translation drops out before rounding can make strain of it
+    gradients = tensors.gradients_1_per_A[:, 1:].transpose(1, 2) @ (corner[:, 1:] - corner[:, :1])
+    components = gradients.view(num_cells, 3, batch, 3).permute(3, 1, 2, 0).contiguous()
+    return components.permute(2, 3, 0, 1)
 
 
 def nearest_rotations(gradients: torch.Tensor) -> torch.Tensor:
@@ -97,47 +105,74 @@ def nearest_rotations(gradients: torch.Tensor) -> torch.Tensor:
 
     The maximum over rotations of trace(R^T F) is the largest root of Horn's quartic
     ``x^4 - 2 n x^2 - 8 det(F) x + n^2 - 4 m`` with n = |F|^2, m = |cof F|^2, found by Newton steps from above
-    (as in Theobald, Acta Cryst. A61, 478, 2005); R is that maximum's derivative by F. No decomposition is needed.
+    (as in Theobald, Acta Cryst. A61, 478, 2005); R is that maximum's derivative by F, a closed form. No decomposition
+    is needed, and everything is arithmetic on whole arrays, one per matrix element.
 
-    Parameters and result: (..., 3, 3).
+    Parameters and result: (b, nc, 3, 3).
     """
-    rows = gradients.unbind(-2)
-    cofactor = torch.stack(
-        [
-            torch.linalg.cross(rows[1], rows[2]),
-            torch.linalg.cross(rows[2], rows[0]),
-            torch.linalg.cross(rows[0], rows[1]),
-        ],
-        -2,
-    )
-    n = gradients.square().sum((-1, -2))
-    m = cofactor.square().sum((-1, -2))
-    det = (rows[0] * cofactor[..., 0, :]).sum(-1)
+    element = _components(gradients)
+    f = element.view(3, 3, *element.shape[1:])
+    cofactor = [[_cofactor(f, i, j) for j in range(3)] for i in range(3)]
+    n = element.square().sum(0)
+    m = torch.zeros_like(n)
+    for row in cofactor:
+        for value in row:
+            m.addcmul_(value, value)
+    det8 = 8 * (f[0, 0] * cofactor[0][0] + f[0, 1] * cofactor[0][1] + f[0, 2] * cofactor[0][2])
     constant = n * n - 4 * m
+    smallest = torch.finfo(element.dtype).tiny ** 0.5
     root = torch.sqrt(3 * n)
-    tiny = torch.finfo(gradients.dtype).tiny
-    for _ in range(8):
-        slope = 4 * root * (root * root - n) - 8 * det
-        value = ((root * root - 2 * n) * root - 8 * det) * root + constant
-        root = root - value / slope.clamp_min(tiny)
-    scale = root * (root * root - n) - 2 * det
-    numerator = (
-        (root * root + n)[..., None, None] * gradients
-        + (2 * root)[..., None, None] * cofactor
-        - 2 * gradients @ (gradients.transpose(-1, -2) @ gradients)
-    )
-    return numerator / scale.clamp_min(tiny)[..., None, None]
+    for _ in range(_NEWTON_STEPS):
+        square = root * root
+        slope = 4 * root * (square - n) - det8
+        value = ((square - 2 * n) * root - det8) * root + constant
+        root = root - value / slope.clamp_min(smallest)
+    square = root * root
+    scale = 1 / (root * (square - n) - 0.25 * det8).clamp_min(smallest)
+    of_f, of_cofactor, of_cubic = (square + n) * scale, 2 * root * scale, -2 * scale
+    rotation = torch.empty_like(f)
+    for i in range(3):
+        outer = [f[i, 0] * f[k, 0] + f[i, 1] * f[k, 1] + f[i, 2] * f[k, 2] for k in range(3)]  # row i of F F^T
+        for j in range(3):
+            cubic = outer[0] * f[0, j] + outer[1] * f[1, j] + outer[2] * f[2, j]
+            rotation[i, j] = of_f * f[i, j] + of_cofactor * cofactor[i][j] + of_cubic * cubic
+    return rotation.permute(2, 3, 0, 1)
+
+
+def _components(gradients: torch.Tensor) -> torch.Tensor:
+    """(b, nc, 3, 3) as contiguous (9, b, nc): arithmetic on whole arrays of one matrix element each."""
+    return gradients.permute(2, 3, 0, 1).contiguous().view(9, *gradients.shape[:2])
+
+
+def _cofactor(f: torch.Tensor, i: int, j: int) -> torch.Tensor:
+    """Cofactor (i, j) of matrices laid out (3, 3, ...)."""
+    i1, i2, j1, j2 = (i + 1) % 3, (i + 2) % 3, (j + 1) % 3, (j + 2) % 3
+    return f[i1, j1] * f[i2, j2] - f[i1, j2] * f[i2, j1]
+
+
+class _RigidityEnergy(torch.autograd.Function):
+    """``|F - R|^2`` with its gradient ``2 (F - R)``: R's own change adds nothing, because R is optimal."""
+
+    @staticmethod
+    def forward(ctx, gradients, weight):
+        strain = _components(gradients) - _components(nearest_rotations(gradients))
+        ctx.save_for_backward(strain, weight)
+        return strain.square().sum(0) @ weight
+
+    @staticmethod
+    def backward(ctx, grad_energy):
+        strain, weight = ctx.saved_tensors
+        scale = 2 * grad_energy[:, None] * weight
+        return (strain * scale).view(3, 3, *strain.shape[1:]).permute(2, 3, 0, 1), None
 
 
 def rigidity_energy(gradients: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rigidity energy: the weighted sum over cells of ``sum_l (s_l - 1)^2``, s_l the singular values of F.
 
-    Computed as ``|F - R|^2`` with R the nearest rotation, which is constant to first order in the gradient. For an
-    inverted cell the smallest singular value counts as negative, so that the energy drives it back. With
-    ``RigidityTensors.weight`` it is the volume-weighted mean over cells of rigidity times squared strain.
+    Computed as ``|F - R|^2`` with R the nearest rotation. For an inverted cell the smallest singular value counts as
+    negative, so that the energy drives it back. With ``RigidityTensors.weight`` it is the volume-weighted mean over
+    cells of rigidity times squared strain.
 
-    Parameters: ``gradients`` F (b, nc, 3, 3); ``weight`` (nc,). Returns (b,).
+    Parameters: ``gradients`` F (b, nc, 3, 3); ``weight`` (nc,), a constant. Returns (b,).
     """
-    with torch.no_grad():
-        rotation = nearest_rotations(gradients)
-    return (gradients - rotation).square().sum((-1, -2)) @ weight
+    return _RigidityEnergy.apply(gradients, weight)
