@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from flexlib.errors import InputError
+
 
 @dataclass(frozen=True)
 class OpticsGroup:
@@ -59,7 +61,8 @@ class Particles:
     source_path: Path  # the .star or .cs file
     source_row: np.ndarray  # (n,) int64, row in source_path
     uid: np.ndarray | None = None  # (n,) uint64, CryoSPARC only
-    extra: dict[str, Any] = field(default_factory=dict)
+    particle_scale: np.ndarray | None = None  # (n,) float64, CryoSPARC's alpha; None where the input has none
+    extra: dict[str, Any] = field(default_factory=dict)  # about the whole set, never per row
 
     def __len__(self) -> int:
         return len(self.optics_index)
@@ -85,4 +88,49 @@ class Particles:
                 "source_row",
             )
         }
-        return replace(self, **per_row, uid=None if self.uid is None else self.uid[rows])
+        optional = {
+            name: None if getattr(self, name) is None else getattr(self, name)[rows]
+            for name in ("uid", "particle_scale")
+        }
+        return replace(self, **per_row, **optional)
+
+    def describe_row(self, row: int, column: str) -> str:
+        """``file: row r, column c`` (r counts the input's particles from 1): how every message names a row."""
+        return f"{self.source_path}: row {self.source_row[row] + 1}, column {column}"
+
+
+def checked_numbers(values: Any, path: Path, column: str) -> np.ndarray:
+    """``values`` as float64 of the same shape.
+
+    Raises InputError that names the first row (from 1) that is not a finite number.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        import pandas as pd
+
+        array = pd.to_numeric(pd.Series(array.ravel()), errors="coerce").to_numpy().reshape(array.shape)
+    numbers = array.astype(np.float64)
+    bad = ~np.isfinite(numbers).reshape(len(numbers), -1).all(1)
+    if bad.any():
+        row = int(np.argmax(bad))
+        value = np.asarray(values)[row]
+        raise InputError(f"{path}: row {row + 1}, column {column}: {value!s} is not a finite number")
+    return numbers
+
+
+def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> Path:
+    """Where an image stack named in a metadata file lies.
+
+    A relative name is looked up in ``image_root`` if given, else in the metadata file's folder and then in each of its
+    parents. A leading ``>`` (CryoSPARC export) is dropped. A file found nowhere gets the first place searched: whether
+    it exists is asked later, by ``stack.open_stacks``.
+    """
+    relative = Path(name.removeprefix(">"))
+    if relative.is_absolute():
+        return relative
+    folder = metadata_path.absolute().parent
+    roots = [Path(image_root).absolute()] if image_root is not None else [folder, *folder.parents]
+    for root in roots:
+        if (root / relative).is_file():
+            return root / relative
+    return roots[0] / relative

@@ -1,0 +1,373 @@
+"""RELION STAR files: 3.1, 4 and 5 (optics table), and 3.0 and older (one table).
+
+Sources: RELION's ``metadata_label.h`` (names, units), ``obs_model.cpp`` (optics groups; a column missing from one table
+is looked for in the other), ``ctf.cpp`` (defaults of absent CTF columns).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import starfile
+from scipy.spatial.transform import Rotation
+
+from flexlib.errors import InputError
+from flexlib.files import atomic_path
+from flexlib.particles.table import OpticsGroup, Particles, checked_numbers, find_image_file
+
+log = logging.getLogger(__name__)
+
+_PIXEL_SIZE = ("rlnImagePixelSize", "rlnMicrographPixelSize", "rlnMicrographOriginalPixelSize", "rlnPixelSize")
+_MAGNIFICATION_MATRIX = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
+_OPTICS = (
+    "rlnOpticsGroupName",
+    "rlnVoltage",
+    "rlnSphericalAberration",
+    "rlnAmplitudeContrast",
+    *_PIXEL_SIZE,
+    "rlnDetectorPixelSize",
+    "rlnMagnification",
+    "rlnImageSize",
+    "rlnBeamTiltX",
+    "rlnBeamTiltY",
+    "rlnOddZernike",
+    "rlnEvenZernike",
+    *_MAGNIFICATION_MATRIX,
+    "rlnCtfDataAreCtfPremultiplied",
+    "rlnCtfDataArePhaseFlipped",
+)
+
+
+@dataclass(frozen=True)
+class StarTables:
+    """The blocks of a particle STAR file: all of them by name, and which one holds the particles."""
+
+    path: Path
+    blocks: dict[str, pd.DataFrame]
+    particles_block: str
+
+    @property
+    def particles(self) -> pd.DataFrame:
+        return self.blocks[self.particles_block]
+
+    @property
+    def optics(self) -> pd.DataFrame | None:
+        return self.blocks.get("optics")
+
+
+def read_tables(path: Path, as_text: bool = False) -> StarTables:
+    """Read all blocks of a STAR file; ``as_text`` keeps every value as it is written.
+
+    Raises InputError where the file isn't STAR or has no table with ``rlnImageName``.
+    """
+    text_columns = _column_names(path) if as_text else ["rlnImageName", "rlnOpticsGroupName"]
+    try:
+        raw = starfile.read(path, always_dict=True, parse_as_string=text_columns)
+    except InputError:
+        raise
+    except Exception as error:  # starfile and pandas raise many kinds on a malformed file
+        raise InputError(f"{path}: not a readable STAR file ({' '.join(str(error).split())})") from error
+    blocks = {
+        name: block if isinstance(block, pd.DataFrame) else pd.DataFrame([block])
+        for name, block in raw.items()
+        if block is not None
+    }
+    for name in ("particles", *blocks):
+        if name in blocks and "rlnImageName" in blocks[name]:
+            if len(blocks[name]) == 0:
+                raise InputError(f"{path}: the particle table data_{name} has no rows")
+            return StarTables(path, blocks, name)
+    raise InputError(f"{path}: no particle table: no block has the column rlnImageName")
+
+
+def _column_names(path: Path) -> list[str]:
+    with path.open() as lines:
+        return [line.split()[0][1:] for line in lines if line.startswith("_")]
+
+
+def read_star(path: Path, image_root: Path | None = None) -> Particles:
+    """Particles of a RELION STAR file; see ``read.read_particles``."""
+    return particles_from_tables(read_tables(path), image_root)
+
+
+def particles_from_tables(tables: StarTables, image_root: Path | None = None) -> Particles:
+    """Turn the tables of a STAR file into ``Particles``. Raises InputError naming row and column."""
+    path, table = tables.path, tables.particles
+    columns = _Columns(tables)
+    optics, optics_index = _optics_groups(columns)
+    pixel_size_A = np.array([group.pixel_size_A for group in optics])[optics_index]
+    euler_deg = np.stack([columns.numbers(f"rlnAngle{name}") for name in ("Rot", "Tilt", "Psi")], 1)
+    rotation = Rotation.from_euler("ZYZ", euler_deg, degrees=True).as_matrix().transpose(0, 2, 1)
+    defocus_u = columns.numbers("rlnDefocusU")
+    defocus_v = columns.numbers("rlnDefocusV", defocus_u)
+    names, stack_index, image_index = _image_names(tables)
+    return Particles(
+        optics=optics,
+        optics_index=optics_index,
+        rotation=np.ascontiguousarray(rotation),
+        origin_A=np.stack([_origin(columns, axis, pixel_size_A) for axis in "XY"], 1),
+        defocus_u_A=defocus_u,
+        defocus_v_A=defocus_v,
+        defocus_angle_rad=np.deg2rad(columns.numbers("rlnDefocusAngle", 0.0)),
+        phase_shift_rad=np.deg2rad(columns.numbers("rlnPhaseShift", 0.0)),
+        ctf_bfactor_A2=columns.numbers("rlnCtfBfactor", 0.0),
+        ctf_scale=columns.numbers("rlnCtfScalefactor", 1.0),
+        half_set=_half_sets(columns),
+        contrast_sign=columns.numbers("flexContrastSign", 1.0),
+        stack_paths=tuple(find_image_file(name, path, image_root) for name in names),
+        stack_index=stack_index,
+        image_index=image_index,
+        source_path=path,
+        source_row=np.arange(len(table)),
+        particle_scale=columns.numbers("flexScale") if "flexScale" in table else None,
+        extra={"stack_names": tuple(names), "image_column": "rlnImageName"},
+    )
+
+
+class _Columns:
+    """Per-particle values of a column, from whichever of the two tables has it."""
+
+    def __init__(self, tables: StarTables) -> None:
+        self.path, self.table, self.optics = tables.path, tables.particles, tables.optics
+        self.group_row = None if self.optics is None else self._rows_in_optics()
+
+    def _rows_in_optics(self) -> np.ndarray:
+        if "rlnOpticsGroup" not in self.optics:
+            raise InputError(f"{self.path}: data_optics has no column rlnOpticsGroup")
+        if "rlnOpticsGroup" not in self.table:
+            if len(self.optics) == 1:
+                return np.zeros(len(self.table), np.int64)
+            raise InputError(f"{self.path}: the particle table has no column rlnOpticsGroup")
+        known = pd.Index(checked_numbers(self.optics["rlnOpticsGroup"], self.path, "rlnOpticsGroup (data_optics)"))
+        group = checked_numbers(self.table["rlnOpticsGroup"], self.path, "rlnOpticsGroup")
+        row = known.get_indexer(group)
+        if (row < 0).any():
+            bad = int(np.argmax(row < 0))
+            raise InputError(
+                f"{self.path}: row {bad + 1}, column rlnOpticsGroup: group {group[bad]:g} is not in data_optics"
+            )
+        return row
+
+    def get(self, name: str) -> np.ndarray | None:
+        """(n,) raw values, or None where neither table has the column."""
+        if name in self.table:
+            return self.table[name].to_numpy()
+        if self.optics is not None and name in self.optics:
+            return self.optics[name].to_numpy()[self.group_row]
+        return None
+
+    def numbers(self, name: str, default: Any = None) -> np.ndarray:
+        """(n,) float64; ``default`` where the column is absent, InputError if there is none."""
+        values = self.get(name)
+        if values is None:
+            if default is None:
+                raise InputError(f"{self.path}: column {name} is missing")
+            return np.broadcast_to(np.asarray(default, np.float64), len(self.table)).copy()
+        return checked_numbers(values, self.path, name)
+
+
+def _optics_groups(columns: _Columns) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
+    """The optics groups in use and each particle's (n,) int32 index; equal values make a group in RELION 3.0."""
+    optics, table = columns.optics, columns.table
+    key = {name: table[name] for name in _OPTICS if name in table and (optics is None or name not in optics)}
+    frame = pd.DataFrame(key, index=table.index)
+    if columns.group_row is not None:
+        frame.insert(0, "group", columns.group_row)
+    if frame.shape[1] == 0:
+        frame["group"] = 0
+    number = frame.groupby(list(frame.columns), sort=True, dropna=False).ngroup().to_numpy()
+    _, first_row, index = np.unique(number, return_index=True, return_inverse=True)
+    groups = tuple(_optics_group(columns, int(row), count) for count, row in enumerate(first_row, 1))
+    if columns.get("rlnAmplitudeContrast") is None:
+        log.warning("%s: column rlnAmplitudeContrast is missing: 0 is used, as RELION does", columns.path)
+    return groups, index.astype(np.int32)
+
+
+def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
+    """The optics group of the particle at ``row``; ``count`` names it where the file doesn't."""
+
+    def number(name: str, default: float | None = None) -> float:
+        values = columns.get(name) if columns.optics is None or name in columns.table else None
+        if values is None and columns.optics is not None and name in columns.optics:
+            values = columns.optics[name].to_numpy()[columns.group_row]
+        if values is None:
+            if default is None:
+                raise InputError(f"{columns.path}: column {name} is missing (neither in data_optics nor per particle)")
+            return default
+        try:
+            value = float(values[row])
+        except ValueError:
+            value = np.nan
+        if not np.isfinite(value):
+            raise InputError(f"{columns.path}: row {row + 1}, column {name}: {values[row]!s} is not a finite number")
+        return value
+
+    def positive(name: str) -> float:
+        value = number(name)
+        if value <= 0:
+            raise InputError(f"{columns.path}: row {row + 1}, column {name}: {value:g} must be positive")
+        return value
+
+    if number("rlnCtfDataAreCtfPremultiplied", 0) or number("rlnCtfDataArePhaseFlipped", 0):
+        raise InputError(f"{columns.path}: row {row + 1}: CTF-premultiplied or phase-flipped images are not supported")
+    for name in _PIXEL_SIZE:
+        if columns.get(name) is not None:
+            pixel_size_A = positive(name)
+            break
+    else:
+        if columns.get("rlnDetectorPixelSize") is None or columns.get("rlnMagnification") is None:
+            raise InputError(f"{columns.path}: no pixel size: column rlnImagePixelSize is missing")
+        pixel_size_A = positive("rlnDetectorPixelSize") * 1e4 / positive("rlnMagnification")
+    m00, m01, m10, m11 = (
+        number(name, default) for name, default in zip(_MAGNIFICATION_MATRIX, (1.0, 0.0, 0.0, 1.0), strict=True)
+    )
+    name = columns.get("rlnOpticsGroupName")
+    return OpticsGroup(
+        name=f"opticsGroup{count}" if name is None else str(name[row]),
+        voltage_kV=positive("rlnVoltage"),
+        spherical_aberration_mm=number("rlnSphericalAberration"),
+        amplitude_contrast=number("rlnAmplitudeContrast", 0.0),
+        pixel_size_A=pixel_size_A,
+        box=int(number("rlnImageSize", 0)),
+        beam_tilt_mrad=(number("rlnBeamTiltX", 0.0), number("rlnBeamTiltY", 0.0)),
+        odd_zernike=_zernike(columns, "rlnOddZernike", row),
+        even_zernike=_zernike(columns, "rlnEvenZernike", row),
+        magnification_matrix=((m00, m01), (m10, m11)),
+    )
+
+
+def _zernike(columns: _Columns, name: str, row: int) -> tuple[float, ...]:
+    values = columns.get(name)
+    if values is None:
+        return ()
+    try:
+        return tuple(float(value) for value in json.loads(values[row]))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{columns.path}: row {row + 1}, column {name}: {values[row]!s} is not a list [a,b,...]"
+        ) from error
+
+
+def _origin(columns: _Columns, axis: str, pixel_size_A: np.ndarray) -> np.ndarray:
+    """(n,) origins in A: rlnOrigin?Angst, else the pixels of RELION 3.0, else 0."""
+    if columns.get(f"rlnOrigin{axis}Angst") is not None:
+        return columns.numbers(f"rlnOrigin{axis}Angst")
+    if columns.get(f"rlnOrigin{axis}") is not None:
+        return columns.numbers(f"rlnOrigin{axis}") * pixel_size_A
+    log.warning("%s: column rlnOrigin%sAngst is missing: shifts of 0 are used", columns.path, axis)
+    return np.zeros(len(pixel_size_A))
+
+
+def _half_sets(columns: _Columns) -> np.ndarray:
+    """(n,) int8: 0 or 1, or all -1 where the file has none."""
+    if columns.get("rlnRandomSubset") is None:
+        return np.full(len(columns.table), -1, np.int8)
+    subset = columns.numbers("rlnRandomSubset")
+    wrong = ~np.isin(subset, (1, 2))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(f"{columns.path}: row {row + 1}, column rlnRandomSubset: {subset[row]:g} is neither 1 nor 2")
+    return (subset - 1).astype(np.int8)
+
+
+def _image_names(tables: StarTables) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Distinct stack names, (n,) int32 stack of each particle, (n,) int64 0-based slice, from ``000001@path``."""
+    names = tables.particles["rlnImageName"].astype(str)
+    parts = names.str.partition("@")
+    plain = (parts[1] == "").to_numpy()  # a single image without a slice number
+    slices = pd.to_numeric(parts[0].where(~plain, "1"), errors="coerce").to_numpy(np.float64)
+    bad = ~(slices >= 1) | (slices % 1 != 0) | names.isin(["", "nan"]).to_numpy()
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise InputError(
+            f"{tables.path}: row {row + 1}, column rlnImageName: {names.iloc[row]} is not slice@stack, slices from 1"
+        )
+    index, stacks = pd.factorize(parts[2].where(~plain, parts[0]))
+    return [str(name) for name in stacks], index.astype(np.int32), slices.astype(np.int64) - 1
+
+
+def relion_tables(particles: Particles, stack_names: list[str] | None = None) -> dict[str, pd.DataFrame]:
+    """``optics`` and ``particles`` tables in RELION 3.1's columns and units.
+
+    ``stack_names`` replaces the stacks' names as read. Particles without half-sets get no rlnRandomSubset; where
+    contrast is not white or particles have scales of their own, ``flexContrastSign`` and ``flexScale`` say so.
+    """
+    names = list(stack_names if stack_names is not None else particles.extra["stack_names"])
+    rot, tilt, psi = _euler_angles(particles.rotation).T
+    table = pd.DataFrame(
+        {
+            "rlnImageName": [
+                f"{index + 1:06d}@{names[stack].removeprefix('>')}"
+                for index, stack in zip(particles.image_index, particles.stack_index, strict=True)
+            ],
+            "rlnOpticsGroup": particles.optics_index + 1,
+            "rlnAngleRot": rot,
+            "rlnAngleTilt": tilt,
+            "rlnAnglePsi": psi,
+            "rlnOriginXAngst": particles.origin_A[:, 0],
+            "rlnOriginYAngst": particles.origin_A[:, 1],
+            "rlnDefocusU": particles.defocus_u_A,
+            "rlnDefocusV": particles.defocus_v_A,
+            "rlnDefocusAngle": np.rad2deg(particles.defocus_angle_rad),
+            "rlnPhaseShift": np.rad2deg(particles.phase_shift_rad),
+            "rlnCtfBfactor": particles.ctf_bfactor_A2,
+            "rlnCtfScalefactor": particles.ctf_scale,
+        }
+    )
+    if (particles.half_set >= 0).all():
+        table["rlnRandomSubset"] = particles.half_set.astype(int) + 1
+    if (particles.contrast_sign != 1).any():
+        table["flexContrastSign"] = particles.contrast_sign.astype(int)
+    if particles.particle_scale is not None:
+        table["flexScale"] = particles.particle_scale
+    return {"optics": _optics_table(particles.optics), "particles": table}
+
+
+def _euler_angles(rotation: np.ndarray) -> np.ndarray:
+    """(n, 3) rot, tilt, psi in degrees of (n, 3, 3) rotations."""
+    import warnings
+
+    with warnings.catch_warnings():  # at tilt 0 or 180 scipy says that rot and psi are not unique: any pair will do
+        warnings.simplefilter("ignore", UserWarning)
+        return Rotation.from_matrix(rotation.transpose(0, 2, 1)).as_euler("ZYZ", degrees=True)
+
+
+def _optics_table(optics: tuple[OpticsGroup, ...]) -> pd.DataFrame:
+    rows = []
+    for number, group in enumerate(optics, 1):
+        row: dict[str, Any] = {
+            "rlnOpticsGroup": number,
+            "rlnOpticsGroupName": group.name,
+            "rlnVoltage": group.voltage_kV,
+            "rlnSphericalAberration": group.spherical_aberration_mm,
+            "rlnAmplitudeContrast": group.amplitude_contrast,
+            "rlnImagePixelSize": group.pixel_size_A,
+            "rlnImageSize": group.box,
+            "rlnImageDimensionality": 2,
+        }
+        if any(any(other.beam_tilt_mrad) for other in optics):
+            row["rlnBeamTiltX"], row["rlnBeamTiltY"] = group.beam_tilt_mrad
+        if any(other.odd_zernike for other in optics):
+            row["rlnOddZernike"] = _bracketed(group.odd_zernike)
+        if any(other.even_zernike for other in optics):
+            row["rlnEvenZernike"] = _bracketed(group.even_zernike)
+        if any(other.magnification_matrix != ((1.0, 0.0), (0.0, 1.0)) for other in optics):
+            row |= zip(_MAGNIFICATION_MATRIX, np.ravel(group.magnification_matrix), strict=True)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _bracketed(values: tuple[float, ...]) -> str:
+    return "[" + ",".join(f"{value:.12g}" for value in values or (0.0,)) + "]"
+
+
+def write_star(blocks: dict[str, pd.DataFrame], path: str | Path) -> None:
+    """Write the blocks as a STAR file, atomically; numbers with 9 significant digits, missing ones as ``nan``."""
+    with atomic_path(path) as temporary:
+        starfile.write(blocks, temporary, float_format="%.9g", na_rep="nan", sep="\t")
