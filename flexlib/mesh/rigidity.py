@@ -17,6 +17,7 @@ _STIFF_PERIPHERY_WEIGHT = 3.0  # 3DFlex's weight for low-density periphery
 _PERIPHERY_RANGE = (0.1, 0.5)  # relative density of cells that count as non-empty periphery
 _ROBUST_MAXIMUM_PERCENTILE = 95.0
 _NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
+_CPU_CHUNK = 16384
 
 
 def density_rigidity(
@@ -110,8 +111,19 @@ def nearest_rotations(gradients: torch.Tensor) -> torch.Tensor:
 
     Parameters and result: (b, nc, 3, 3).
     """
-    element = _components(gradients)
-    f = element.view(3, 3, *element.shape[1:])
+    element = _components(gradients).view(9, -1)
+    rotation = torch.empty_like(element)
+    # on a CPU: pieces that stay in cache and below torch's threshold for starting threads, one per array operation
+    chunk = _CPU_CHUNK if element.device.type == "cpu" else max(1, element.shape[1])
+    for start in range(0, element.shape[1], chunk):
+        part = slice(start, start + chunk)
+        _nearest_rotation_elements(element[:, part], rotation[:, part])
+    return rotation.view(3, 3, *gradients.shape[:2]).permute(2, 3, 0, 1)
+
+
+def _nearest_rotation_elements(element: torch.Tensor, rotation: torch.Tensor) -> None:
+    """``nearest_rotations`` of (9, n) row-major matrix elements, written into ``rotation`` (9, n)."""
+    f = element.unflatten(0, (3, 3))
     cofactor = [[_cofactor(f, i, j) for j in range(3)] for i in range(3)]
     n = element.square().sum(0)
     m = torch.zeros_like(n)
@@ -130,13 +142,11 @@ def nearest_rotations(gradients: torch.Tensor) -> torch.Tensor:
     square = root * root
     scale = 1 / (root * (square - n) - 0.25 * det8).clamp_min(smallest)
     of_f, of_cofactor, of_cubic = (square + n) * scale, 2 * root * scale, -2 * scale
-    rotation = torch.empty_like(f)
     for i in range(3):
         outer = [f[i, 0] * f[k, 0] + f[i, 1] * f[k, 1] + f[i, 2] * f[k, 2] for k in range(3)]  # row i of F F^T
         for j in range(3):
             cubic = outer[0] * f[0, j] + outer[1] * f[1, j] + outer[2] * f[2, j]
-            rotation[i, j] = of_f * f[i, j] + of_cofactor * cofactor[i][j] + of_cubic * cubic
-    return rotation.permute(2, 3, 0, 1)
+            rotation[3 * i + j] = of_f * f[i, j] + of_cofactor * cofactor[i][j] + of_cubic * cubic
 
 
 def _components(gradients: torch.Tensor) -> torch.Tensor:
