@@ -1,15 +1,34 @@
 """The settings of each stage: one dataclass per section of the config, the contract's keys and defaults.
 
-The config schema (``workflow/schemas/config.schema.yaml``) is tested to say the same.
+The config schema (``workflow/schemas/config.schema.yaml``) adds ranges and descriptions; a test holds the two together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from flexlib.errors import InputError
 
 Auto = Literal["auto"]
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class SimulateSettings:
+    """``simulate:`` (demo and tests only); ``box`` in pixels."""
+
+    phantom: str = "antibody"
+    num_particles: int = 2000
+    box: int = 64
+    pixel_size_A: float = 4.0
+    snr: float = 0.05
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,3 +97,152 @@ class ReconstructSettings:
     all_in_ram: bool = False
     cache_dir: Path | None = None
     points: str | list[dict] = field(default="best")
+
+
+SECTIONS: dict[str, type] = {
+    "simulate": SimulateSettings,
+    "prepare": PrepareSettings,
+    "mesh": MeshSettings,
+    "train": TrainSettings,
+    "generate": GenerateSettings,
+    "reconstruct": ReconstructSettings,
+}
+
+# What the config names outside its sections, and what prepare reads
+INPUT_PATHS = ("particles", "passthrough", "image_root", "consensus", "mask")
+# Places that a stage makes itself
+OUTPUT_PATHS = ("cache_dir",)
+
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def make_settings(kind: type[Settings], section: Mapping[str, Any]) -> Settings:
+    """One section of a checked config as its dataclass: text becomes ``Path`` and lists become tuples where due.
+
+    Raises
+    ------
+    InputError
+        A key that ``kind`` does not have.
+    """
+    hints = get_type_hints(kind)
+    if unknown := sorted(set(section) - set(hints)):
+        raise InputError(f"config: {kind.__name__} has no key {unknown[0]!r}")
+    return kind(**{key: _typed(value, hints[key]) for key, value in section.items()})
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    kinds = get_args(hint)
+    words = [word for kind in kinds for word in get_args(kind)]
+    if isinstance(value, str) and Path in kinds and value not in words:
+        return Path(value)
+    if isinstance(value, list) and Ellipsis in kinds:
+        return tuple(value)
+    if float in (hint, *kinds) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def check_config(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that is valid and complete: numbers read as numbers, defaults filled in.
+
+    Parameters
+    ----------
+    config
+        As read from YAML; empty sections (``mesh:`` and nothing below) are allowed.
+    schema
+        ``workflow/schemas/config.schema.yaml``, read.
+
+    Raises
+    ------
+    InputError
+        The first thing wrong, in one line that names the key; an unknown key with the nearest known one.
+    """
+    import jsonschema
+
+    checked = _fill(_understand_numbers(config, schema), schema)
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(checked)
+    if error := min(
+        errors, key=lambda error: ([str(part) for part in error.absolute_path], error.message), default=None
+    ):
+        raise InputError(f"config: {_explain(error)}")
+    return checked
+
+
+def _understand_numbers(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy in which 1e-3, text to YAML 1.1 for want of a point, is a number; empty sections are empty dicts."""
+
+    def understand(value: Any) -> Any:
+        if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+            return float(value)
+        if isinstance(value, list):
+            return [understand(item) for item in value]
+        if isinstance(value, dict):
+            return {key: understand(item) for key, item in value.items()}
+        return copy.deepcopy(value)
+
+    def is_section(key: str) -> bool:
+        return schema["properties"].get(key, {}).get("type") == "object"
+
+    result = {key: understand(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: {} if value is None and is_section(key) else value for key, value in result.items()}
+
+
+def _fill(instance: Any, schema: Mapping[str, Any]) -> Any:
+    """``instance`` with the schema's defaults where it says nothing, section by section."""
+    if not isinstance(instance, dict):
+        return instance
+    filled = dict(instance)
+    for key, subschema in schema.get("properties", {}).items():
+        if key not in filled and "default" in subschema:
+            filled[key] = copy.deepcopy(subschema["default"])
+        if key in filled:
+            filled[key] = _fill(filled[key], subschema)
+    return filled
+
+
+def _explain(error: Any) -> str:
+    """One line for one jsonschema error."""
+    where = ".".join(str(part) for part in error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = min(str(key) for key in error.instance if key not in known)
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+        return f"unknown key {unknown!r}{f' in {where}' if where else ''}; {hint}"
+    if error.validator == "required":
+        missing = next(key for key in error.validator_value if key not in error.instance)
+        return f"the key {missing!r} is missing{f' in {where}' if where else ''}"
+    if error.validator in ("anyOf", "oneOf", "pattern"):
+        return f"{where}: {error.instance!r} is not understood; {error.schema.get('description', error.message)}"
+    return f"{where}: {error.message}"
+
+
+def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Every path that a checked config asks to be read, as (dotted key, path)."""
+    for key in INPUT_PATHS:
+        if config.get(key) is not None:
+            yield key, Path(config[key])
+    for section, kind in SECTIONS.items():
+        values: Any = make_settings(kind, _without_lists(config.get(section) or {}))
+        for item in fields(kind):
+            value = getattr(values, item.name)
+            if isinstance(value, Path) and item.name not in OUTPUT_PATHS:
+                yield f"{section}.{item.name}", value
+
+
+def _without_lists(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if not isinstance(value, list)}
+
+
+def check_paths(config: Mapping[str, Any]) -> None:
+    """Refuse a config that names a file that is not there, before any job; what ``simulate`` will make is excused.
+
+    Raises
+    ------
+    InputError
+        Names the key and the path.
+    """
+    made = Path(config["particles"]).parent if config.get("simulate") is not None else None
+    for key, path in input_paths(config):
+        if not path.exists() and path.parent != made:
+            raise InputError(f"config: {key}: {path} does not exist (looked for at {path.absolute()})")

@@ -1,0 +1,33 @@
+PYTHON ?= python3
+CORES ?= $(shell nproc)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: setup demo test lint clean
+
+setup: $(INSTALLED)
+
+# torch first and pinned exactly: asked for together with the rest, a looser choice brings gigabytes of CUDA packages
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)"
+	$(BIN)/pip install --quiet --editable ".[workflow,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/snakemake --cores $(CORES)
+	@echo "Report: $(CURDIR)/results/demo/report.html"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+clean:
+	rm -rf results resources logs .snakemake

@@ -1,0 +1,177 @@
+"""The config: schema and settings say the same, mistakes are told in one line, numbers are numbers."""
+
+import json
+import re
+import tomllib
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flexlib.errors import InputError
+from flexlib.settings import (
+    SECTIONS,
+    MeshSettings,
+    ReconstructSettings,
+    TrainSettings,
+    check_config,
+    check_paths,
+    make_settings,
+)
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+MINIMAL = {"name": "run", "particles": "p.star", "consensus": "c.mrc"}
+
+
+def check(text: str) -> dict:
+    return check_config({**MINIMAL, **yaml.safe_load(text)}, SCHEMA)
+
+
+def schema_keys() -> dict[str, dict]:
+    """Dotted key -> its subschema."""
+    keys = {}
+    for key, subschema in SCHEMA["properties"].items():
+        keys[key] = subschema
+        keys |= {f"{key}.{name}": item for name, item in subschema.get("properties", {}).items()}
+    return keys
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_schema_and_dataclass_have_the_same_keys_and_defaults(section):
+    properties = SCHEMA["properties"][section]["properties"]
+    defaults = {
+        item.name: item.default if item.default is not MISSING else item.default_factory()
+        for item in fields(SECTIONS[section])
+    }
+    schema_defaults = {key: subschema["default"] for key, subschema in properties.items()}
+    assert {
+        key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()
+    } == schema_defaults
+    assert list(properties) == list(defaults)
+    assert SCHEMA["properties"][section]["additionalProperties"] is False
+
+
+def test_filled_defaults_make_the_default_settings():
+    config = check_config(MINIMAL, SCHEMA)
+    for section, kind in SECTIONS.items():
+        if section != "simulate":
+            assert make_settings(kind, config[section]) == kind()
+    assert config["simulate"] is None
+
+
+def test_every_key_is_documented_as_the_schema_says():
+    reference = (ROOT / "config/README.md").read_text().splitlines()
+    for key, subschema in schema_keys().items():
+        if "properties" in subschema:
+            assert f"## `{key}`" in reference
+            continue
+        default = subschema.get("default", "required")
+        text = default if isinstance(default, str) else json.dumps(default)
+        cell = f"`{text}`" if "default" in subschema else text
+        assert f"| `{key}` | {cell} | {subschema['description']} |" in reference
+
+
+def test_demo_config_is_valid():
+    demo = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    assert check_config(demo, SCHEMA)["simulate"]["phantom"] == "antibody"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {rigidty: 2}", "unknown key 'rigidty' in train; did you mean 'rigidity'?"),
+        ("partciles: x.star", "unknown key 'partciles'; did you mean 'particles'?"),
+        ("mesh: {xyz: 1}", "unknown key 'xyz' in mesh; known keys are cells, "),
+        ("train: {rigidity: []}", "train.rigidity: [] should be non-empty"),
+        ("train: {rigidity: [1, 1]}", "train.rigidity: [1, 1] has non-unique elements"),
+        ("train: {rigidity: -1}", "train.rigidity: -1 is less than the minimum of 0"),
+        ("train: {latent_dims: 1.5}", "train.latent_dims: 1.5 is not of type 'integer', 'array'"),
+        ("train: {epochs: many}", "train.epochs: 'many' is not understood; Passes over the particles"),
+        ("mesh: {threshold: high}", "mesh.threshold: 'high' is not understood; Density level"),
+        ("prepare: {train_box: 65}", "prepare.train_box: 65 is not a multiple of 2"),
+        ("prepare: {symmetry: X3}", "prepare.symmetry: 'X3' is not understood; Point group"),
+        ("reconstruct: {points: [{lambda: 1}]}", "reconstruct.points: [{'lambda': 1}] is not understood"),
+        ("name: a/b", "name: 'a/b' is not understood"),
+        ("particles: null", "particles: None is not of type 'string'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(text, message):
+    with pytest.raises(InputError) as caught:
+        check(text)
+    assert str(caught.value).startswith(f"config: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key_is_named():
+    with pytest.raises(InputError, match="config: the key 'consensus' is missing"):
+        check_config({"name": "run", "particles": "p.star"}, SCHEMA)
+
+
+def test_yaml_text_that_is_a_number_is_read_as_one():
+    assert yaml.safe_load("1e-3") == "1e-3"  # YAML 1.1 wants a point
+    config = check("train: {rigidity: [1e-3, 2], centering: 5E-1}")
+    assert config["train"]["rigidity"] == [0.001, 2]
+    assert config["train"]["centering"] == 0.5
+
+
+def test_empty_sections_and_the_given_config_stay_as_they_are():
+    given = {**MINIMAL, "mesh": None, "train": {"seed": 3}}
+    config = check_config(given, SCHEMA)
+    assert config["mesh"]["cells"] == 20
+    assert given["mesh"] is None
+    assert given["train"] == {"seed": 3}
+    assert "cells" not in SCHEMA["properties"]["mesh"]["default"]
+
+
+def test_settings_are_typed():
+    mesh = make_settings(MeshSettings, {"segmentation": "seg.mrc", "rigid_segments": [1, 2], "lowpass_A": 8})
+    assert mesh.segmentation == Path("seg.mrc")
+    assert mesh.rigid_segments == (1, 2)
+    assert isinstance(mesh.lowpass_A, float)
+    assert mesh.threshold == "auto"
+    assert make_settings(TrainSettings, {"latent_init": "random"}).latent_init == "random"
+    assert make_settings(TrainSettings, {"latent_init": "a/latents.star"}).latent_init == Path("a/latents.star")
+    assert make_settings(TrainSettings, {"epochs": 5}).epochs == 5
+    assert make_settings(ReconstructSettings, {"cache_dir": None}).cache_dir is None
+    with pytest.raises(InputError, match="no key 'cell'"):
+        make_settings(MeshSettings, {"cell": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{}", "particles"),
+        ("{particles: here.star, mask: mask.mrc}", "mask"),
+        ("{particles: here.star, mesh: {custom: mesh.p}}", "mesh.custom"),
+        ("{particles: here.star, train: {latent_init: latents.star}}", "train.latent_init"),
+        ("{particles: here.star, generate: {volume: v.mrc}}", "generate.volume"),
+    ],
+)
+def test_missing_files_are_named(tmp_path, monkeypatch, text, key):
+    monkeypatch.chdir(tmp_path)
+    for name in ("here.star", "c.mrc"):
+        Path(name).touch()
+    config = check(text)
+    with pytest.raises(InputError, match=f"^config: {re.escape(key)}: .* does not exist"):
+        check_paths(config)
+
+
+def test_what_simulate_makes_is_not_missed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_paths(check("{particles: demo/p.star, consensus: demo/c.mrc, simulate: {}}"))
+    with pytest.raises(InputError, match="config: mask"):
+        check_paths(check("{particles: demo/p.star, consensus: demo/c.mrc, simulate: {}, mask: other/m.mrc}"))
+
+
+def test_conda_environment_agrees_with_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda_names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    wanted = {f"python {project['requires-python']}"}
+    for requirement in project["dependencies"]:
+        name, version = re.fullmatch(r"([A-Za-z0-9-]+)(.*)", requirement).groups()
+        wanted.add(f"{conda_names.get(name, name)} {version}")
+    environment = yaml.safe_load((ROOT / "envs/flexlib.yaml").read_text())
+    assert set(environment["dependencies"]) == wanted
+    assert environment["channels"] == ["conda-forge", "nodefaults"]

@@ -1,0 +1,114 @@
+"""The checked config, the sweep, and the functions that rules ask for their settings. No rules here."""
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from flexlib.errors import InputError
+from flexlib.settings import check_config, check_paths, input_paths
+from flexlib.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
+
+
+def checked(config):
+    """The config, valid and complete, and its sweep; ends the run with one line where something is wrong."""
+    try:
+        schema = yaml.safe_load(Path(workflow.source_path("../schemas/config.schema.yaml")).read_text())
+        complete = check_config(config, schema)
+        check_paths(complete)
+        points = sweep_points(complete)
+        if isinstance(complete["reconstruct"]["points"], list):
+            select_points(points, complete["reconstruct"]["points"])
+        return complete, {point.path: point for point in points}
+    except InputError as error:
+        sys.exit(f"ERROR {error}")
+
+
+_complete, POINTS = checked(config)
+config.update(_complete)
+
+RESULTS = f"results/{config['name']}"
+LOGS = f"logs/{config['name']}"
+BENCHMARKS = f"{RESULTS}/benchmarks"
+PARTICLES = f"{RESULTS}/particles"
+MESH = f"{RESULTS}/mesh/{MESH_PATTERN}"
+TRAIN = f"{RESULTS}/train/{POINT_PATTERN}"
+GENERATE = f"{RESULTS}/generate/{POINT_PATTERN}"
+RECONSTRUCT = f"{RESULTS}/reconstruct/{POINT_PATTERN}"
+
+MASK_KEYS = ["lowpass_A", "threshold", "dilate_A", "pad_A"]
+
+
+wildcard_constraints:
+    cells=r"\d+",
+    dims=r"\d+",
+    rigidity=r"[0-9.e+-]+",
+    seed=r"\d+",
+
+
+def user_files(section):
+    """The files that one section of the config names."""
+    return [str(path) for key, path in input_paths(config) if key.startswith(f"{section}.") and path.is_file()]
+
+
+def given(*keys):
+    """The top-level paths among ``keys`` that the config gives."""
+    return [config[key] for key in keys if config[key] is not None]
+
+
+def point_of(wildcards):
+    """The sweep point of a job."""
+    return POINTS[POINT_PATTERN.format(**wildcards)]
+
+
+def mask_settings(wildcards):
+    """The part of ``mesh:`` that makes the mask; the rest must not repeat the preparation."""
+    return {key: config["mesh"][key] for key in MASK_KEYS}
+
+
+def mesh_settings(wildcards):
+    """``mesh:`` at one coarseness."""
+    return {**config["mesh"], "cells": int(wildcards.cells)}
+
+
+def train_settings(wildcards):
+    """``train:`` at one point."""
+    point = point_of(wildcards)
+    return {
+        **config["train"],
+        "latent_dims": point.latent_dims,
+        "rigidity": point.rigidity,
+        "seed": point.seed,
+    }
+
+
+def reconstruct_settings(wildcards):
+    """``reconstruct:`` without the choice of points: another choice must not repeat what is done."""
+    return {key: value for key, value in config["reconstruct"].items() if key != "points"}
+
+
+def reconstructed_points():
+    """Paths of the points to reconstruct; the best of several is known once all are trained."""
+    wanted = config["reconstruct"]["points"]
+    if isinstance(wanted, list):
+        return [point.path for point in select_points(list(POINTS.values()), wanted)]
+    if wanted == "all" or len(POINTS) == 1:
+        return list(POINTS)
+    best = checkpoints.choose.get().output.best
+    return [json.loads(Path(best).read_text())["path"]]
+
+
+def reconstructed_maps(wildcards):
+    """The final map of each reconstructed point."""
+    return expand(f"{RESULTS}/reconstruct/{{point}}/flex_map.mrc", point=reconstructed_points())
+
+
+def reconstructed_curves(wildcards):
+    """The FSC curves of each reconstructed point."""
+    return expand(f"{RESULTS}/reconstruct/{{point}}/fsc.csv", point=reconstructed_points())
+
+
+def memory(base_mb):
+    """Memory that grows when a job is tried again (``retries`` is the profile's)."""
+    return lambda wildcards, attempt: base_mb * attempt

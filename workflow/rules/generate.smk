@@ -1,0 +1,25 @@
+"""Series of maps along the latent space, for every point."""
+
+
+rule generate:
+    input:
+        model=rules.train.output.model,
+        extra=user_files("generate"),
+    output:
+        series=directory(GENERATE),
+    log:
+        f"{LOGS}/generate/{POINT_PATTERN}.log",
+    benchmark:
+        f"{BENCHMARKS}/generate/{POINT_PATTERN}.tsv"
+    conda:
+        "../../envs/flexlib.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory(4000),
+        runtime=60,
+    params:
+        settings=config["generate"],
+    message:
+        "Generate series of maps: {wildcards}"
+    script:
+        "../scripts/generate.py"

@@ -1,0 +1,28 @@
+"""The tetrahedral mesh, once per coarseness."""
+
+
+rule mesh:
+    input:
+        consensus=rules.prepare.output.consensus,
+        mask=rules.prepare.output.mask,
+        extra=user_files("mesh"),
+    output:
+        mesh=f"{MESH}/mesh.vtu",
+        index=f"{MESH}/tetra_index.mrc",
+        quality=f"{MESH}/mesh_quality.json",
+    log:
+        f"{LOGS}/mesh/{MESH_PATTERN}.log",
+    benchmark:
+        f"{BENCHMARKS}/mesh/{MESH_PATTERN}.tsv"
+    conda:
+        "../../envs/flexlib.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory(4000),
+        runtime=60,
+    params:
+        settings=mesh_settings,
+    message:
+        "Build the mesh with {wildcards.cells} cells across"
+    script:
+        "../scripts/mesh.py"

@@ -1,0 +1,61 @@
+"""Particles and consensus as the later stages read them."""
+
+if config["simulate"] is not None:
+    SIMULATED = Path(config["particles"]).parent
+
+    rule simulate:
+        output:
+            particles=config["particles"],
+            consensus=config["consensus"],
+            truth=SIMULATED / "truth.npz",
+        log:
+            f"{LOGS}/simulate.log",
+        benchmark:
+            f"{BENCHMARKS}/simulate.tsv"
+        conda:
+            "../../envs/flexlib.yaml"
+        threads: 8
+        resources:
+            mem_mb=memory(4000),
+            runtime=60,
+        params:
+            settings=config["simulate"],
+        message:
+            "Simulate particles of a flexible phantom"
+        script:
+            "../scripts/simulate.py"
+
+
+rule prepare:
+    input:
+        particles=config["particles"],
+        consensus=config["consensus"],
+        mask=given("mask"),
+        passthrough=given("passthrough"),
+    output:
+        particles=f"{PARTICLES}/particles.star",
+        images=f"{PARTICLES}/train.mrcs",
+        consensus=f"{PARTICLES}/consensus.mrc",
+        mask=f"{PARTICLES}/mask.mrc",
+        full_consensus=f"{PARTICLES}/full/consensus.mrc",
+        full_mask=f"{PARTICLES}/full/mask.mrc",
+        noise=f"{PARTICLES}/noise.csv",
+        record=f"{PARTICLES}/prepared.json",
+    log:
+        f"{LOGS}/prepare.log",
+    benchmark:
+        f"{BENCHMARKS}/prepare.tsv"
+    conda:
+        "../../envs/flexlib.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(8000),
+        runtime=240,
+    params:
+        settings=config["prepare"],
+        mask_settings=mask_settings,
+        image_root=config["image_root"],
+    message:
+        "Prepare the particles and the consensus"
+    script:
+        "../scripts/prepare.py"

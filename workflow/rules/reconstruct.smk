@@ -1,0 +1,35 @@
+"""Half-maps at full resolution, for the points that the config asks for."""
+
+RECONSTRUCTED = ["flex", "rigid"] if config["reconstruct"]["rigid_baseline"] else ["flex"]
+
+
+rule reconstruct:
+    input:
+        particles=rules.prepare.output.particles,
+        mask=rules.prepare.output.full_mask,
+        model=rules.train.output.model,
+    output:
+        maps=expand(
+            f"{RECONSTRUCT}/{{kind}}_{{map}}.mrc",
+            kind=RECONSTRUCTED,
+            map=["half1", "half2", "map"],
+            allow_missing=True,
+        ),
+        fsc=f"{RECONSTRUCT}/fsc.csv",
+        convergence=f"{RECONSTRUCT}/convergence.csv",
+    log:
+        f"{LOGS}/reconstruct/{POINT_PATTERN}.log",
+    benchmark:
+        f"{BENCHMARKS}/reconstruct/{POINT_PATTERN}.tsv"
+    conda:
+        "../../envs/flexlib.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(16000),
+        runtime=720,
+    params:
+        settings=reconstruct_settings,
+    message:
+        "Reconstruct half-maps: {wildcards}"
+    script:
+        "../scripts/reconstruct.py"

@@ -1,0 +1,37 @@
+"""Flow, latents and canonical map, once per point of the sweep.
+
+Checkpoints are written beside the outputs, in checkpoints/, and are not declared: Snakemake removes declared outputs
+when a job fails, and a job that is tried again resumes from them.
+"""
+
+
+rule train:
+    input:
+        particles=rules.prepare.output.particles,
+        images=rules.prepare.output.images,
+        consensus=rules.prepare.output.consensus,
+        mask=rules.prepare.output.mask,
+        mesh=rules.mesh.output.mesh,
+        extra=user_files("train"),
+    output:
+        model=f"{TRAIN}/model.pt",
+        canonical=f"{TRAIN}/canonical.mrc",
+        latents=f"{TRAIN}/latents.star",
+        history=f"{TRAIN}/log.csv",
+        validation=f"{TRAIN}/validation.json",
+    log:
+        f"{LOGS}/train/{POINT_PATTERN}.log",
+    benchmark:
+        f"{BENCHMARKS}/train/{POINT_PATTERN}.tsv"
+    conda:
+        "../../envs/flexlib.yaml"
+    threads: 8
+    resources:
+        mem_mb=memory(8000),
+        runtime=720,
+    params:
+        settings=train_settings,
+    message:
+        "Train: {wildcards.cells} cells, {wildcards.dims} dims, rigidity {wildcards.rigidity}, seed {wildcards.seed}"
+    script:
+        "../scripts/train.py"

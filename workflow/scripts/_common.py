@@ -1,0 +1,62 @@
+"""What every script does besides calling its stage: threads, logging, and the user's mistakes told in one line."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flexlib.errors import InputError
+
+
+def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
+    """Call ``stage(snakemake)``; ends the process with status 1 and one line on an ``InputError``.
+
+    Threads are set before ``stage`` imports anything, because numba reads its number once.
+    """
+    _set_threads(snakemake.threads)
+    _log_to(snakemake.log[0])
+    try:
+        stage(snakemake)
+    except InputError as error:
+        logging.getLogger(snakemake.rule).error("%s", error)
+        sys.exit(1)
+    except Exception:
+        logging.getLogger(snakemake.rule).exception("failed")
+        sys.exit(1)
+
+
+def use_torch_threads(snakemake: Any) -> None:
+    """Give torch the rule's threads; apart from ``run_stage``, so that scripts without torch do not import it."""
+    import torch
+
+    torch.set_num_threads(snakemake.threads)
+
+
+def folder(path: Any) -> Path:
+    """The folder that holds an input or output."""
+    return Path(str(path)).parent
+
+
+def optional(value: Any) -> Path | None:
+    """A declared but perhaps empty input, or a parameter that may be None, as a path."""
+    text = str(value) if value else ""
+    return Path(text) if text else None
+
+
+def _set_threads(threads: int) -> None:
+    for variable in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = str(threads)
+
+
+def _log_to(path: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.FileHandler(path, mode="w"), logging.StreamHandler(sys.stderr)],
+        force=True,
+    )
+    logging.captureWarnings(True)

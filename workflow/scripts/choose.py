@@ -1,0 +1,12 @@
+"""Checkpoint choose: the simplest point within one standard error of the best held-out score."""
+
+from _common import run_stage
+
+
+def choose(snakemake):
+    from flexlib.sweep import choose_from_files
+
+    choose_from_files(snakemake.params.points, snakemake.input.validation, snakemake.output.best)
+
+
+run_stage(choose, snakemake)

@@ -1,0 +1,18 @@
+"""Rule generate: series of maps along the latent space of one point."""
+
+from _common import folder, run_stage, use_torch_threads
+
+
+def generate(snakemake):
+    from flexlib.generate import generate_series
+    from flexlib.settings import GenerateSettings, make_settings
+
+    use_torch_threads(snakemake)
+    generate_series(
+        folder(snakemake.input.model),
+        snakemake.output.series,
+        make_settings(GenerateSettings, snakemake.params.settings),
+    )
+
+
+run_stage(generate, snakemake)

@@ -1,0 +1,19 @@
+"""Rule reconstruct: half-maps of one point, with and without its motion."""
+
+from _common import folder, run_stage, use_torch_threads
+
+
+def reconstruct(snakemake):
+    from flexlib import reconstruct as stage
+    from flexlib.settings import ReconstructSettings, make_settings
+
+    use_torch_threads(snakemake)
+    stage.reconstruct(
+        folder(snakemake.input.particles),
+        folder(snakemake.input.model),
+        folder(snakemake.output.fsc),
+        make_settings(ReconstructSettings, snakemake.params.settings),
+    )
+
+
+run_stage(reconstruct, snakemake)

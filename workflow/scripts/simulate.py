@@ -1,0 +1,13 @@
+"""Rule simulate: particles of a flexible phantom, for the demo and the tests."""
+
+from _common import folder, run_stage, use_torch_threads
+
+
+def simulate(snakemake):
+    from flexlib.simulate import simulate_particles
+
+    use_torch_threads(snakemake)
+    simulate_particles(folder(snakemake.output.particles), **snakemake.params.settings)
+
+
+run_stage(simulate, snakemake)

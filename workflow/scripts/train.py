@@ -1,0 +1,19 @@
+"""Rule train: flow, latents and canonical map of one point of the sweep."""
+
+from _common import folder, run_stage, use_torch_threads
+
+
+def train(snakemake):
+    from flexlib import training
+    from flexlib.settings import TrainSettings, make_settings
+
+    use_torch_threads(snakemake)
+    training.train(
+        folder(snakemake.input.particles),
+        folder(snakemake.input.mesh),
+        folder(snakemake.output.model),
+        make_settings(TrainSettings, snakemake.params.settings),
+    )
+
+
+run_stage(train, snakemake)
