@@ -164,7 +164,7 @@ def _optics_groups(fields, numbers, path: Path) -> tuple[tuple[OpticsGroup, ...]
 
 
 def _optics_group(row: np.ndarray) -> OpticsGroup:
-    """One group from (group id, kV, Cs mm, amplitude contrast, A/px, box, tilt A 2, trefoil A 2, tetra A 4, anisomag 4).
+    """One group from (id, kV, Cs mm, amplitude contrast, A/px, box, tilt A 2, trefoil A 2, tetra A 4, anisomag 4).
 
     With theta = atan2(ky, kx): odd phase -2 pi lambda^2 k^3 (tilt . (cos, sin) theta) is RELION's beam tilt with
     ``tilt_A = Cs * tilt_rad``; trefoil and tetrafoil are Zernike terms Z3^+-3, Z4^+-2 (with Z2^+-2) and Z4^+-4.

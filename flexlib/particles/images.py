@@ -8,6 +8,17 @@ The data model, for particle i and Fourier pixel k of an N x N image (full plane
 the CTF, the per-group image scale, the whitening filter 1/sigma(|k|), the per-particle scale and the 1/N of the
 orthonormal FFT, and is zero for |k| >= N/2. So the log-likelihood in nats is -1/2 sum over the full plane of the
 squared residual; in the half plane of rfft2 (what is stored) columns 0 < kx < N/2 count twice: ``plane_weight``.
+
+One map predicts images at every box. A map that is Fourier-cropped keeps its voxel values (densities), so the sum over
+voxels of a map at pixel size a is (p/a)^3 times that of the same map at the images' pixel size p. ``transfer`` takes
+that factor in::
+
+    transfer = image_scale * particle_scale * CTF / sigma(|k|) * (a/p)^3 / C
+
+where C is the side, in original pixels, of the real-space crop (C p = N a). An orthonormal FFT's coefficients are
+carried over unchanged when an image is Fourier-cropped from C to N pixels, so noise stays at unit variance and both
+boxes give the same numbers at the same frequency. ``image_scale`` is what one consensus voxel summed along the
+projection is worth in units of the original images.
 """
 
 from __future__ import annotations
@@ -15,10 +26,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import torch
+
+from flexlib.particles.table import Particles
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,7 @@ class ImageBatch:
     rows: np.ndarray  # (b,) int64, rows of the image source
     images: torch.Tensor  # (b, N, N//2+1) complex64, whitened, orthonormal rfft2, phase origin at pixel N//2
     transfer: torch.Tensor  # (b, N, N//2+1) float32 (complex64 with odd aberrations)
-    rotation: torch.Tensor  # (b, 3, 3) float32, view = rotation @ volume
+    rotation: torch.Tensor  # (b, 3, 3) float32, view = rotation @ volume (times any magnification matrix, transposed)
     origin_px: torch.Tensor  # (b, 2) float32, subtract from view positions
 
 
@@ -38,6 +52,7 @@ class ImageSource(Protocol):
     box: int
     pixel_size_A: float
     half_set: np.ndarray  # (n,) int8, 0 or 1
+    particles: Particles  # their pixel size and box are this source's
 
     def __len__(self) -> int: ...
 
@@ -51,10 +66,9 @@ def plane_weight(box: int, max_shell: float | None = None) -> torch.Tensor:
 
     1 at kx = 0, 2 elsewhere (Friedel mates), 0 for |k| >= box/2 and for |k| > ``max_shell`` (shells, optional).
     """
-    ky = torch.fft.fftfreq(box, 1.0 / box)[:, None]
-    kx = torch.arange(box // 2 + 1, dtype=torch.float32)[None, :]
-    radius = torch.sqrt(ky**2 + kx**2)
-    weight = torch.where(kx == 0, 1.0, 2.0).expand(radius.shape).clone()
+    radius = shell_radius(box)
+    weight = torch.full_like(radius, 2.0)
+    weight[:, 0] = 1.0
     weight[radius >= box / 2] = 0.0
     if max_shell is not None:
         weight[radius > max_shell] = 0.0
@@ -79,3 +93,37 @@ def read_ahead(
 def split_batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Cut ``rows`` into consecutive batches of at most ``batch_size``, none dropped."""
     return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+
+
+@lru_cache(maxsize=32)
+def _centre_phase(box: int, device: str) -> torch.Tensor:
+    """(box, box//2+1) float32 +-1: moves the phase origin of rfft2 from pixel 0 to pixel box//2 (even boxes)."""
+    ky = torch.arange(box)[:, None]
+    kx = torch.arange(box // 2 + 1)[None, :]
+    return (1.0 - 2.0 * ((ky + kx) % 2)).to(torch.float32).to(device)
+
+
+def centred_rfft2(images: torch.Tensor) -> torch.Tensor:
+    """Orthonormal rfft2 of (b, N, N) images, N even, phase origin at pixel N//2: (b, N, N//2+1) complex."""
+    return torch.fft.rfft2(images, norm="ortho") * _centre_phase(images.shape[-1], str(images.device))
+
+
+def centred_irfft2(spectra: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``centred_rfft2``: (b, N, N) real images."""
+    box = spectra.shape[-2]
+    return torch.fft.irfft2(spectra * _centre_phase(box, str(spectra.device)), s=(box, box), norm="ortho")
+
+
+def fourier_crop(spectra: torch.Tensor, box: int) -> torch.Tensor:
+    """The (b, box, box//2+1) coefficients of a smaller even box; coefficients at |k| >= box/2 are set to zero."""
+    half = box // 2
+    if spectra.shape[-2] != box:
+        spectra = torch.cat([spectra[:, :half, : half + 1], spectra[:, -half:, : half + 1]], 1)
+    return spectra * (plane_weight(box) > 0).to(spectra.device)
+
+
+def shell_radius(box: int) -> torch.Tensor:
+    """(box, box//2+1) float32 |k| of each stored coefficient, in shells (cycles per box)."""
+    ky = torch.fft.fftfreq(box, 1.0 / box)[:, None]
+    kx = torch.arange(box // 2 + 1, dtype=torch.float32)[None, :]
+    return torch.sqrt(ky**2 + kx**2)

@@ -1,0 +1,431 @@
+"""prepare: from the user's particles and consensus map to whitened training images.
+
+Noise and scale are measured against the consensus: in each optics group, a random sample of images is compared with
+CTF * projection of the consensus. Per image and shell three sums suffice, <X,X>, <X,P> and <P,P>: from them come the
+scale s = sum <X,P>/sigma^2 / sum <P,P>/sigma^2 and the noise power <X,X> - 2 s <X,P> + s^2 <P,P>.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flexlib.errors import InputError
+from flexlib.files import atomic_path, write_json
+from flexlib.maps import (
+    Map,
+    crop_or_pad_real,
+    fourier_crop_map,
+    fourier_pad_map,
+    make_mask,
+    read_map,
+    resample_mask,
+    write_map,
+)
+from flexlib.mesh.tetmesh import single_cell_mesh
+from flexlib.mesh.voxels import voxelise
+from flexlib.particles.images import centred_irfft2, fourier_crop, plane_weight, shell_radius
+from flexlib.particles.prepared import (
+    NOISE,
+    PARTICLES,
+    SUMMARY,
+    TRAIN_STACK,
+    FullImages,
+    new_image_stack,
+    write_noise,
+)
+from flexlib.particles.read import read_particles
+from flexlib.particles.stack import Stacks, open_stacks
+from flexlib.particles.table import Particles
+from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
+from flexlib.settings import MeshSettings, PrepareSettings
+
+log = logging.getLogger(__name__)
+
+_SEED = 0
+_SAMPLE = 1000  # images per optics group that noise and scale are measured on
+_MIN_SAMPLE = 50  # smaller groups are measured together
+_SHELL_SAMPLES = 2000  # Fourier samples wanted for sigma; neighbouring shells are averaged until there are so many
+_BAND_A = 8.0  # scale is measured on frequencies up to 1/8 A, and half of Nyquist at least
+_PIXEL_SIZE_TOLERANCE = 0.01  # between map and images
+_CHUNK_PIXELS = 2**23
+
+
+def prepare_particles(
+    particles: str | Path,
+    consensus: str | Path,
+    out_dir: str | Path,
+    *,
+    mask: str | Path | None = None,
+    passthrough: str | Path | None = None,
+    image_root: str | Path | None = None,
+    settings: PrepareSettings | None = None,
+    mask_settings: MeshSettings | None = None,
+) -> None:
+    """Read, check, select, measure noise and scale, whiten, crop; write ``results/<name>/particles``.
+
+    Parameters
+    ----------
+    particles : .star or .cs file; ``passthrough`` and ``image_root`` as in ``read_particles``.
+    consensus : map the particles' poses belong to, any box and pixel size.
+    out_dir : folder to write; its files are listed in docs/architecture.md.
+    mask : soft solvent mask on the consensus' grid; None makes one with ``mask_settings``.
+
+    Raises InputError, before any long work, where anything in the input is missing or contradicts the rest.
+    """
+    settings, mask_settings = settings or PrepareSettings(), mask_settings or MeshSettings()
+    if settings.symmetry.upper() != "C1":
+        raise InputError(f"prepare.symmetry: {settings.symmetry} is not supported yet, only C1")
+    everything = read_particles(particles, passthrough, image_root)
+    pixel_size_A = _common_pixel_size(everything)
+    stacks, everything = open_stacks(everything)
+    crop_box, train_box = _boxes(settings, stacks.box)
+    volume, soft_mask = _read_maps(consensus, mask, stacks.box, pixel_size_A)
+    if soft_mask is None:
+        soft_mask = _mask_of(volume, pixel_size_A, mask_settings)
+    kept, half_sets = select_particles(everything, settings)
+    log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), stacks.box, pixel_size_A)
+
+    sigma, image_scale = measure_noise(kept, stacks, pixel_size_A, volume.data * soft_mask, soft_mask > 0)
+    full = FullImages(stacks, kept, crop_box, pixel_size_A, image_scale, sigma, stacks.box, pixel_size_A)
+    train_pixel_size_A = pixel_size_A * crop_box / train_box
+    out = Path(out_dir)
+    write_training_stack(full, out / TRAIN_STACK, train_box)
+    write_noise(out / NOISE, sigma, np.arange(sigma.shape[1]) / (stacks.box * pixel_size_A))
+    _write_maps(out, volume, soft_mask, crop_box, train_box, pixel_size_A)
+    _write_particles(out / PARTICLES, kept, train_box, train_pixel_size_A)
+    write_json(
+        out / SUMMARY,
+        {
+            "particles": str(Path(particles).absolute()),
+            "passthrough": None if passthrough is None else str(Path(passthrough).absolute()),
+            "image_root": None if image_root is None else str(Path(image_root).absolute()),
+            "consensus": str(Path(consensus).absolute()),
+            "mask": None if mask is None else str(Path(mask).absolute()),
+            "num_input": len(everything),
+            "num_particles": len(kept),
+            "half_sets": half_sets,
+            "full_box": stacks.box,
+            "full_pixel_size_A": pixel_size_A,
+            "crop_box": crop_box,
+            "train_box": train_box,
+            "train_pixel_size_A": train_pixel_size_A,
+            "image_scale": [float(scale) for scale in image_scale],
+            "settings": dataclasses.asdict(settings),
+            "mask_settings": dataclasses.asdict(mask_settings),
+        },
+    )
+
+
+def _common_pixel_size(particles: Particles) -> float:
+    """A per pixel, the same in all optics groups up to rounding. Raises InputError where it isn't."""
+    sizes = np.array([group.pixel_size_A for group in particles.optics])
+    if np.ptp(sizes) > 1e-4 * sizes.max():
+        raise InputError(
+            f"{particles.source_path}: optics groups of different pixel sizes, {sizes.min():g} to {sizes.max():g} A: "
+            "rescale their images to one pixel size first"
+        )
+    return float(sizes[0])
+
+
+def _boxes(settings: PrepareSettings, box: int) -> tuple[int, int]:
+    """(crop_box, train_box) in pixels, even; no larger than what they are cut from. Raises InputError."""
+    crop = settings.crop_box if settings.crop_box is not None else box
+    for name, value in (("crop_box", crop), ("train_box", settings.train_box)):
+        if value < 16 or value % 2:
+            hint = f": set an even crop_box below {box}" if settings.crop_box is None and name == "crop_box" else ""
+            raise InputError(f"prepare.{name}: {value} px: an even number of at least 16 is needed{hint}")
+    if crop > box:
+        raise InputError(f"prepare.crop_box: {crop} px is larger than the images' box of {box} px")
+    if box % 2:
+        raise InputError(f"images of an odd box ({box} px) are not supported: extract them again with an even box")
+    train = min(settings.train_box, crop)
+    if train < settings.train_box:
+        log.info(
+            "train_box %d is not smaller than the images' box: %d px, not Fourier-cropped", settings.train_box, crop
+        )
+    return crop, train
+
+
+def _read_maps(
+    consensus: str | Path, mask: str | Path | None, box: int, pixel_size_A: float
+) -> tuple[Map, np.ndarray | None]:
+    """The consensus on the images' full grid, and the mask, if given, in [0, 1]."""
+    volume = read_map(consensus)
+    soft_mask = None
+    if mask is not None:
+        read = read_map(mask)
+        if read.box != volume.box or abs(read.pixel_size_A / volume.pixel_size_A - 1) > _PIXEL_SIZE_TOLERANCE:
+            raise InputError(
+                f"{mask}: mask of {read.box} voxels of {read.pixel_size_A:.4g} A, but the consensus has "
+                f"{volume.box} of {volume.pixel_size_A:.4g} A"
+            )
+        if read.data.min() < -0.01 or read.data.max() > 1.01 or read.data.max() <= 0:
+            raise InputError(f"{mask}: a mask has values from 0 to 1, not {read.data.min():g} to {read.data.max():g}")
+        soft_mask = np.clip(match_grid(read, box, pixel_size_A, str(mask)).data, 0.0, 1.0)
+        soft_mask[soft_mask < 0.01] = 0.0  # ringing of a resampled edge
+    return match_grid(volume, box, pixel_size_A, str(consensus)), soft_mask
+
+
+def match_grid(volume: Map, box: int, pixel_size_A: float, name: str) -> Map:
+    """Bring a map to another box and pixel size: real-space pad, Fourier resampling, real-space crop or pad.
+
+    Padding makes the ratio of pixel sizes a ratio of even boxes as nearly as possible. Raises InputError, with the
+    map's ``name``, where the pixel sizes would still differ by more than 1 %.
+    """
+    ratio = volume.pixel_size_A / pixel_size_A
+    if volume.box == box and abs(ratio - 1) <= _PIXEL_SIZE_TOLERANCE:
+        if abs(ratio - 1) > 1e-3:
+            log.warning("%s: %.5g A/px taken as the images' %.5g A/px", name, volume.pixel_size_A, pixel_size_A)
+        return replace(volume, pixel_size_A=pixel_size_A)
+    data, padded, resampled = volume.data, volume.box, volume.box
+    errors = {}
+    for candidate in range(volume.box, volume.box + 64, 2):
+        target = 2 * round(candidate * ratio / 2)
+        errors[candidate] = abs(candidate * ratio / max(target, 1) - 1)
+        if errors[candidate] < 1e-4:
+            break
+    padded = min(errors, key=lambda candidate: errors[candidate])
+    if errors[padded] > _PIXEL_SIZE_TOLERANCE:
+        raise InputError(
+            f"{name}: {volume.box} voxels of {volume.pixel_size_A:.5g} A cannot be brought to the images' "
+            f"{pixel_size_A:.5g} A/px within 1 %"
+        )
+    resampled = 2 * round(padded * ratio / 2)
+    data = crop_or_pad_real(data, padded)
+    data = fourier_crop_map(data, resampled) if resampled <= padded else fourier_pad_map(data, resampled)
+    log.info(
+        "%s: %d voxels of %.5g A brought to the images' %d of %.5g A", name, volume.box, volume.pixel_size_A, box,
+        pixel_size_A,
+    )  # fmt: skip
+    return Map(crop_or_pad_real(data, box), pixel_size_A, *_placement_of(volume, box, pixel_size_A))
+
+
+def _placement_of(
+    volume: Map, box: int, pixel_size_A: float
+) -> tuple[tuple[float, float, float], tuple[int, int, int]]:
+    """ORIGIN and NSTART for a map on another grid whose centre stays in place."""
+    from flexlib.maps import _placement
+
+    origin_A, nstart = _placement(volume, box, pixel_size_A)
+    return (origin_A[0], origin_A[1], origin_A[2]), nstart
+
+
+def _mask_of(volume: Map, pixel_size_A: float, settings: MeshSettings) -> np.ndarray:
+    mask = make_mask(
+        volume.data, pixel_size_A, settings.lowpass_A, settings.threshold, settings.dilate_A, settings.pad_A
+    )
+    log.info("mask made from the consensus: %.3g %% of the box", 100 * float(mask.mean()))
+    return mask
+
+
+def select_particles(particles: Particles, settings: PrepareSettings) -> tuple[Particles, str]:
+    """The particles to keep, in input order, all with a half-set; and where half-sets came from ("input", "random").
+
+    Drops by ``min_scale`` (CryoSPARC's alpha times the CTF scale), splits at random where the input has no half-sets
+    or ``resplit`` asks for it, then draws ``max_particles`` evenly from both halves. Seeded.
+    """
+    rng = np.random.default_rng(_SEED)
+    keep = np.arange(len(particles))
+    if settings.min_scale is not None:
+        scale = particles.ctf_scale * (1.0 if particles.particle_scale is None else particles.particle_scale)
+        keep = keep[scale >= settings.min_scale]
+        log.info("min_scale %g drops %d particles", settings.min_scale, len(particles) - len(keep))
+        if len(keep) < 2:
+            raise InputError(f"prepare.min_scale: {settings.min_scale:g} leaves {len(keep)} particles")
+    half_set, origin = particles.half_set.copy(), "input"
+    if settings.resplit or len(np.unique(half_set[keep])) < 2 or (half_set < 0).any():
+        half_set[rng.permutation(keep)] = np.arange(len(keep)) % 2
+        origin = "random"
+        why = "resplit is set" if settings.resplit else f"{particles.source_path} has no half-sets"
+        log.warning("%s: particles are split at random into two halves", why)
+    if settings.max_particles is not None and settings.max_particles < len(keep):
+        if settings.max_particles < 2:
+            raise InputError(f"prepare.max_particles: {settings.max_particles}: at least 2 are needed")
+        halves = [rng.permutation(keep[half_set[keep] == half]) for half in (0, 1)]
+        first = min(len(halves[0]), max((settings.max_particles + 1) // 2, settings.max_particles - len(halves[1])))
+        keep = np.sort(np.concatenate([halves[0][:first], halves[1][: settings.max_particles - first]]))
+    chosen = replace(particles, half_set=half_set).subset(keep)
+    used, index = np.unique(chosen.optics_index, return_inverse=True)
+    optics = tuple(chosen.optics[group] for group in used)
+    return replace(chosen, optics=optics, optics_index=index.astype(np.int32)), origin
+
+
+@dataclass(frozen=True)
+class ShellSums:
+    """Per image and shell: sums over the full Fourier plane of |X|^2, Re(X P*), |P|^2; and pixels per shell."""
+
+    image: np.ndarray  # (m, shells) float64
+    cross: np.ndarray
+    predicted: np.ndarray
+    pixels: np.ndarray  # (shells,)
+
+    def subset(self, rows: np.ndarray) -> ShellSums:
+        return ShellSums(self.image[rows], self.cross[rows], self.predicted[rows], self.pixels)
+
+
+def measure_noise(
+    particles: Particles, stacks: Stacks, pixel_size_A: float, density: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Noise spectrum and scale of each optics group.
+
+    Parameters: ``density`` (N, N, N) consensus times soft mask on the images' grid, ``mask`` (N, N, N) bool.
+    Returns ``sigma`` (groups, N//2), the noise's standard deviation per shell of the orthonormal FFT of the raw
+    images, and ``image_scale`` (groups,). Raises InputError where the images show no trace of the consensus.
+    """
+    rng = np.random.default_rng(_SEED)
+    num_groups = len(particles.optics)
+    samples = []
+    for group in range(num_groups):
+        members = np.flatnonzero(particles.optics_index == group)
+        samples.append(np.sort(rng.permutation(members)[: max(_MIN_SAMPLE, min(_SAMPLE, 8 * _SAMPLE // num_groups))]))
+    rows = np.concatenate(samples)
+    sums = _compare(particles, stacks, pixel_size_A, density, mask, rows)
+    group_of_row = particles.optics_index[rows]
+    large = np.array([len(sample) >= _MIN_SAMPLE for sample in samples])
+    sigma, image_scale = np.empty((num_groups, len(sums.pixels))), np.empty(num_groups)
+    band = _scale_band(stacks.box, pixel_size_A)
+    for group in range(num_groups):
+        members = group_of_row == group if large[group] else ~large[group_of_row]
+        sigma[group], image_scale[group] = noise_and_scale(sums.subset(members), band)
+        log.info(
+            "optics group %s: image scale %.4g, noise sigma %.4g (low shells) to %.4g (high), from %d images",
+            particles.optics[group].name, image_scale[group], sigma[group, 1], sigma[group, -1], members.sum(),
+        )  # fmt: skip
+        if image_scale[group] <= 0:
+            raise InputError(
+                f"{particles.source_path}: the images of optics group {particles.optics[group].name} do not match "
+                "projections of the consensus (contrast inverted? other map or poses?)"
+            )
+    return sigma, image_scale
+
+
+def _compare(
+    particles: Particles, stacks: Stacks, pixel_size_A: float, density: np.ndarray, mask: np.ndarray, rows: np.ndarray
+) -> ShellSums:
+    """Shell sums of the raw images at ``rows`` against unscaled predictions from the consensus."""
+    box = stacks.box
+    groups = len(particles.optics)
+    flat = np.ones((groups, box // 2))
+    source = FullImages(stacks, particles, box, pixel_size_A, np.ones(groups), flat, box, pixel_size_A)
+    mesh = single_cell_mesh(box * pixel_size_A)
+    voxels = VoxelTensors.from_mesh_voxels(voxelise(mesh, mask, pixel_size_A))
+    vertices_A = torch.as_tensor(mesh.vertices_A, dtype=torch.float32)
+    values = gather_volume(np.ascontiguousarray(density, np.float32), voxels)
+    shell = torch.clamp(torch.round(shell_radius(box)), max=box // 2 - 1).to(torch.int64).ravel()
+    weight = plane_weight(box).ravel()
+
+    def shell_sums(product: torch.Tensor) -> np.ndarray:
+        weighted = (product.flatten(1) * weight).double()
+        return torch.zeros((len(product), box // 2), dtype=torch.float64).index_add_(1, shell, weighted).numpy()
+
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    step = max(1, _CHUNK_PIXELS // box**2)
+    for start in tqdm(range(0, len(rows), step), desc="noise and scale", unit="chunk", disable=None):
+        batch = source.batch(rows[start : start + step])
+        vertices = view_vertices(vertices_A, batch.rotation, batch.origin_px, pixel_size_A)
+        predicted = project(values, vertices, voxels, "cubic") * batch.transfer
+        parts.append(
+            (
+                shell_sums(batch.images.abs().square()),
+                shell_sums((batch.images * predicted.conj()).real),
+                shell_sums(predicted.abs().square()),
+            )
+        )
+    image, cross, prediction = (np.concatenate(part) for part in zip(*parts, strict=True))
+    pixels = torch.zeros(box // 2).index_add_(0, shell, weight).double().numpy()
+    return ShellSums(image, cross, prediction, pixels)
+
+
+def _scale_band(box: int, pixel_size_A: float) -> np.ndarray:
+    """(shells,) bool: shells used for the scale; the mean and the first shell depend on background subtraction."""
+    shells = np.arange(box // 2)
+    return (shells >= 2) & (shells <= max(box * pixel_size_A / _BAND_A, box / 4))
+
+
+def noise_and_scale(sums: ShellSums, band: np.ndarray) -> tuple[np.ndarray, float]:
+    """sigma (shells,) and scale of the images in ``sums``, alternately; ``band`` (shells,) bool: the scale's shells.
+
+    Images whose residual power lies far outside the others' (five robust deviations) don't count.
+    """
+    keep = np.ones(len(sums.image), bool)
+    power = sums.image.sum(0) / (len(keep) * sums.pixels)
+    scale = 0.0
+    for _ in range(4):
+        weight = np.where(band, 1.0 / power, 0.0)
+        scale = float((sums.cross[keep] @ weight).sum() / max((sums.predicted[keep] @ weight).sum(), 1e-300))
+        residual = sums.image - 2 * scale * sums.cross + scale**2 * sums.predicted
+        total = residual.sum(1)
+        spread = 1.4826 * np.median(np.abs(total - np.median(total)))
+        keep = np.abs(total - np.median(total)) <= 5 * spread + 1e-6 * np.median(total)
+        power = smooth_power(residual[keep].mean(0) / sums.pixels, len(total[keep]) * sums.pixels)
+    return np.sqrt(power), scale
+
+
+def smooth_power(power: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Average (shells,) noise power over neighbouring shells, no further than needed for ``_SHELL_SAMPLES`` samples.
+
+    Never below a millionth of the median, so that whitening stays finite.
+    """
+    smoothed = np.empty_like(power)
+    for shell in range(len(power)):
+        reach = 0
+        while True:
+            window = slice(max(0, shell - reach), shell + reach + 1)
+            if samples[window].sum() >= _SHELL_SAMPLES or reach >= len(power) or (shell == 0 and reach >= 0):
+                break
+            reach += 1
+        smoothed[shell] = np.average(power[window], weights=samples[window])
+    return np.maximum(smoothed, 1e-6 * np.median(smoothed))
+
+
+def write_training_stack(source: FullImages, path: Path, train_box: int) -> None:
+    """Whiten, Fourier-crop and write all images of ``source``, chunk by chunk, as a float32 stack."""
+    pixel_size_A = source.pixel_size_A * source.box / train_box
+    step = max(1, _CHUNK_PIXELS // source.box**2)
+    with atomic_path(path) as temporary, new_image_stack(temporary, len(source), train_box, pixel_size_A) as stack:
+        for start in tqdm(range(0, len(source), step), desc="training images", unit="chunk", disable=None):
+            rows = np.arange(start, min(start + step, len(source)))
+            stack.data[rows[0] : rows[-1] + 1] = centred_irfft2(fourier_crop(source.whitened(rows), train_box)).numpy()
+
+
+def _write_maps(
+    out: Path, volume: Map, soft_mask: np.ndarray, crop_box: int, train_box: int, pixel_size_A: float
+) -> None:
+    """Consensus and mask at the reconstruction box (``full/``) and at the training box."""
+    density, soft_mask = crop_or_pad_real(volume.data, crop_box), crop_or_pad_real(soft_mask, crop_box)
+    train_pixel_size_A = pixel_size_A * crop_box / train_box
+    write_map(out / "full" / "consensus.mrc", density, pixel_size_A, volume)
+    write_map(out / "full" / "mask.mrc", soft_mask, pixel_size_A, volume)
+    write_map(out / "consensus.mrc", fourier_crop_map(density, train_box), train_pixel_size_A, volume)
+    write_map(out / "mask.mrc", resample_mask(soft_mask, train_box), train_pixel_size_A, volume)
+
+
+def _write_particles(path: Path, particles: Particles, train_box: int, train_pixel_size_A: float) -> None:
+    """particles.star: training images with poses and CTFs, and where each came from."""
+    from flexlib.particles.star import relion_tables, write_star
+
+    count = len(particles)
+    training = replace(
+        particles,
+        optics=tuple(replace(group, box=train_box, pixel_size_A=train_pixel_size_A) for group in particles.optics),
+        contrast_sign=np.ones(count),
+        stack_index=np.zeros(count, np.int32),
+        image_index=np.arange(count),
+    )
+    blocks = relion_tables(training, [TRAIN_STACK])
+    table = blocks["particles"]
+    stacks = [str(stack.absolute()) for stack in particles.stack_paths]
+    table["flexImageName"] = [
+        f"{index + 1:06d}@{stacks[stack]}"
+        for index, stack in zip(particles.image_index, particles.stack_index, strict=True)
+    ]
+    table["flexInputRow"] = particles.source_row
+    table["flexInputSign"] = particles.contrast_sign.astype(int)
+    write_star(blocks, path)
