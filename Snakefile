@@ -32,4 +32,4 @@ rule all:
         f"{RESULTS}/sweep.csv",
         f"{RESULTS}/report.html",
         expand(f"{RESULTS}/generate/{{point}}", point=POINTS),
-        reconstructed_maps,
+        reconstructed("flex_map.mrc"),

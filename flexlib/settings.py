@@ -24,10 +24,10 @@ class SimulateSettings:
     """``simulate:`` (demo and tests only); ``box`` in pixels."""
 
     phantom: str = "antibody"
-    num_particles: int = 2000
+    num_particles: int = 1000
     box: int = 64
     pixel_size_A: float = 4.0
-    snr: float = 0.05
+    snr: float = 0.08
     seed: int = 0
 
 

@@ -153,54 +153,45 @@ def choose_from_files(points: Sequence[SweepPoint], validations: Sequence[str | 
     return chosen
 
 
-def summarise_sweep(points: Sequence[SweepPoint], results_dir: str | Path, out_csv: str | Path) -> None:
-    """Write ``sweep.csv`` from each point's ``validation.json`` and, where it was reconstructed, ``fsc.csv``.
+def summarise_sweep(
+    points: Sequence[SweepPoint],
+    results_dir: str | Path,
+    reconstructed: Sequence[SweepPoint],
+    out_csv: str | Path,
+) -> None:
+    """Write ``sweep.csv`` from each point's ``validation.json`` and, of the reconstructed ones, ``resolution.json``.
 
-    ``chosen`` marks the point of ``choose_point``; nobody is chosen where nothing was held out.
+    ``chosen`` marks the point that ``choose_point`` takes among the reconstructed ones: the one that the report shows.
+    Where several were reconstructed and none has a held-out score, none is chosen.
     """
     results_dir = Path(results_dir)
-    validations = [read_json(results_dir / "train" / point.path / "validation.json") for point in points]
-    scores = [read_score(point, content) for point, content in zip(points, validations, strict=True)]
-    chosen = choose_point(scores).point if any(math.isfinite(score.gain) for score in scores) else None
-    rows = [
-        {
-            **asdict(score.point),
-            "validation_gain": score.gain,
-            "validation_gain_se": score.standard_error,
-            **read_resolutions(results_dir / "reconstruct" / score.point.path),
-            "wall_s": content.get("wall_s"),
-            "chosen": score.point == chosen,
-        }
-        for score, content in zip(scores, validations, strict=True)
-    ]
+    validations = {point: read_json(results_dir / "train" / point.path / "validation.json") for point in points}
+    scores = {point: read_score(point, validation) for point, validation in validations.items()}
+    chosen = _chosen([scores[point] for point in reconstructed])
+    rows = []
+    for point in points:
+        row = {**asdict(point), "wall_s": validations[point].get("wall_s"), "chosen": point == chosen}
+        row |= {"validation_gain": scores[point].gain, "validation_gain_se": scores[point].standard_error}
+        if point in reconstructed:
+            row |= read_resolutions(results_dir / "reconstruct" / point.path / "resolution.json")
+        rows.append(row)
     write_sweep_table(rows, out_csv)
 
 
-def read_resolutions(reconstruct_dir: str | Path, threshold: float = 0.143) -> dict[str, float]:
-    """Resolutions in Angstrom of a reconstructed point, from its ``fsc.csv``; empty where there is none.
+def _chosen(candidates: Sequence[Score]) -> SweepPoint | None:
+    if len(candidates) == 1:
+        return candidates[0].point
+    return choose_point(candidates).point if any(math.isfinite(score.gain) for score in candidates) else None
 
-    The resolution is where the half-map FSC first falls below ``threshold``, linear between shells; that of the last
-    shell where it never does.
-    """
-    path = Path(reconstruct_dir) / "fsc.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    frequency = [float(row["frequency_1_per_A"]) for row in rows]
-    curves = {
-        kind: [float(row[f"fsc_{kind}"]) for row in rows] for kind in ("flex", "rigid") if f"fsc_{kind}" in rows[0]
+
+def read_resolutions(path: str | Path) -> dict[str, float]:
+    """Resolutions in Angstrom at FSC 0.143 from a ``resolution.json``: flexible and, where there is one, rigid."""
+    resolutions = read_json(path)
+    return {
+        f"resolution_{kind}_A": resolutions[f"{kind}_0.143_A"]
+        for kind in ("flex", "rigid")
+        if f"{kind}_0.143_A" in resolutions
     }
-    return {f"resolution_{kind}_A": 1 / _crossing(frequency, curve, threshold) for kind, curve in curves.items()}
-
-
-def _crossing(frequency: Sequence[float], curve: Sequence[float], threshold: float) -> float:
-    for index in range(1, len(curve)):
-        if curve[index] < threshold:
-            before, after = curve[index - 1], curve[index]
-            share = (before - threshold) / (before - after) if before > threshold else 0.0
-            return frequency[index - 1] + share * (frequency[index] - frequency[index - 1])
-    return frequency[-1]
 
 
 def write_sweep_table(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:

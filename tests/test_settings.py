@@ -1,9 +1,10 @@
 """The config: schema and settings say the same, mistakes are told in one line, numbers are numbers."""
 
+import inspect
 import json
 import re
 import tomllib
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from flexlib.settings import (
     SECTIONS,
     MeshSettings,
     ReconstructSettings,
+    SimulateSettings,
     TrainSettings,
     check_config,
     check_paths,
     make_settings,
 )
+from flexlib.simulate import simulate_particles
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
@@ -59,6 +62,11 @@ def test_filled_defaults_make_the_default_settings():
         if section != "simulate":
             assert make_settings(kind, config[section]) == kind()
     assert config["simulate"] is None
+
+
+def test_simulation_defaults_are_the_simulators():
+    parameters = inspect.signature(simulate_particles).parameters
+    assert {item.name: parameters[item.name].default for item in fields(SimulateSettings)} == asdict(SimulateSettings())
 
 
 def test_every_key_is_documented_as_the_schema_says():

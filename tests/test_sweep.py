@@ -13,7 +13,6 @@ from flexlib.sweep import (
     SweepPoint,
     choose_from_files,
     choose_point,
-    read_resolutions,
     select_points,
     summarise_sweep,
     sweep_points,
@@ -82,9 +81,8 @@ def test_table_and_choice_from_files(tmp_path):
     for point, gain in zip(points, (9.5, 10.0), strict=True):
         record = {"validation_gain": gain, "validation_gain_se": 1.0, "wall_s": 12.5}
         write_json(tmp_path / "train" / point.path / "validation.json", record)
-    fsc = tmp_path / "reconstruct" / points[0].path / "fsc.csv"
-    fsc.parent.mkdir(parents=True)
-    fsc.write_text("frequency_1_per_A,fsc_flex,fsc_rigid\n0.0,1,1\n0.1,0.643,0.543\n0.2,0.1430,0.043\n0.3,0.0,0.0\n")
+    resolutions = {"flex_0.143_A": 5.0, "flex_0.5_A": 7.0, "rigid_0.143_A": 6.5}
+    write_json(tmp_path / "reconstruct" / points[0].path / "resolution.json", resolutions)
 
     choose_from_files(
         points, [tmp_path / "train" / point.path / "validation.json" for point in points], tmp_path / "b.json"
@@ -93,19 +91,26 @@ def test_table_and_choice_from_files(tmp_path):
     assert best["path"] == points[0].path
     assert best["highest_validation_gain"] == 10.0
 
-    summarise_sweep(points, tmp_path, tmp_path / "sweep.csv")
+    summarise_sweep(points, tmp_path, points[:1], tmp_path / "sweep.csv")
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert [row["cells"] for row in rows] == ["10", "20"]
     assert [row["chosen"] for row in rows] == ["true", "false"]
-    assert float(rows[0]["resolution_flex_A"]) == pytest.approx(5.0)
-    assert float(rows[0]["resolution_rigid_A"]) == pytest.approx(1 / 0.18, rel=1e-5)
+    assert (rows[0]["resolution_flex_A"], rows[0]["resolution_rigid_A"]) == ("5", "6.5")
     assert rows[1]["resolution_flex_A"] == ""
     assert rows[1]["wall_s"] == "12.5"
 
 
-def test_resolutions_without_a_rigid_baseline(tmp_path):
-    assert read_resolutions(tmp_path) == {}
-    (tmp_path / "fsc.csv").write_text("frequency_1_per_A,fsc_flex\n0.0,1\n0.1,0.9\n0.25,0.8\n")
-    assert read_resolutions(tmp_path) == {"resolution_flex_A": 4.0}  # never falls: the last shell
+def test_chosen_is_among_the_reconstructed(tmp_path):
+    points = sweep_points(config([10, 20, 30]))
+    for point, gain in zip(points, (9.0, 10.0, 7.0), strict=True):
+        record = {"validation_gain": gain, "validation_gain_se": 0.5}
+        write_json(tmp_path / "train" / point.path / "validation.json", record)
+        write_json(tmp_path / "reconstruct" / point.path / "resolution.json", {"flex_0.143_A": 5.0})
+    for reconstructed, chosen in ((points, 1), (points[2:], 2), ([points[0], points[2]], 0)):
+        summarise_sweep(points, tmp_path, reconstructed, tmp_path / "sweep.csv")
+        with (tmp_path / "sweep.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["chosen"] for row in rows].index("true") == chosen
+        assert [row["resolution_flex_A"] != "" for row in rows] == [point in reconstructed for point in points]

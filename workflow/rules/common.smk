@@ -99,14 +99,9 @@ def reconstructed_points():
     return [json.loads(Path(best).read_text())["path"]]
 
 
-def reconstructed_maps(wildcards):
-    """The final map of each reconstructed point."""
-    return expand(f"{RESULTS}/reconstruct/{{point}}/flex_map.mrc", point=reconstructed_points())
-
-
-def reconstructed_curves(wildcards):
-    """The FSC curves of each reconstructed point."""
-    return expand(f"{RESULTS}/reconstruct/{{point}}/fsc.csv", point=reconstructed_points())
+def reconstructed(name):
+    """An input function: the file called ``name`` of each reconstructed point."""
+    return lambda wildcards: expand(f"{RESULTS}/reconstruct/{{point}}/{name}", point=reconstructed_points())
 
 
 def memory(base_mb):

@@ -16,6 +16,7 @@ rule reconstruct:
             allow_missing=True,
         ),
         fsc=f"{RECONSTRUCT}/fsc.csv",
+        resolution=f"{RECONSTRUCT}/resolution.json",
         convergence=f"{RECONSTRUCT}/convergence.csv",
     log:
         f"{LOGS}/reconstruct/{POINT_PATTERN}.log",

@@ -29,7 +29,7 @@ checkpoint choose:
 rule summarise:
     input:
         validation=TRAINED,
-        fsc=reconstructed_curves,
+        resolutions=reconstructed("resolution.json"),
     output:
         table=report(f"{RESULTS}/sweep.csv", category="Sweep"),
     log:
@@ -54,8 +54,8 @@ rule report:
     input:
         table=rules.summarise.output.table,
         series=expand(f"{RESULTS}/generate/{{point}}", point=POINTS),
-        maps=reconstructed_maps,
-        fsc=reconstructed_curves,
+        maps=reconstructed("flex_map.mrc"),
+        fsc=reconstructed("fsc.csv"),
         truth=rules.simulate.output.truth if config["simulate"] is not None else [],
     output:
         page=report(f"{RESULTS}/report.html", category="Report"),

@@ -6,7 +6,11 @@ from _common import folder, run_stage
 def summarise(snakemake):
     from flexlib.sweep import summarise_sweep
 
-    summarise_sweep(snakemake.params.points, folder(snakemake.output.table), snakemake.output.table)
+    results_dir = folder(snakemake.output.table)
+    folders = {folder(path) for path in snakemake.input.resolutions}
+    points = snakemake.params.points
+    reconstructed = [point for point in points if results_dir / "reconstruct" / point.path in folders]
+    summarise_sweep(points, results_dir, reconstructed, snakemake.output.table)
 
 
 run_stage(summarise, snakemake)
