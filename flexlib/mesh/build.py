@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
 from flexlib.files import write_json
 from flexlib.maps import lowpass_map, read_map, write_map
 from flexlib.mesh.io import write_mesh
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.mesh.rigidity import density_rigidity
+from flexlib.mesh.rigidity import barycentric_gradients, density_rigidity
 from flexlib.mesh.tetmesh import MeshVoxels, TetraMesh
 from flexlib.mesh.voxels import covered, tetra_index_map, voxelise
 from flexlib.settings import MeshSettings
@@ -94,8 +96,6 @@ def mesh_quality(mesh: TetraMesh, voxels: MeshVoxels, uncovered_voxels: int = 0)
 
 def dihedral_angles_deg(mesh: TetraMesh) -> np.ndarray:
     """(nc, 6) angles in degrees between each pair of a cell's faces."""
-    from flexlib.mesh.rigidity import barycentric_gradients
-
     normal = barycentric_gradients(mesh)  # the gradient of weight k is normal to the face opposite vertex k
     normal = normal / np.linalg.norm(normal, axis=2, keepdims=True)
     cosine = normal @ normal.transpose(0, 2, 1)
@@ -105,9 +105,6 @@ def dihedral_angles_deg(mesh: TetraMesh) -> np.ndarray:
 
 def count_bodies(mesh: TetraMesh) -> int:
     """Number of parts of the mesh that share no vertex."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     first, second = mesh.cells[:, [0, 0, 0]].ravel(), mesh.cells[:, 1:].ravel()
     size = len(mesh.vertices_A)
     return int(connected_components(coo_array((np.ones(len(first)), (first, second)), (size, size)), False)[0])

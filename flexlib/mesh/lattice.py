@@ -12,6 +12,8 @@ there is nothing to search.
 from __future__ import annotations
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
 from flexlib.mesh.tetmesh import TetraMesh
@@ -79,7 +81,14 @@ class BccLattice:
         half_edges = np.stack([node % self.nodes, node // self.nodes % self.nodes, node // self.nodes**2], axis=1)
         return (0.5 * half_edges - self.half_cubes) * self.cell_size_A
 
-    def neighbours_of(self, cube: np.ndarray) -> np.ndarray:
+    def face_neighbours(self, tetra: np.ndarray) -> np.ndarray:
+        """(n, 4) int64 tetras that share a face with tetras (n,); column k lies across from vertex k."""
+        corner = self.node_positions_A(self.tetra_nodes(tetra).ravel()).reshape(-1, 4, 3)
+        face = (corner.sum(1, keepdims=True) - corner) / 3
+        beyond = face + 0.01 * (face - corner)
+        return self.locate(beyond.reshape(-1, 3)).reshape(-1, 4)
+
+    def tetras_of_cubes(self, cube: np.ndarray) -> np.ndarray:
         """(n * 12,) int64 tetras on the three upper faces of cubes (n, 3)."""
         flat = (cube[:, 2] * self.cubes + cube[:, 1]) * self.cubes + cube[:, 0]
         return (flat[:, None] * 12 + np.arange(12)).ravel()
@@ -88,8 +97,9 @@ class BccLattice:
 def bcc_mesh(mask: np.ndarray, pixel_size_A: float, cell_size_A: float) -> TetraMesh:
     """Mesh of the BCC cells that hold at least one mask voxel.
 
-    Where cells are smaller than a voxel or two, cells whose centroid lies in the mask are kept as well, so that the
-    mesh has no holes inside the mask.
+    Two kinds of empty cells are added. Where cells are about as small as voxels, those whose centroid lies in the
+    mask: the mesh has no holes inside the mask. And the neighbours of a few cells that would hang on the rest by an
+    edge or a vertex alone, about which they could turn freely: parts that touch share whole faces.
 
     Parameters
     ----------
@@ -113,6 +123,7 @@ def bcc_mesh(mask: np.ndarray, pixel_size_A: float, cell_size_A: float) -> Tetra
     tetra = np.unique(np.concatenate([np.unique(lattice.locate(part)) for part in _mask_points_A(mask, pixel_size_A)]))
     if cell_size_A < 6 * pixel_size_A:
         tetra = np.union1d(tetra, _tetras_by_centroid(lattice, mask, pixel_size_A))
+    tetra = _join_by_faces(lattice, tetra)
     node, cells = np.unique(lattice.tetra_nodes(tetra), return_inverse=True)
     return TetraMesh(
         vertices_A=lattice.node_positions_A(node),
@@ -120,6 +131,30 @@ def bcc_mesh(mask: np.ndarray, pixel_size_A: float, cell_size_A: float) -> Tetra
         rigidity=np.ones(len(tetra)),
         segment=np.zeros(len(tetra), dtype=np.int32),
     )
+
+
+def _join_by_faces(lattice: BccLattice, tetra: np.ndarray, max_rounds: int = 3) -> np.ndarray:
+    """Add the face neighbours of small parts that touch another part, but by no face. ``tetra`` is sorted, unique."""
+    for _ in range(max_rounds):
+        neighbour = lattice.face_neighbours(tetra)
+        position = np.minimum(np.searchsorted(tetra, neighbour), len(tetra) - 1)
+        row, column = np.nonzero(tetra[position] == neighbour)
+        graph = coo_array((np.ones(len(row)), (row, position[row, column])), (len(tetra), len(tetra)))
+        count, part = connected_components(graph, directed=False)
+        if count == 1:
+            break
+        _, vertex = np.unique(lattice.tetra_nodes(tetra), return_inverse=True)
+        vertex = vertex.reshape(-1, 4)
+        lowest, highest = np.full(vertex.max() + 1, count), np.full(vertex.max() + 1, -1)
+        np.minimum.at(lowest, vertex, part[:, None])
+        np.maximum.at(highest, vertex, part[:, None])
+        touches = np.zeros(count, dtype=bool)
+        np.logical_or.at(touches, np.repeat(part, 4), (lowest != highest)[vertex].ravel())
+        touches[np.argmax(np.bincount(part))] = False
+        if not touches.any():
+            break
+        tetra = np.union1d(tetra, neighbour[touches[part]])
+    return tetra
 
 
 def _mask_points_A(mask: np.ndarray, pixel_size_A: float, chunk: int = 1 << 19):
@@ -142,7 +177,7 @@ def _tetras_by_centroid(lattice: BccLattice, mask: np.ndarray, pixel_size_A: flo
     found = []
     for z in range(low[2], high[2] + 1):  # one layer of cubes at a time bounds the memory
         y, x = np.meshgrid(np.arange(low[1], high[1] + 1), np.arange(low[0], high[0] + 1), indexing="ij")
-        tetra = lattice.neighbours_of(np.stack([x.ravel(), y.ravel(), np.full(x.size, z)], axis=1))
+        tetra = lattice.tetras_of_cubes(np.stack([x.ravel(), y.ravel(), np.full(x.size, z)], axis=1))
         centroid = lattice.node_positions_A(lattice.tetra_nodes(tetra).ravel()).reshape(-1, 4, 3).mean(1)
         voxel = np.rint(centroid / pixel_size_A).astype(int) + box // 2
         inside = ((voxel >= 0) & (voxel < box)).all(1)
