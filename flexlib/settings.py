@@ -84,7 +84,7 @@ class GenerateSettings:
     """``generate:``; ``volume`` is a map to deform instead of the canonical one."""
 
     frames: int = 41
-    series: str = "axes"
+    series: Literal["axes"] | Path = "axes"
     volume: Path | None = None
 
 
@@ -106,6 +106,12 @@ SECTIONS: dict[str, type] = {
     "train": TrainSettings,
     "generate": GenerateSettings,
     "reconstruct": ReconstructSettings,
+}
+
+# Keys that are part of the config but not written yet, with the value they must keep
+UNSUPPORTED = {
+    "prepare": {"symmetry": "C1"},
+    "mesh": {"segmentation": None, "connections": None, "rigid_segments": [], "rigidity_weights": None, "custom": None},
 }
 
 # What the config names outside its sections, and what prepare reads
@@ -215,6 +221,22 @@ def _explain(error: Any) -> str:
     if error.validator in ("anyOf", "oneOf", "pattern"):
         return f"{where}: {error.instance!r} is not understood; {error.schema.get('description', error.message)}"
     return f"{where}: {error.message}"
+
+
+def check_supported(config: Mapping[str, Any]) -> None:
+    """Refuse, before any job, what the stages would refuse: keys that are not supported yet.
+
+    Raises
+    ------
+    InputError
+        Names the key.
+    """
+    for section, keys in UNSUPPORTED.items():
+        for key, only in keys.items():
+            if config[section][key] != only:
+                raise InputError(
+                    f"config: {section}.{key}: {config[section][key]!r} is not supported yet, only {only!r}"
+                )
 
 
 def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:

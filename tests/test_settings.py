@@ -19,6 +19,7 @@ from flexlib.settings import (
     TrainSettings,
     check_config,
     check_paths,
+    check_supported,
     make_settings,
 )
 from flexlib.simulate import simulate_particles
@@ -164,6 +165,14 @@ def test_missing_files_are_named(tmp_path, monkeypatch, text, key):
     config = check(text)
     with pytest.raises(InputError, match=f"^config: {re.escape(key)}: .* does not exist"):
         check_paths(config)
+
+
+def test_what_is_not_supported_is_told_at_once():
+    check_supported(check_config(MINIMAL, SCHEMA))
+    with pytest.raises(InputError, match=r"^config: prepare\.symmetry: 'D7' is not supported yet, only 'C1'$"):
+        check_supported(check("prepare: {symmetry: D7}"))
+    with pytest.raises(InputError, match=r"^config: mesh\.rigid_segments: \[1\] is not"):
+        check_supported(check("mesh: {rigid_segments: [1]}"))
 
 
 def test_what_simulate_makes_is_not_missed(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from flexlib.errors import InputError
-from flexlib.settings import check_config, check_paths, input_paths
+from flexlib.settings import check_config, check_paths, check_supported, input_paths
 from flexlib.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
 
 
@@ -16,6 +16,7 @@ def checked(config):
     try:
         schema = yaml.safe_load(Path(workflow.source_path("../schemas/config.schema.yaml")).read_text())
         complete = check_config(config, schema)
+        check_supported(complete)
         check_paths(complete)
         points = sweep_points(complete)
         if isinstance(complete["reconstruct"]["points"], list):
