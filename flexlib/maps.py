@@ -19,8 +19,9 @@ from flexlib.errors import InputError
 from flexlib.files import atomic_path
 
 _DUST_FRACTION = 0.05  # bodies with less than this part of the largest body's density are dropped
-_NOISE_SIGMAS = 4.0  # automatic threshold: this many solvent standard deviations above the solvent level
-_MIN_PEAK_FRACTION = 0.03  # and at least this fraction of the dense core, for maps without solvent noise
+_NOISE_SIGMAS = 3.0  # automatic threshold: this many solvent standard deviations above the solvent level
+_MIN_PEAK_FRACTION = 0.015  # and at least this fraction of the dense core, for maps without solvent noise
+_AUTO_BLUR = 2.0  # automatic masks are made from the map low-passed this much further: moving domains are blurred
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,12 @@ def make_mask(
 ) -> np.ndarray:
     """Solvent mask of a consensus map: low-pass, threshold, drop dust, dilate, add a cosine edge.
 
-    Parameters: ``threshold`` an absolute density level of the low-passed map or "auto"; see ``auto_threshold``.
+    Parameters: ``threshold`` an absolute density level of the low-passed map, or "auto": ``auto_threshold`` of the map
+    low-passed at ``2 * lowpass_A``, where domains that move stand out of the noise as far as they reach.
     Returns (N, N, N) float32 in [0, 1]. Raises ``InputError`` if nothing lies above the threshold.
     """
-    filtered = lowpass_map(volume, pixel_size_A, lowpass_A)
+    blur = _AUTO_BLUR if threshold == "auto" else 1.0
+    filtered = lowpass_map(volume, pixel_size_A, blur * lowpass_A)
     level = auto_threshold(filtered) if threshold == "auto" else float(threshold)
     core = (filtered > level) & _sphere(volume.shape[0])
     if not core.any():
@@ -240,7 +243,7 @@ def resample_mask(mask: np.ndarray, box: int) -> np.ndarray:
     offset = old // 2 - scale * (box // 2)
     source = np.asarray(mask, dtype=np.float32)
     if scale > 1:  # average over the larger voxels, so that thin edges are not missed
-        source = ndimage.uniform_filter(source, size=max(1, round(scale)), mode="constant")
+        source = ndimage.uniform_filter(source, size=2 * int(scale / 2) + 1, mode="constant")
     result = ndimage.affine_transform(source, [scale] * 3, offset, (box,) * 3, order=1, mode="constant")
     return np.clip(result, 0.0, 1.0).astype(np.float32)
 
