@@ -109,7 +109,7 @@ SECTIONS: dict[str, type] = {
 }
 
 # Keys that are part of the config but not written yet, with the value they must keep
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, dict[str, Any]] = {
     "prepare": {"symmetry": "C1"},
     "mesh": {"segmentation": None, "connections": None, "rigid_segments": [], "rigidity_weights": None, "custom": None},
 }
