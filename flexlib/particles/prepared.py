@@ -59,6 +59,7 @@ class PreparedImages:
         self._rotation = view_rotations(particles).astype(np.float32)
         self._origin_px = (particles.origin_A / pixel_size_A).astype(np.float32)
         self._filters = lru_cache(maxsize=4)(self._make_filters)
+        self._inside = lru_cache(maxsize=4)(lambda device: (plane_weight(box) > 0).to(device))
 
     def __len__(self) -> int:
         return len(self.particles)
@@ -68,8 +69,7 @@ class PreparedImages:
         full_box, full_pixel_size_A = self._full
         shell = shell_radius(self.box).numpy() * (full_box * full_pixel_size_A) / (self.box * self.pixel_size_A)
         sigma = np.stack([np.interp(shell, np.arange(len(line)), line) for line in self._sigma])
-        inside = plane_weight(self.box) > 0
-        return torch.where(inside, torch.as_tensor(1.0 / sigma, dtype=torch.float32), 0.0).to(device)
+        return torch.as_tensor(1.0 / sigma, dtype=torch.float32, device=device) * self._inside(device)
 
     def _filter_of(self, rows: np.ndarray, device: torch.device | str) -> torch.Tensor:
         """1 / sigma for each row: (b or 1, box, box//2+1)."""
@@ -91,10 +91,14 @@ class PreparedImages:
 
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> ImageBatch:
         """See ``images.ImageSource``."""
+        return replace(self.geometry(rows, device), images=self.whitened(np.asarray(rows), device))
+
+    def geometry(self, rows: np.ndarray, device: torch.device | str = "cpu") -> ImageBatch:
+        """As ``batch``, but no image is read: ``images`` has no rows."""
         rows = np.asarray(rows)
         return ImageBatch(
             rows=rows,
-            images=self.whitened(rows, device),
+            images=torch.empty((0, self.box, self.box // 2 + 1), dtype=torch.complex64, device=device),
             transfer=self.transfer(rows, device),
             rotation=torch.as_tensor(self._rotation[rows], device=device),
             origin_px=torch.as_tensor(self._origin_px[rows], device=device),
@@ -110,7 +114,7 @@ class TrainingImages(PreparedImages):
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         images = torch.from_numpy(self._stack[self.particles.image_index[rows]])
-        return centred_rfft2(images.to(device)) * (plane_weight(self.box) > 0).to(device)
+        return centred_rfft2(images.to(device)) * self._inside(str(device))
 
 
 class FullImages(PreparedImages):
