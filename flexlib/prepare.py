@@ -54,6 +54,7 @@ _MIN_SAMPLE = 50  # smaller groups are measured together
 _SHELL_SAMPLES = 2000  # Fourier samples wanted for sigma; neighbouring shells are averaged until there are so many
 _BAND_A = 8.0  # scale is measured on frequencies up to 1/8 A, and half of Nyquist at least
 _PIXEL_SIZE_TOLERANCE = 0.01  # between map and images
+_MIN_SIGNIFICANCE = 4.0  # standard errors by which the scale must exceed 0
 _CHUNK_PIXELS = 2**23
 
 
@@ -75,7 +76,7 @@ def prepare_particles(
     particles : .star or .cs file; ``passthrough`` and ``image_root`` as in ``read_particles``.
     consensus : map the particles' poses belong to, any box and pixel size.
     out_dir : folder to write; its files are listed in docs/architecture.md.
-    mask : soft solvent mask on the consensus' grid; None makes one with ``mask_settings``.
+    mask : soft solvent mask, any box and pixel size; None makes one of the consensus with ``mask_settings``.
 
     Raises InputError, before any long work, where anything in the input is missing or contradicts the rest.
     """
@@ -86,19 +87,21 @@ def prepare_particles(
     pixel_size_A = _common_pixel_size(everything)
     stacks, everything = open_stacks(everything)
     crop_box, train_box = _boxes(settings, stacks.box)
-    volume, soft_mask = _read_maps(consensus, mask, stacks.box, pixel_size_A)
-    if soft_mask is None:
-        soft_mask = _mask_of(volume, pixel_size_A, mask_settings)
+    volume = read_map(consensus)
+    density = match_grid(volume, stacks.box, pixel_size_A, str(consensus))
+    soft_mask = (
+        _make_mask(density, pixel_size_A, mask_settings) if mask is None else _read_mask(mask, stacks.box, pixel_size_A)
+    )
     kept, half_sets = select_particles(everything, settings)
     log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), stacks.box, pixel_size_A)
 
-    sigma, image_scale = measure_noise(kept, stacks, pixel_size_A, volume.data * soft_mask, soft_mask > 0)
+    sigma, image_scale = measure_noise(kept, stacks, pixel_size_A, density * soft_mask, soft_mask > 0)
     full = FullImages(stacks, kept, crop_box, pixel_size_A, image_scale, sigma, stacks.box, pixel_size_A)
     train_pixel_size_A = pixel_size_A * crop_box / train_box
     out = Path(out_dir)
     write_training_stack(full, out / TRAIN_STACK, train_box)
     write_noise(out / NOISE, sigma, np.arange(sigma.shape[1]) / (stacks.box * pixel_size_A))
-    _write_maps(out, volume, soft_mask, crop_box, train_box, pixel_size_A)
+    _write_maps(out, density, soft_mask, volume, crop_box, train_box, pixel_size_A)
     _write_particles(out / PARTICLES, kept, train_box, train_pixel_size_A)
     write_json(
         out / SUMMARY,
@@ -153,74 +156,62 @@ def _boxes(settings: PrepareSettings, box: int) -> tuple[int, int]:
     return crop, train
 
 
-def _read_maps(
-    consensus: str | Path, mask: str | Path | None, box: int, pixel_size_A: float
-) -> tuple[Map, np.ndarray | None]:
-    """The consensus on the images' full grid, and the mask, if given, in [0, 1]."""
-    volume = read_map(consensus)
-    soft_mask = None
-    if mask is not None:
-        read = read_map(mask)
-        if read.box != volume.box or abs(read.pixel_size_A / volume.pixel_size_A - 1) > _PIXEL_SIZE_TOLERANCE:
-            raise InputError(
-                f"{mask}: mask of {read.box} voxels of {read.pixel_size_A:.4g} A, but the consensus has "
-                f"{volume.box} of {volume.pixel_size_A:.4g} A"
-            )
-        if read.data.min() < -0.01 or read.data.max() > 1.01 or read.data.max() <= 0:
-            raise InputError(f"{mask}: a mask has values from 0 to 1, not {read.data.min():g} to {read.data.max():g}")
-        soft_mask = np.clip(match_grid(read, box, pixel_size_A, str(mask)).data, 0.0, 1.0)
-        soft_mask[soft_mask < 0.01] = 0.0  # ringing of a resampled edge
-    return match_grid(volume, box, pixel_size_A, str(consensus)), soft_mask
+def _read_mask(path: str | Path, box: int, pixel_size_A: float) -> np.ndarray:
+    """The user's mask on the images' full grid, in [0, 1]."""
+    mask = read_map(path)
+    low, high = float(mask.data.min()), float(mask.data.max())
+    if low < -0.01 or high > 1.01 or high <= 0:
+        raise InputError(f"{path}: a mask has values from 0 to 1, not {low:g} to {high:g}")
+    data = np.clip(match_grid(mask, box, pixel_size_A, str(path)), 0.0, 1.0)
+    data[data < 0.01] = 0.0  # ringing of a resampled edge
+    if not data.any():
+        raise InputError(f"{path}: the mask is empty within the images' box of {box} px")
+    return data
 
 
-def match_grid(volume: Map, box: int, pixel_size_A: float, name: str) -> Map:
+def match_grid(volume: Map, box: int, pixel_size_A: float, name: str) -> np.ndarray:
     """Bring a map to another box and pixel size: real-space pad, Fourier resampling, real-space crop or pad.
 
-    Padding makes the ratio of pixel sizes a ratio of even boxes as nearly as possible. Raises InputError, with the
-    map's ``name``, where the pixel sizes would still differ by more than 1 %.
+    Padding makes the ratio of pixel sizes a ratio of even boxes as nearly as possible. Returns (box, box, box)
+    float32. Raises InputError, with the map's ``name``, where the pixel sizes would still differ by more than 1 %.
     """
     ratio = volume.pixel_size_A / pixel_size_A
     if volume.box == box and abs(ratio - 1) <= _PIXEL_SIZE_TOLERANCE:
         if abs(ratio - 1) > 1e-3:
             log.warning("%s: %.5g A/px taken as the images' %.5g A/px", name, volume.pixel_size_A, pixel_size_A)
-        return replace(volume, pixel_size_A=pixel_size_A)
-    data, padded, resampled = volume.data, volume.box, volume.box
-    errors = {}
-    for candidate in range(volume.box, volume.box + 64, 2):
-        target = 2 * round(candidate * ratio / 2)
-        errors[candidate] = abs(candidate * ratio / max(target, 1) - 1)
-        if errors[candidate] < 1e-4:
-            break
-    padded = min(errors, key=lambda candidate: errors[candidate])
-    if errors[padded] > _PIXEL_SIZE_TOLERANCE:
+        return volume.data
+    padded, resampled, error = _nearest_boxes(volume.box, ratio)
+    if error > _PIXEL_SIZE_TOLERANCE:
         raise InputError(
             f"{name}: {volume.box} voxels of {volume.pixel_size_A:.5g} A cannot be brought to the images' "
             f"{pixel_size_A:.5g} A/px within 1 %"
         )
-    resampled = 2 * round(padded * ratio / 2)
-    data = crop_or_pad_real(data, padded)
+    data = crop_or_pad_real(volume.data, padded)
     data = fourier_crop_map(data, resampled) if resampled <= padded else fourier_pad_map(data, resampled)
     log.info(
-        "%s: %d voxels of %.5g A brought to the images' %d of %.5g A", name, volume.box, volume.pixel_size_A, box,
-        pixel_size_A,
-    )  # fmt: skip
-    return Map(crop_or_pad_real(data, box), pixel_size_A, *_placement_of(volume, box, pixel_size_A))
-
-
-def _placement_of(
-    volume: Map, box: int, pixel_size_A: float
-) -> tuple[tuple[float, float, float], tuple[int, int, int]]:
-    """ORIGIN and NSTART for a map on another grid whose centre stays in place."""
-    from flexlib.maps import _placement
-
-    origin_A, nstart = _placement(volume, box, pixel_size_A)
-    return (origin_A[0], origin_A[1], origin_A[2]), nstart
-
-
-def _mask_of(volume: Map, pixel_size_A: float, settings: MeshSettings) -> np.ndarray:
-    mask = make_mask(
-        volume.data, pixel_size_A, settings.lowpass_A, settings.threshold, settings.dilate_A, settings.pad_A
+        "%s: %d voxels of %.5g A brought to %d of %.5g A", name, volume.box, volume.pixel_size_A, box, pixel_size_A
     )
+    return crop_or_pad_real(data, box)
+
+
+def _nearest_boxes(box: int, ratio: float) -> tuple[int, int, float]:
+    """Even (padded, resampled) boxes, padded >= box, whose ratio is nearest to 1 / ``ratio``, and their relative error.
+
+    The first pair within 1e-4 is taken, else the best.
+    """
+    best = (box, box, np.inf)
+    for padded in range(box, box + 64, 2):
+        resampled = max(2, 2 * round(padded * ratio / 2))
+        error = abs(padded * ratio / resampled - 1)
+        if error < best[2]:
+            best = (padded, resampled, error)
+        if error < 1e-4:
+            break
+    return best
+
+
+def _make_mask(density: np.ndarray, pixel_size_A: float, settings: MeshSettings) -> np.ndarray:
+    mask = make_mask(density, pixel_size_A, settings.lowpass_A, settings.threshold, settings.dilate_A, settings.pad_A)
     log.info("mask made from the consensus: %.3g %% of the box", 100 * float(mask.mean()))
     return mask
 
@@ -293,12 +284,12 @@ def measure_noise(
     band = _scale_band(stacks.box, pixel_size_A)
     for group in range(num_groups):
         members = group_of_row == group if large[group] else ~large[group_of_row]
-        sigma[group], image_scale[group] = noise_and_scale(sums.subset(members), band)
+        sigma[group], image_scale[group], error = noise_and_scale(sums.subset(members), band)
         log.info(
-            "optics group %s: image scale %.4g, noise sigma %.4g (low shells) to %.4g (high), from %d images",
-            particles.optics[group].name, image_scale[group], sigma[group, 1], sigma[group, -1], members.sum(),
+            "optics group %s: image scale %.4g +- %.2g, noise sigma %.4g (low shells) to %.4g (high), from %d images",
+            particles.optics[group].name, image_scale[group], error, sigma[group, 1], sigma[group, -1], members.sum(),
         )  # fmt: skip
-        if image_scale[group] <= 0:
+        if image_scale[group] < _MIN_SIGNIFICANCE * error:
             raise InputError(
                 f"{particles.source_path}: the images of optics group {particles.optics[group].name} do not match "
                 "projections of the consensus (contrast inverted? other map or poses?)"
@@ -349,38 +340,37 @@ def _scale_band(box: int, pixel_size_A: float) -> np.ndarray:
     return (shells >= 2) & (shells <= max(box * pixel_size_A / _BAND_A, box / 4))
 
 
-def noise_and_scale(sums: ShellSums, band: np.ndarray) -> tuple[np.ndarray, float]:
-    """sigma (shells,) and scale of the images in ``sums``, alternately; ``band`` (shells,) bool: the scale's shells.
+def noise_and_scale(sums: ShellSums, band: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """sigma (shells,), scale and the scale's standard error; ``band`` (shells,) bool: the scale's shells.
 
     Images whose residual power lies far outside the others' (five robust deviations) don't count.
     """
     keep = np.ones(len(sums.image), bool)
     power = sums.image.sum(0) / (len(keep) * sums.pixels)
-    scale = 0.0
+    scale = information = 0.0
     for _ in range(4):
         weight = np.where(band, 1.0 / power, 0.0)
-        scale = float((sums.cross[keep] @ weight).sum() / max((sums.predicted[keep] @ weight).sum(), 1e-300))
+        information = float((sums.predicted[keep] @ weight).sum()) or 1e-300
+        scale = float((sums.cross[keep] @ weight).sum()) / information
         residual = sums.image - 2 * scale * sums.cross + scale**2 * sums.predicted
         total = residual.sum(1)
         spread = 1.4826 * np.median(np.abs(total - np.median(total)))
         keep = np.abs(total - np.median(total)) <= 5 * spread + 1e-6 * np.median(total)
         power = smooth_power(residual[keep].mean(0) / sums.pixels, len(total[keep]) * sums.pixels)
-    return np.sqrt(power), scale
+    return np.sqrt(power), scale, information**-0.5
 
 
 def smooth_power(power: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Average (shells,) noise power over neighbouring shells, no further than needed for ``_SHELL_SAMPLES`` samples.
 
-    Never below a millionth of the median, so that whitening stays finite.
+    The image mean (shell 0) stays by itself. Never below a millionth of the median, so that whitening stays finite.
     """
-    smoothed = np.empty_like(power)
-    for shell in range(len(power)):
-        reach = 0
-        while True:
-            window = slice(max(0, shell - reach), shell + reach + 1)
-            if samples[window].sum() >= _SHELL_SAMPLES or reach >= len(power) or (shell == 0 and reach >= 0):
+    smoothed = power.copy()
+    for shell in range(1, len(power)):
+        for reach in range(len(power)):
+            window = slice(max(1, shell - reach), shell + reach + 1)
+            if samples[window].sum() >= _SHELL_SAMPLES:
                 break
-            reach += 1
         smoothed[shell] = np.average(power[window], weights=samples[window])
     return np.maximum(smoothed, 1e-6 * np.median(smoothed))
 
@@ -396,15 +386,21 @@ def write_training_stack(source: FullImages, path: Path, train_box: int) -> None
 
 
 def _write_maps(
-    out: Path, volume: Map, soft_mask: np.ndarray, crop_box: int, train_box: int, pixel_size_A: float
+    out: Path,
+    density: np.ndarray,
+    soft_mask: np.ndarray,
+    like: Map,
+    crop_box: int,
+    train_box: int,
+    pixel_size_A: float,
 ) -> None:
-    """Consensus and mask at the reconstruction box (``full/``) and at the training box."""
-    density, soft_mask = crop_or_pad_real(volume.data, crop_box), crop_or_pad_real(soft_mask, crop_box)
+    """Consensus and mask at the reconstruction box (``full/``) and at the training box, placed like ``like``."""
+    density, soft_mask = crop_or_pad_real(density, crop_box), crop_or_pad_real(soft_mask, crop_box)
     train_pixel_size_A = pixel_size_A * crop_box / train_box
-    write_map(out / "full" / "consensus.mrc", density, pixel_size_A, volume)
-    write_map(out / "full" / "mask.mrc", soft_mask, pixel_size_A, volume)
-    write_map(out / "consensus.mrc", fourier_crop_map(density, train_box), train_pixel_size_A, volume)
-    write_map(out / "mask.mrc", resample_mask(soft_mask, train_box), train_pixel_size_A, volume)
+    write_map(out / "full" / "consensus.mrc", density, pixel_size_A, like)
+    write_map(out / "full" / "mask.mrc", soft_mask, pixel_size_A, like)
+    write_map(out / "consensus.mrc", fourier_crop_map(density, train_box), train_pixel_size_A, like)
+    write_map(out / "mask.mrc", resample_mask(soft_mask, train_box), train_pixel_size_A, like)
 
 
 def _write_particles(path: Path, particles: Particles, train_box: int, train_pixel_size_A: float) -> None:

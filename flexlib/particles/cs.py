@@ -179,7 +179,7 @@ def _optics_group(row: np.ndarray) -> OpticsGroup:
     beam_tilt_mrad = (0.0, 0.0)
     if tilt_A.any():
         if cs_mm > 0:
-            beam_tilt_mrad = tuple(1e3 * tilt_A / (cs_mm * 1e7))
+            beam_tilt_mrad = (float(1e-4 * tilt_A[0] / cs_mm), float(1e-4 * tilt_A[1] / cs_mm))
         else:
             log.warning("ctf/tilt_A is ignored in exposure group %d: its spherical aberration is 0", group_id)
     if trefoil_A.any():
@@ -189,7 +189,7 @@ def _optics_group(row: np.ndarray) -> OpticsGroup:
         cos2, sin2 = 2 * np.pi * wavelength**3 * tetra_A[:2] / 4
         cos4, sin4 = np.pi / 2 * wavelength**3 * tetra_A[2:]
         even = tuple(float(v) for v in (0, 3 * sin2, 0, 3 * cos2, sin4, sin2, 0, cos2, cos4))
-    magnification = np.linalg.inv(np.eye(2) + anisomag).T
+    m = np.linalg.inv(np.eye(2) + anisomag).T
     return OpticsGroup(
         name=f"exposureGroup{int(group_id)}",
         voltage_kV=float(voltage_kV),
@@ -200,5 +200,5 @@ def _optics_group(row: np.ndarray) -> OpticsGroup:
         beam_tilt_mrad=beam_tilt_mrad,
         odd_zernike=odd,
         even_zernike=even,
-        magnification_matrix=tuple(tuple(float(v) for v in line) for line in magnification),
+        magnification_matrix=((float(m[0, 0]), float(m[0, 1])), (float(m[1, 0]), float(m[1, 1]))),
     )

@@ -34,6 +34,7 @@ class StackHeader:
     box: int
     dtype: np.dtype
     offset: int
+    complaint: str = ""  # what is odd about the header, though readable
 
     def open(self) -> np.memmap:
         """(num_images, box, box) read-only map of the file."""
@@ -54,8 +55,6 @@ def read_stack_header(path: Path) -> StackHeader:
         dtype = mrcfile.utils.dtype_from_mode(int(header.mode)).newbyteorder(header.mode.dtype.byteorder)
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not a readable MRC stack ({' '.join(str(error).split())})") from error
-    for complaint in complaints:
-        log.debug("%s: %s", path, complaint.message)
     if dtype.name not in _TYPES:
         raise InputError(f"{path}: data of type {dtype.name} are not supported, only {', '.join(_TYPES)}")
     nx, ny, nz = int(header.nx), int(header.ny), int(header.nz)
@@ -65,7 +64,7 @@ def read_stack_header(path: Path) -> StackHeader:
     wanted, size = offset + nx * ny * nz * dtype.itemsize, path.stat().st_size
     if size < wanted:
         raise InputError(f"{path}: truncated: {size} bytes, its header tells of {wanted} ({nz} images of {nx} x {ny})")
-    return StackHeader(path, nz, nx, dtype, offset)
+    return StackHeader(path, nz, nx, dtype, offset, "; ".join(str(complaint.message) for complaint in complaints))
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,11 @@ def open_stacks(particles: Particles) -> tuple[Stacks, Particles]:
             headers[stack] = read_stack_header(path)
         except InputError as error:
             raise InputError(f"{particles.describe_row(row, column)}: {error}") from error
+    odd = [header for header in headers if header is not None and header.complaint]
+    if odd:
+        log.warning(
+            "%d of %d stacks have odd headers, such as %s: %s", len(odd), len(used), odd[0].path, odd[0].complaint
+        )
     lengths = np.array([0 if header is None else header.num_images for header in headers])
     outside = (particles.image_index < 0) | (particles.image_index >= lengths[particles.stack_index])
     if outside.any():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,6 @@ def read_tables(path: Path, as_text: bool = False) -> StarTables:
     text_columns = _column_names(path) if as_text else ["rlnImageName", "rlnOpticsGroupName"]
     try:
         raw = starfile.read(path, always_dict=True, parse_as_string=text_columns)
-    except InputError:
-        raise
     except Exception as error:  # starfile and pandas raise many kinds on a malformed file
         raise InputError(f"{path}: not a readable STAR file ({' '.join(str(error).split())})") from error
     blocks = {
@@ -134,10 +133,13 @@ class _Columns:
     """Per-particle values of a column, from whichever of the two tables has it."""
 
     def __init__(self, tables: StarTables) -> None:
-        self.path, self.table, self.optics = tables.path, tables.particles, tables.optics
-        self.group_row = None if self.optics is None else self._rows_in_optics()
+        self.path, self.table = tables.path, tables.particles
+        self.has_optics = tables.optics is not None
+        self.optics = pd.DataFrame(index=[0]) if tables.optics is None else tables.optics
+        self.group_row = self._rows_in_optics() if self.has_optics else np.zeros(len(self.table), np.int64)
 
     def _rows_in_optics(self) -> np.ndarray:
+        """(n,) int64 row of each particle's group in data_optics."""
         if "rlnOpticsGroup" not in self.optics:
             raise InputError(f"{self.path}: data_optics has no column rlnOpticsGroup")
         if "rlnOpticsGroup" not in self.table:
@@ -145,6 +147,8 @@ class _Columns:
                 return np.zeros(len(self.table), np.int64)
             raise InputError(f"{self.path}: the particle table has no column rlnOpticsGroup")
         known = pd.Index(checked_numbers(self.optics["rlnOpticsGroup"], self.path, "rlnOpticsGroup (data_optics)"))
+        if not known.is_unique:
+            raise InputError(f"{self.path}: data_optics has a value of rlnOpticsGroup twice")
         group = checked_numbers(self.table["rlnOpticsGroup"], self.path, "rlnOpticsGroup")
         row = known.get_indexer(group)
         if (row < 0).any():
@@ -154,13 +158,24 @@ class _Columns:
             )
         return row
 
+    def has(self, name: str) -> bool:
+        return name in self.table or name in self.optics
+
+    def in_optics(self, name: str) -> bool:
+        """Optics columns are taken from the optics table first, all others from the particle table first."""
+        return name in self.optics and (name in _OPTICS or name not in self.table)
+
+    def value(self, name: str, row: int) -> Any:
+        """The raw value for the particle at ``row``, or None where neither table has the column."""
+        if self.in_optics(name):
+            return self.optics[name].iloc[self.group_row[row]]
+        return self.table[name].iloc[row] if name in self.table else None
+
     def get(self, name: str) -> np.ndarray | None:
         """(n,) raw values, or None where neither table has the column."""
-        if name in self.table:
-            return self.table[name].to_numpy()
-        if self.optics is not None and name in self.optics:
+        if self.in_optics(name):
             return self.optics[name].to_numpy()[self.group_row]
-        return None
+        return self.table[name].to_numpy() if name in self.table else None
 
     def numbers(self, name: str, default: Any = None) -> np.ndarray:
         """(n,) float64; ``default`` where the column is absent, InputError if there is none."""
@@ -174,17 +189,15 @@ class _Columns:
 
 def _optics_groups(columns: _Columns) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
     """The optics groups in use and each particle's (n,) int32 index; equal values make a group in RELION 3.0."""
-    optics, table = columns.optics, columns.table
-    key = {name: table[name] for name in _OPTICS if name in table and (optics is None or name not in optics)}
-    frame = pd.DataFrame(key, index=table.index)
-    if columns.group_row is not None:
-        frame.insert(0, "group", columns.group_row)
-    if frame.shape[1] == 0:
-        frame["group"] = 0
+    table = columns.table
+    frame = pd.DataFrame({"group": columns.group_row}, index=table.index)
+    for name in _OPTICS:
+        if name in table and not columns.in_optics(name):
+            frame[name] = table[name]
     number = frame.groupby(list(frame.columns), sort=True, dropna=False).ngroup().to_numpy()
     _, first_row, index = np.unique(number, return_index=True, return_inverse=True)
     groups = tuple(_optics_group(columns, int(row), count) for count, row in enumerate(first_row, 1))
-    if columns.get("rlnAmplitudeContrast") is None:
+    if not columns.has("rlnAmplitudeContrast"):
         log.warning("%s: column rlnAmplitudeContrast is missing: 0 is used, as RELION does", columns.path)
     return groups, index.astype(np.int32)
 
@@ -193,19 +206,17 @@ def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
     """The optics group of the particle at ``row``; ``count`` names it where the file doesn't."""
 
     def number(name: str, default: float | None = None) -> float:
-        values = columns.get(name) if columns.optics is None or name in columns.table else None
-        if values is None and columns.optics is not None and name in columns.optics:
-            values = columns.optics[name].to_numpy()[columns.group_row]
-        if values is None:
+        raw = columns.value(name, row)
+        if raw is None:
             if default is None:
                 raise InputError(f"{columns.path}: column {name} is missing (neither in data_optics nor per particle)")
             return default
         try:
-            value = float(values[row])
-        except ValueError:
+            value = float(raw)
+        except (TypeError, ValueError):
             value = np.nan
         if not np.isfinite(value):
-            raise InputError(f"{columns.path}: row {row + 1}, column {name}: {values[row]!s} is not a finite number")
+            raise InputError(f"{columns.path}: row {row + 1}, column {name}: {raw!s} is not a finite number")
         return value
 
     def positive(name: str) -> float:
@@ -217,19 +228,19 @@ def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
     if number("rlnCtfDataAreCtfPremultiplied", 0) or number("rlnCtfDataArePhaseFlipped", 0):
         raise InputError(f"{columns.path}: row {row + 1}: CTF-premultiplied or phase-flipped images are not supported")
     for name in _PIXEL_SIZE:
-        if columns.get(name) is not None:
+        if columns.has(name):
             pixel_size_A = positive(name)
             break
     else:
-        if columns.get("rlnDetectorPixelSize") is None or columns.get("rlnMagnification") is None:
+        if not (columns.has("rlnDetectorPixelSize") and columns.has("rlnMagnification")):
             raise InputError(f"{columns.path}: no pixel size: column rlnImagePixelSize is missing")
         pixel_size_A = positive("rlnDetectorPixelSize") * 1e4 / positive("rlnMagnification")
     m00, m01, m10, m11 = (
         number(name, default) for name, default in zip(_MAGNIFICATION_MATRIX, (1.0, 0.0, 0.0, 1.0), strict=True)
     )
-    name = columns.get("rlnOpticsGroupName")
+    name = columns.value("rlnOpticsGroupName", row)
     return OpticsGroup(
-        name=f"opticsGroup{count}" if name is None else str(name[row]),
+        name=f"opticsGroup{count}" if name is None else str(name),
         voltage_kV=positive("rlnVoltage"),
         spherical_aberration_mm=number("rlnSphericalAberration"),
         amplitude_contrast=number("rlnAmplitudeContrast", 0.0),
@@ -243,22 +254,20 @@ def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
 
 
 def _zernike(columns: _Columns, name: str, row: int) -> tuple[float, ...]:
-    values = columns.get(name)
-    if values is None:
+    text = columns.value(name, row)
+    if text is None:
         return ()
     try:
-        return tuple(float(value) for value in json.loads(values[row]))
+        return tuple(float(value) for value in json.loads(text))
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{columns.path}: row {row + 1}, column {name}: {values[row]!s} is not a list [a,b,...]"
-        ) from error
+        raise InputError(f"{columns.path}: row {row + 1}, column {name}: {text!s} is not a list [a,b,...]") from error
 
 
 def _origin(columns: _Columns, axis: str, pixel_size_A: np.ndarray) -> np.ndarray:
     """(n,) origins in A: rlnOrigin?Angst, else the pixels of RELION 3.0, else 0."""
-    if columns.get(f"rlnOrigin{axis}Angst") is not None:
+    if columns.has(f"rlnOrigin{axis}Angst"):
         return columns.numbers(f"rlnOrigin{axis}Angst")
-    if columns.get(f"rlnOrigin{axis}") is not None:
+    if columns.has(f"rlnOrigin{axis}"):
         return columns.numbers(f"rlnOrigin{axis}") * pixel_size_A
     log.warning("%s: column rlnOrigin%sAngst is missing: shifts of 0 are used", columns.path, axis)
     return np.zeros(len(pixel_size_A))
@@ -266,7 +275,7 @@ def _origin(columns: _Columns, axis: str, pixel_size_A: np.ndarray) -> np.ndarra
 
 def _half_sets(columns: _Columns) -> np.ndarray:
     """(n,) int8: 0 or 1, or all -1 where the file has none."""
-    if columns.get("rlnRandomSubset") is None:
+    if not columns.has("rlnRandomSubset"):
         return np.full(len(columns.table), -1, np.int8)
     subset = columns.numbers("rlnRandomSubset")
     wrong = ~np.isin(subset, (1, 2))
@@ -331,8 +340,6 @@ def relion_tables(particles: Particles, stack_names: list[str] | None = None) ->
 
 def _euler_angles(rotation: np.ndarray) -> np.ndarray:
     """(n, 3) rot, tilt, psi in degrees of (n, 3, 3) rotations."""
-    import warnings
-
     with warnings.catch_warnings():  # at tilt 0 or 180 scipy says that rot and psi are not unique: any pair will do
         warnings.simplefilter("ignore", UserWarning)
         return Rotation.from_matrix(rotation.transpose(0, 2, 1)).as_euler("ZYZ", degrees=True)

@@ -92,7 +92,8 @@ class Particles:
             name: None if getattr(self, name) is None else getattr(self, name)[rows]
             for name in ("uid", "particle_scale")
         }
-        return replace(self, **per_row, **optional)
+        columns: dict[str, Any] = per_row | optional
+        return replace(self, **columns)
 
     def describe_row(self, row: int, column: str) -> str:
         """``file: row r, column c`` (r counts the input's particles from 1): how every message names a row."""
