@@ -10,7 +10,6 @@ setup: $(INSTALLED)
 # torch first and pinned exactly: asked for together with the rest, a looser choice brings gigabytes of CUDA packages
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)"
 	$(BIN)/pip install --quiet --editable ".[workflow,dev]"
 	touch $@

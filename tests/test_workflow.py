@@ -122,6 +122,20 @@ def test_mistakes_end_the_run_in_one_line(tmp_path, text, message):
     assert not (tmp_path / "results").exists()
 
 
+def test_bad_particles_end_the_job_in_one_line(tmp_path):
+    (tmp_path / "p.star").write_text("data_\n\nloop_\n_rlnAngleRot #1\n1.0\n")
+    (tmp_path / "c.mrc").touch()
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"name": "tiny", "particles": "p.star", "consensus": "c.mrc"}))
+    result = snakemake(tmp_path, "--configfile", "my.yaml", "--cores", "1")
+    assert result.returncode != 0
+    log = (tmp_path / "logs/tiny/prepare.log").read_text().splitlines()
+    assert len(log) == 1
+    assert "ERROR prepare: p.star: " in log[0]
+    assert "rlnImageName" in log[0]
+    assert log[0] in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_slurm_profile_is_found_and_understood(dry_run):
     (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
     assert dry_run("{}", "--profile", "slurm") == jobs(reconstruct=1)
