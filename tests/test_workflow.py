@@ -1,23 +1,13 @@
 """The workflow as a user meets it, by dry runs: how many jobs of which rule, what a mistake in the config says."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from run_snakemake import ROOT, snakemake
 
-ROOT = Path(__file__).parents[1]
 CONFIG = {"name": "tiny", "particles": "data/p.star", "consensus": "data/c.mrc"}
-
-
-def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run Snakemake of this environment on the project's Snakefile in ``folder``."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *arguments]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture
