@@ -17,6 +17,7 @@ _STIFF_PERIPHERY_WEIGHT = 3.0  # 3DFlex's weight for low-density periphery
 _PERIPHERY_RANGE = (0.1, 0.5)  # relative density of cells that count as non-empty periphery
 _ROBUST_MAXIMUM_PERCENTILE = 95.0
 _NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
+_DEGENERATE = 1e-3  # relative to |F|^3
 _CPU_CHUNK = 16384
 
 
@@ -140,7 +141,8 @@ def _nearest_rotation_elements(element: torch.Tensor, rotation: torch.Tensor) ->
         value = ((square - 2 * n) * root - det8) * root + constant
         root = root - value / slope.clamp_min(smallest)
     square = root * root
-    scale = 1 / (root * (square - n) - 0.25 * det8).clamp_min(smallest)
+    # zero where an inverted cell's two smallest singular values cancel, and R is not unique: bound what follows
+    scale = 1 / torch.maximum(root * (square - n) - 0.25 * det8, _DEGENERATE * n * n.sqrt() + smallest)
     of_f, of_cofactor, of_cubic = (square + n) * scale, 2 * root * scale, -2 * scale
     for i in range(3):
         outer = [f[i, 0] * f[k, 0] + f[i, 1] * f[k, 1] + f[i, 2] * f[k, 2] for k in range(3)]  # row i of F F^T
