@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft
 
-from flexlib.maps import _workers, shell_radius
+from flexlib.maps import fft_workers, shell_radius
 
 
 def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -31,7 +31,7 @@ def phase_randomise(volume: np.ndarray, from_shell: int, seed: int = 0) -> np.nd
     phase /= np.maximum(np.abs(phase), np.finfo(phase.real.dtype).tiny)
     beyond = _shell_number(box) >= from_shell
     spectrum[beyond] = np.abs(spectrum[beyond]) * phase[beyond]
-    return fft.irfftn(spectrum, s=volume.shape, workers=_workers()).astype(np.float32)
+    return fft.irfftn(spectrum, s=volume.shape, workers=fft_workers()).astype(np.float32)
 
 
 def corrected_fsc(
@@ -86,7 +86,7 @@ def frequencies_1_per_A(box: int, pixel_size_A: float) -> np.ndarray:
 
 
 def _spectrum(volume: np.ndarray) -> np.ndarray:
-    return fft.rfftn(np.asarray(volume, dtype=np.float32), workers=_workers())
+    return fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
 
 
 def _shell_number(box: int) -> np.ndarray:

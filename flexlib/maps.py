@@ -55,7 +55,7 @@ def read_map(path: str | os.PathLike[str]) -> Map:
                 data = np.array(data, dtype=np.float32)
                 stored_axes = [int(header.mapc), int(header.mapr), int(header.maps)]
                 stored_start = [int(header.nxstart), int(header.nystart), int(header.nzstart)]
-                origin_A = tuple(float(header.origin[axis]) for axis in "xyz")
+                origin_A = (float(header.origin.x), float(header.origin.y), float(header.origin.z))
                 voxel_A = [float(voxel[axis]) for axis in "xyz"]
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
@@ -132,13 +132,13 @@ def _fourier_resample(volume: np.ndarray, box: int) -> np.ndarray:
     if old == box:
         return np.array(volume, dtype=np.float32)
     half = min(old, box) // 2  # frequencies -half < k < half are kept
-    spectrum = fft.rfftn(fft.ifftshift(np.asarray(volume, dtype=np.float32)), workers=_workers())
+    spectrum = fft.rfftn(fft.ifftshift(np.asarray(volume, dtype=np.float32)), workers=fft_workers())
     resampled = np.zeros((box, box, box // 2 + 1), dtype=spectrum.dtype)
     low, high = slice(0, half), slice(-half + 1, None)
     for z in (low, high):
         for y in (low, high):
             resampled[z, y, :half] = spectrum[z, y, :half]
-    volume = fft.fftshift(fft.irfftn(resampled, s=(box,) * 3, workers=_workers()))
+    volume = fft.fftshift(fft.irfftn(resampled, s=(box,) * 3, workers=fft_workers()))
     return (volume * (box / old) ** 3).astype(np.float32)
 
 
@@ -171,8 +171,8 @@ def lowpass_map(volume: np.ndarray, pixel_size_A: float, resolution_A: float, ed
         return np.array(volume, dtype=np.float32)
     ramp = np.clip((shell_radius(box) - cut) / edge_shells + 0.5, 0.0, 1.0)
     gain = (0.5 + 0.5 * np.cos(np.pi * ramp)).astype(np.float32)
-    spectrum = fft.rfftn(np.asarray(volume, dtype=np.float32), workers=_workers())
-    return fft.irfftn(spectrum * gain, s=volume.shape, workers=_workers()).astype(np.float32)
+    spectrum = fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
+    return fft.irfftn(spectrum * gain, s=volume.shape, workers=fft_workers()).astype(np.float32)
 
 
 def soft_edge(mask: np.ndarray, pixel_size_A: float, dilate_A: float, width_A: float) -> np.ndarray:
@@ -264,6 +264,6 @@ def _sphere(box: int) -> np.ndarray:
     return axis[:, None, None] + axis[None, :, None] + axis[None, None, :] < (box / 2) ** 2
 
 
-def _workers() -> int:
+def fft_workers() -> int:
     """Threads for FFTs: those this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
