@@ -173,13 +173,19 @@ def match_grid(volume: Map, box: int, pixel_size_A: float, name: str) -> np.ndar
     """Bring a map to another box and pixel size: real-space pad, Fourier resampling, real-space crop or pad.
 
     Padding makes the ratio of pixel sizes a ratio of even boxes as nearly as possible. Returns (box, box, box)
-    float32. Raises InputError, with the map's ``name``, where the pixel sizes would still differ by more than 1 %.
+    float32. Raises InputError, with the map's ``name``, where the pixel sizes would still differ by more than 1 %, and
+    where they do so at the same box: then the header's voxel size is most likely wrong.
     """
     ratio = volume.pixel_size_A / pixel_size_A
     if volume.box == box and abs(ratio - 1) <= _PIXEL_SIZE_TOLERANCE:
         if abs(ratio - 1) > 1e-3:
             log.warning("%s: %.5g A/px taken as the images' %.5g A/px", name, volume.pixel_size_A, pixel_size_A)
         return volume.data
+    if volume.box == box:
+        raise InputError(
+            f"{name}: {volume.box} voxels of {volume.pixel_size_A:.5g} A, but the images have {box} px of "
+            f"{pixel_size_A:.5g} A: correct the voxel size in the map's header, or resample the map"
+        )
     padded, resampled, error = _nearest_boxes(volume.box, ratio)
     if error > _PIXEL_SIZE_TOLERANCE:
         raise InputError(
