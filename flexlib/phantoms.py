@@ -68,8 +68,8 @@ class Phantom:
     hinges: tuple[Hinge, ...]
 
     def positions_A(self, angles_rad: np.ndarray) -> np.ndarray:
-        """Atoms of b states: ``angles_rad`` (b, d) -> (b, na, 3)."""
-        angles_rad = np.asarray(angles_rad, dtype=np.float64).reshape(-1, len(self.hinges))
+        """Atoms of b states: ``angles_rad`` (b, d), or (d,) for one -> (b, na, 3)."""
+        angles_rad = np.atleast_2d(np.asarray(angles_rad, dtype=np.float64))
         atoms = np.broadcast_to(self.atoms_A, (len(angles_rad), *self.atoms_A.shape))
         for hinge, angle in reversed(list(zip(self.hinges, angles_rad.T, strict=True))):
             moves = np.flatnonzero(hinge.weight)
@@ -247,26 +247,26 @@ def antibody() -> Phantom:
         core_tops.append(upper[::-1])
         sugar = _loop(upper, np.array([[2.0 * side, 0, -30.0], [2.0 * side, 0, -40.0]]), 10.0, generator)
         assembly.add(sugar)
-    arms = (
-        (0, np.array([0.85, 0.10, 0.50]), np.array([0.1, 1.0, 0.2]), core_tops[0]),
-        (1, np.array([-0.74, -0.40, 0.55]), np.array([0.5, 0.2, 1.0]), core_tops[1]),
+    pivots = (5.0 * x + 2.0 * z, -5.0 * x + 2.0 * z)
+    arms = (  # direction of the arm, direction across its two chains
+        (np.array([0.85, 0.10, 0.50]), np.array([0.1, 1.0, 0.2])),
+        (np.array([-0.74, -0.40, 0.55]), np.array([0.5, 0.2, 1.0])),
     )
-    for hinge, along, side, core_top in arms:
+    for hinge, (along, across) in enumerate(arms):
+        pivot = pivots[hinge]
         along = along / np.linalg.norm(along)
-        side = side - (side @ along) * along
-        side = side / np.linalg.norm(side)
-        pivot = np.array([5.0 * np.sign(along[0]), 0, 2.0])
+        across = across - (across @ along) * along
+        across = across / np.linalg.norm(across)
         for place in (-1.0, 1.0):
             near = beta_sandwich(generator)
-            near = _place(near, along - 0.2 * place * side, side, pivot + 28 * along + 11.5 * place * side, 0.7)
+            near = _place(near, along - 0.2 * place * across, across, pivot + 28 * along + 11.5 * place * across, 0.7)
             assembly.add(near, hinge)
             far = beta_sandwich(generator)
-            far = _place(far, along + 0.3 * place * side, side, pivot + 66 * along + 12 * place * side, 1.9)
+            far = _place(far, along + 0.3 * place * across, across, pivot + 66 * along + 12 * place * across, 1.9)
             assembly.add(far, hinge)
             if place < 0:
                 nearest = near if (near[0] - pivot) @ along < (near[-1] - pivot) @ along else near[::-1]
-                assembly.add_linker(core_top, nearest, hinge, generator)
-    pivots = [np.array([5.0, 0, 2.0]), np.array([-5.0, 0, 2.0])]
+                assembly.add_linker(core_tops[hinge], nearest, hinge, generator)
     return assembly.finish("antibody", [(pivots[0], y, 0.5, 0.0), (pivots[1], y + 0.7 * z + 0.3 * x, 0.3, 0.12)])
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pandas as pd
-import starfile
 import torch
 from scipy import fft
 from scipy.spatial.transform import Rotation
@@ -27,6 +26,7 @@ from flexlib.backprojection import Backprojector, consensus_map, padded_box
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.maps import write_map
+from flexlib.particles.star import write_star
 from flexlib.phantoms import PHANTOMS, Phantom, make_phantom
 
 _GAUSSIAN_SIGMA_A = 1.6  # of a pseudo-atom: a B-factor of 200 A^2
@@ -323,8 +323,7 @@ def _write_star(path: Path, stack_name: str, metadata: _Metadata, optics: _Optic
         "rlnRandomSubset": metadata.half_set.astype(int) + 1,
         "rlnOpticsGroup": np.ones(count, int),
     }
-    with atomic_path(path) as temporary:
-        starfile.write({"optics": optics_table, "particles": pd.DataFrame(columns)}, temporary, float_format="%.5f")
+    write_star({"optics": optics_table, "particles": pd.DataFrame(columns)}, path)
 
 
 def _write_cs(
@@ -443,7 +442,9 @@ def simulate_particles(
     for path, state in zip(truth_states, states_rad, strict=True):
         write_map(path, exact_map(state), pixel_size_A)
     mean_states = _mean_states(metadata.angles_rad)
-    mean_map = sum(exact_map(state) for state in mean_states) / len(mean_states)
+    mean_map = np.zeros((box,) * 3)
+    for state in mean_states:
+        mean_map += exact_map(state) / len(mean_states)
     write_map(folder / "truth_mean.mrc", mean_map, pixel_size_A)
     with atomic_path(folder / "truth.npz") as temporary:
         np.savez(
