@@ -111,7 +111,7 @@ def spectral_start(
     force = torch.cat(residual_forces).double()
     noise_force = torch.cat(noise_forces).double()
     force = force - force.mean(0)
-    num, num_fields = force.shape
+    num = len(force)
     information = noise_force.T @ noise_force / num
     # fields that the images hardly see are left out instead of being blown up by the whitening
     spread, axes = torch.linalg.eigh(information)
@@ -135,3 +135,78 @@ def spectral_start(
         fields.float().numpy(),
         scores.float().numpy(),
     )
+
+
+def friedel_halves(box: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two complementary random masks (box, box//2+1) of {0, 1} in which Friedel mates stay together."""
+    generator = torch.Generator().manual_seed(seed)
+    first = (torch.rand((box, box // 2 + 1), generator=generator) < 0.5).float()
+    mirrored = torch.cat([first[:1, 0], first[1:, 0].flip(0)])  # column kx = 0: row -ky of row ky
+    upper = torch.arange(box) <= box // 2
+    first[:, 0] = torch.where(upper, first[:, 0], mirrored)
+    return first, 1.0 - first
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Latents of some particles by Gauss-Newton, with what the images say of their precision."""
+
+    latents: torch.Tensor  # (b, K)
+    precision: torch.Tensor  # (b, K, K) Fisher information of the images plus the unit prior
+    loss: torch.Tensor  # (b,) nats at ``latents``, without the prior
+
+
+@torch.no_grad()
+def infer_latents(
+    operator: Operator,
+    flow: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    batch: ImageBatch,
+    weight: torch.Tensor,
+    start: torch.Tensor,
+    steps: int = 3,
+    probe: float = 0.05,
+    prior: float = 1.0,
+) -> Posterior:
+    """Maximum a posteriori latents under a normal prior, by Levenberg-Marquardt with K forward derivatives a step.
+
+    ``start`` (b, K); ``weight`` as in ``log_likelihood_loss``; ``probe`` the finite-difference step in latent units;
+    ``prior`` its precision. A step that raises a particle's loss is taken back and damped, so the result is never
+    worse than ``start``.
+    """
+    latents = start.clone()
+    num, dims = latents.shape
+    eye = torch.eye(dims, device=latents.device)
+    damping = torch.full((num,), 1e-2, device=latents.device)
+    best = _linearise(operator, flow, values, batch, weight, latents, probe)
+    for _ in range(steps):
+        gradient = best[1] + prior * latents
+        hessian = best[2] + prior * eye
+        damped = hessian + damping[:, None, None] * torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
+        step = torch.linalg.solve(damped, gradient[..., None])[..., 0]
+        step = step * (1.0 / step.norm(dim=1, keepdim=True).clamp(min=1.0))  # at most one unit
+        trial = latents - step
+        new = _linearise(operator, flow, values, batch, weight, trial, probe)
+        better = new[0] + 0.5 * prior * (trial**2).sum(1) <= best[0] + 0.5 * prior * (latents**2).sum(1)
+        latents = torch.where(better[:, None], trial, latents)
+        best = tuple(
+            torch.where(better.view(-1, *[1] * (old.dim() - 1)), fresh, old)
+            for fresh, old in zip(new, best, strict=True)
+        )
+        damping = torch.where(better, damping * 0.1, damping * 10.0)
+    return Posterior(latents, best[2] + prior * eye, best[0])
+
+
+def _linearise(operator, flow, values, batch, weight, latents, probe):
+    """Loss (b,), its gradient (b, K) and Gauss-Newton matrix (b, K, K) at ``latents``, by forward differences."""
+    base = operator.slices(values, batch, flow(latents))
+    residual = batch.images - batch.transfer * base
+    tangents = []
+    for axis in range(latents.shape[1]):
+        moved = latents.clone()
+        moved[:, axis] += probe
+        tangents.append(batch.transfer * (operator.slices(values, batch, flow(moved)) - base) / probe)
+    tangent = torch.view_as_real(torch.stack(tangents, 1) * weight.sqrt()).flatten(2)
+    scaled = torch.view_as_real(residual * weight.sqrt()).flatten(1)
+    loss = 0.5 * (scaled**2).sum(1)
+    return loss, -(tangent @ scaled[..., None])[..., 0], tangent @ tangent.transpose(1, 2)

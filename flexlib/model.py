@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,9 @@ class FlowGenerator(nn.Module):
         # the standardised latents are mapped back to the scale that the network first saw (see ``rescale_latents``)
         self.register_buffer("input_matrix", torch.eye(latent_dims))
         self.register_buffer("input_offset", torch.zeros(latent_dims))
-        self.register_buffer("output_offset", torch.zeros(num_fields))
         widths = [latent_dims] + [hidden_units] * layers
         blocks: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(widths):
             blocks += [nn.Linear(fan_in, fan_out), nn.SiLU()]
         self.hidden = nn.Sequential(*blocks)
         self.output = nn.Linear(hidden_units, num_fields)
@@ -49,7 +49,7 @@ class FlowGenerator(nn.Module):
     def coefficients(self, z: torch.Tensor) -> torch.Tensor:
         """(b, K) latents to (b, m) basis coefficients."""
         raw = z @ self.input_matrix.T + self.input_offset
-        return raw @ self.linear + self.output(self.hidden(raw)) - self.output_offset
+        return raw @ self.linear + self.output(self.hidden(raw))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """(b, K) latents to (b, nv, 3) displacements in Angstrom."""
@@ -156,7 +156,9 @@ def displacement_basis_A(modes: np.ndarray, stiffness: np.ndarray, vertices_A: n
     """Basis of the flow's output, (m + 6, nv, 3) float32.
 
     ``modes`` (m, nv, 3) have unit rms displacement and ``stiffness`` (m,) is their strain energy; a unit coefficient
-    moves the softest mode by about one Angstrom rms and a stiffer one by ``sqrt(softest / stiffness)`` of it.
+    moves the softest mode by one Angstrom rms and a stiffer one by ``sqrt(softest / stiffness)`` of it. Modes that cost
+    (nearly) nothing, such as the swing of a cell that hangs on one vertex, are scaled like the softest elastic one.
     """
-    scale = np.sqrt(stiffness[0] / stiffness)
+    softest = stiffness[stiffness > 1e-4 * stiffness.mean()].min()
+    scale = np.sqrt(softest / np.maximum(stiffness, softest))
     return np.concatenate([modes * scale[:, None, None], rigid_modes_A(vertices_A)]).astype(np.float32)
