@@ -1,0 +1,294 @@
+"""What the results say: numbers, sentences and tables of the report."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from flexlib.report.markup import NONE, duration, number, table, text
+from flexlib.report.plots import FSC_KINDS, SWEPT, fsc_column, resolution_A
+from flexlib.report.results import Results
+from flexlib.sweep import SweepPoint
+
+_QUALITY = {
+    "num_vertices": ("vertices", ""),
+    "num_cells": ("cells", ""),
+    "num_bodies": ("separate bodies", ""),
+    "num_voxels": ("voxels in the mask", ""),
+    "uncovered_voxels": ("mask voxels outside every cell", ""),
+    "volume_total_A3": ("volume of all cells", "Å³"),
+    "cell_volume_min_A3": ("smallest cell", "Å³"),
+    "cell_volume_max_A3": ("largest cell", "Å³"),
+    "dihedral_min_deg": ("smallest dihedral angle", "°"),
+    "dihedral_max_deg": ("largest dihedral angle", "°"),
+    "voxels_per_cell_min": ("fewest voxels in a cell", ""),
+    "voxels_per_cell_median": ("median voxels in a cell", ""),
+    "voxels_per_cell_max": ("most voxels in a cell", ""),
+    "rigidity_min": ("smallest rigidity weight", ""),
+    "rigidity_max": ("largest rigidity weight", ""),
+}
+
+
+def training_box(results: Results) -> tuple[int | None, float | None]:
+    """Box in pixels and pixel size in Angstrom of the training images."""
+    return (None, None) if results.consensus is None else (results.consensus.box, results.consensus.pixel_size_A)
+
+
+def full_box(results: Results) -> tuple[int | None, float | None]:
+    """Box in pixels and pixel size in Angstrom of the reconstruction."""
+    return (None, None) if results.full_mask is None else (results.full_mask.box, results.full_mask.pixel_size_A)
+
+
+def gain(results: Results) -> tuple[float | None, float | None]:
+    """Held-out gain of the chosen point and its standard error, nats per particle."""
+    values = [results.validation.get(name) for name in ("validation_gain", "validation_gain_se")]
+    row = chosen_row(results)
+    names = ("validation_gain", "validation_gain_se")
+    if values[0] is None and row is not None:
+        values = [row.get(name) for name in names]
+    known = [None if value is None or not np.isfinite(float(value)) else float(value) for value in values]
+    return known[0], known[1]
+
+
+def chosen_row(results: Results) -> pd.Series | None:
+    """The row of sweep.csv that was chosen."""
+    sweep = results.sweep
+    if sweep is None or "chosen" not in sweep or not sweep["chosen"].any():
+        return None
+    return sweep[sweep["chosen"]].iloc[0]
+
+
+def resolutions(results: Results) -> tuple[float | None, float | None]:
+    """FSC 0.143 resolution in Angstrom of the flexible and the rigid map: sweep.csv's, else from fsc.csv."""
+    row = chosen_row(results)
+    out: list[float | None] = []
+    for model in ("flex", "rigid"):
+        value = None if row is None else row.get(f"resolution_{model}_A")
+        if value is None or not np.isfinite(value):
+            column = None if results.fsc is None else fsc_column(results.fsc, model)
+            value = None
+            if column and results.fsc is not None:  # a curve that never falls reaches the last shell
+                value = resolution_A(results.fsc, column, 0.143) or 1 / results.fsc["frequency_1_per_A"].max()
+        out.append(None if value is None else float(value))
+    return out[0], out[1]
+
+
+def point_label(point: SweepPoint) -> str:
+    """A point in short."""
+    return f"K = {point.latent_dims}, λ = {point.rigidity:g}"
+
+
+def point_note(results: Results) -> str:
+    """The rest of the point, and out of how many."""
+    point = results.chosen
+    if point is None:
+        return "no point was trained"
+    count = "" if results.sweep is None or len(results.sweep) < 2 else f"; 1 of {len(results.sweep)} points"
+    return f"mesh {point.cells} cells across, seed {point.seed}{count}"
+
+
+def total_seconds(results: Results) -> float | None:
+    """Time of all steps where benchmarks were kept, else of the trainings in the sweep."""
+    if len(results.benchmarks):
+        return float(results.benchmarks["seconds"].sum())
+    if results.sweep is not None and "wall_s" in results.sweep and results.sweep["wall_s"].notna().any():
+        return float(results.sweep["wall_s"].sum())
+    return results.validation.get("wall_s")
+
+
+def time_note(results: Results) -> str:
+    """What ``total_seconds`` counts."""
+    if len(results.benchmarks):
+        return "sum over all steps"
+    return "training, all points" if total_seconds(results) is not None else "not recorded"
+
+
+# sentences ------------------------------------------------------------------------------------------------------
+
+
+def verdict(results: Results) -> str:
+    """The run in two or three sentences; HTML."""
+    value, error = gain(results)
+    flex, rigid = resolutions(results)
+    rms = results.validation.get("rms_displacement_A")
+    parts = []
+    if value is not None and error is not None and error > 0:
+        if value > 3 * error:
+            moves = f" Parts move by {number(rms, 2)} Å rms." if rms is not None else ""
+            parts.append(
+                f"The particles move: the flexible model predicts images it has not seen better than a rigid one, by "
+                f"{number(value)} ± {number(error, 2)} nats per particle.{moves}"
+            )
+        elif value > 0:
+            parts.append(
+                f"Motion is doubtful: the held-out gain is {number(value)} ± {number(error, 2)} nats per particle, "
+                "less than three standard errors."
+            )
+        else:
+            parts.append(
+                f"No motion was found: the flexible model predicts unseen images no better than a rigid one "
+                f"({number(value)} ± {number(error, 2)} nats per particle)."
+            )
+    if flex and rigid:
+        if flex < 0.985 * rigid:
+            parts.append(f"Taking the motion into account improves the map from {rigid:.3g} to {flex:.3g} Å.")
+        elif flex > 1.015 * rigid:
+            parts.append(
+                f"The flexible map is worse than the rigid one ({flex:.3g} against {rigid:.3g} Å): use the rigid one."
+            )
+        else:
+            parts.append(f"Overall resolution stays at {flex:.3g} Å (rigid {rigid:.3g} Å); gains, if any, are local.")
+    elif flex:
+        parts.append(f"The flexible map reaches {flex:.3g} Å.")
+    return text(" ".join(parts)) or "This run is not complete: see the sections below for what is there."
+
+
+def particle_sentence(results: Results) -> str:
+    """How many particles, in which half-sets."""
+    particles = results.particles
+    assert particles is not None
+    sentence = f"{len(particles):,} particles"
+    if results.all_latents_count and results.all_latents_count > len(particles):
+        sentence += f", kept out of {results.all_latents_count:,},"
+    if "RandomSubset" in particles:
+        counts = particles["RandomSubset"].value_counts().sort_index()
+        sentence += " in half-sets of " + " and ".join(f"{count:,}" for count in counts)
+    box, pixel = training_box(results)
+    if box:
+        sentence += f"; training images of {box} px at {number(pixel, 4)} Å per pixel"
+        sentence += f", so that nothing beyond {number(2 * pixel, 3)} Å can drive the motion"
+    return text(sentence + ".")
+
+
+def choice_sentence(results: Results) -> str:
+    """Why the chosen point."""
+    sweep, point = results.sweep, results.chosen
+    assert sweep is not None
+    row = chosen_row(results)
+    if row is None or point is None:
+        return "No point of the sweep was marked as chosen."
+    label = f"{point_label(point)}, mesh {point.cells}, seed {point.seed}"
+    if len(sweep) == 1:
+        return text(f"One point was trained: {label}.")
+    if sweep["validation_gain"].notna().sum() == 0:
+        return text(f"{label} was taken without a score.")
+    best = sweep.loc[sweep["validation_gain"].idxmax()]
+    if bool(best["chosen"]):
+        return text(
+            f"{label} was chosen out of {len(sweep)} points: it has the highest held-out gain, and no simpler point "
+            "(fewer latent dimensions, stiffer, coarser mesh) lies within one standard error of it."
+        )
+    settings = ", ".join(f"{SWEPT[name]} {best[name]:g}" for name in SWEPT if name in best)
+    return text(
+        f"{label} was chosen out of {len(sweep)} points: the highest held-out gain "
+        f"({number(best['validation_gain'])} ± {number(best.get('validation_gain_se'), 2)} nats per particle) is "
+        f"that of {settings}, and the chosen point ({number(row['validation_gain'])}) is the simplest within "
+        "one standard error of it: fewer latent dimensions first, then stiffer, then a coarser mesh."
+    )
+
+
+def spectrum_sentence(results: Results) -> str:
+    """What the spectrum suggests for K."""
+    suggested = results.validation.get("suggested_dims")
+    used = results.latent_dims or (results.chosen.latent_dims if results.chosen else 0)
+    if suggested is None:
+        return "Eigenvalues above the dashed line are more than noise."
+    sentence = f"{suggested} stand{'s' if suggested == 1 else ''} above the noise edge"
+    if used and suggested > used:
+        return f"{sentence}, so more than the {used} latent dimension{'s' if used > 1 else ''} used here may pay."
+    return f"{sentence}; {used} latent dimension{'s' if used != 1 else ''} were used." if used else sentence + "."
+
+
+def truth_sentence(results: Results) -> str:
+    """How well the latents tell the truth of a simulation; empty without truth."""
+    if not results.truth_names or results.latents is None or len(results.latents) < 50:
+        return ""
+    latents = results.latents
+    z = latents[[f"z{i + 1}" for i in range(results.latent_dims)]].to_numpy()
+    scores = [neighbour_r2(z, latents[name].to_numpy()) for name in results.truth_names]
+    listed = ", ".join(f"{score:.2f}" for score in scores)
+    return (
+        "The data are simulated and the true angles are known: neighbours in latent space predict them with "
+        f"R² = {listed} (1 is perfect, 0 is chance)."
+    )
+
+
+def neighbour_r2(z: np.ndarray, value: np.ndarray, neighbours: int = 20) -> float:
+    """R^2 of predicting ``value`` (n,) by the mean over nearest neighbours in ``z`` (n, K), each point left out."""
+    from scipy.spatial import cKDTree
+
+    neighbours = min(neighbours, len(z) - 1)
+    index = cKDTree(z / np.maximum(z.std(0), 1e-12)).query(z / np.maximum(z.std(0), 1e-12), neighbours + 1)[1][:, 1:]
+    return float(1 - ((value - value[index].mean(1)) ** 2).mean() / max(value.var(), 1e-12))
+
+
+def resolution_sentence(results: Results) -> str:
+    """Resolution of the two maps."""
+    flex, rigid = resolutions(results)
+    if flex and rigid:
+        return text(
+            f"At FSC 0.143 the flexible map reaches {flex:.3g} Å and the rigid map, made by the same program without "
+            f"motion, {rigid:.3g} Å."
+        )
+    if flex or rigid:
+        known = "flexible" if flex else "rigid"
+        return text(f"At FSC 0.143 the {known} map reaches {flex or rigid:.3g} Å.")
+    return "The curves do not fall below 0.143: the maps reach the limit of the images."
+
+
+# tables ---------------------------------------------------------------------------------------------------------
+
+
+def mesh_table(quality: dict) -> str:
+    """mesh_quality.json as a table."""
+    rows = [
+        (label, number(quality[key], 7 if isinstance(quality[key], int) else 3, unit))
+        for key, (label, unit) in _QUALITY.items()
+        if key in quality
+    ]
+    return table(("mesh", ""), rows)
+
+
+def sweep_table(sweep: pd.DataFrame) -> str:
+    """sweep.csv as a table, best first."""
+    ordered = sweep.sort_values("validation_gain", ascending=False)
+    head = [
+        "",
+        *(label for name, label in SWEPT.items() if name in sweep),
+        "held-out gain (nats)",
+        "resolution flexible",
+        "rigid",
+        "time",
+    ]
+    rows = []
+    for _, row in ordered.iterrows():
+        error = row.get("validation_gain_se")
+        rows.append(
+            [
+                "chosen" if row.get("chosen") else "",
+                *(f"{row[name]:g}" for name in SWEPT if name in sweep),
+                number(row["validation_gain"], 4)
+                + ("" if error is None or error != error else f" ± {number(error, 2)}"),
+                number(row.get("resolution_flex_A"), 3, "Å"),
+                number(row.get("resolution_rigid_A"), 3, "Å"),
+                duration(row.get("wall_s")),
+            ]
+        )
+    flags = list(ordered["chosen"]) if "chosen" in ordered else []
+    return table(head, rows, flags)
+
+
+def resolution_table(fsc: pd.DataFrame) -> str:
+    """Resolution of each curve at 0.143 and 0.5."""
+    last = float(fsc["frequency_1_per_A"].max())
+    rows = []
+    for kind in FSC_KINDS:
+        cells = []
+        for threshold in (0.143, 0.5):
+            for model in ("rigid", "flex"):
+                column = fsc_column(fsc, model, kind)
+                value = resolution_A(fsc, column, threshold) if column else None
+                cells.append(NONE if column is None else f"{value:.3g} Å" if value else f"beyond {1 / last:.3g} Å")
+        if any(cell != NONE for cell in cells):
+            rows.append((kind, *cells))
+    return table(("FSC", "rigid, 0.143", "flexible, 0.143", "rigid, 0.5", "flexible, 0.5"), rows)

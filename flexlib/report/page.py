@@ -1,0 +1,142 @@
+"""The report page: sections from top to bottom, each a function of the results that returns HTML."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from datetime import datetime
+from importlib import metadata, resources
+from pathlib import Path
+
+import yaml
+
+from flexlib.files import atomic_path
+from flexlib.report import facts, morph, sections
+from flexlib.report.markup import NONE, duration, grid, missing, number, table, text, tile
+from flexlib.report.results import Results
+
+_PACKAGES = ("torch", "numpy", "scipy", "numba", "pandas", "mrcfile", "starfile", "plotly", "scikit-image")
+
+
+def build_page(results: Results, out_html: Path) -> list[morph.Morph]:
+    """Write the report; returns the loaded morphs, so that further pictures need not read them again."""
+    from plotly.offline import get_plotlyjs
+
+    morphs = [morph.load_morph(series, results.mask) for series in results.series]
+    parts: list[tuple[str, str, Callable[[], str]]] = [
+        ("input", "What went in", lambda: sections.input_section(results)),
+        ("mesh", "Mesh", lambda: sections.mesh_section(results)),
+        ("sweep", "Sweep", lambda: sections.sweep_section(results)),
+        ("training", "Training", lambda: sections.training_section(results)),
+        ("latents", "Latent space", lambda: sections.latent_section(results)),
+        ("motion", "Motion", lambda: sections.motion_section(results, morphs)),
+        ("resolution", "Resolution", lambda: sections.resolution_section(results)),
+        ("settings", "Settings and provenance", lambda: settings_section(results)),
+    ]
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)
+    body = "".join(
+        f'<section id="{key}"><h2><span class="number">{index}</span>{title}</h2>{build()}</section>'
+        for index, (key, title, build) in enumerate(parts, start=1)
+    )
+    folder = resources.files("flexlib.report")
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{text(results.name)}: flexible refinement</title><link rel="icon" href="data:,">
+<style>{folder.joinpath("page.css").read_text()}</style>
+<script>{get_plotlyjs()}</script></head>
+<body>
+<header class="top"><div><p class="kicker">3D flexible refinement</p><h1>{text(results.name)}</h1>
+<p class="verdict">{facts.verdict(results)}</p></div></header>
+<nav><div>{links}</div></nav>
+<main>{summary_tiles(results)}{body}
+<footer>Written by flexlib {text(metadata.version("flexlib"))} on {datetime.now():%Y-%m-%d %H:%M}.</footer></main>
+<script>{folder.joinpath("page.js").read_text()}</script>
+</body></html>
+"""
+    with atomic_path(out_html) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return morphs
+
+
+def summary_tiles(results: Results) -> str:
+    """The run in eight numbers."""
+    count = 0 if results.particles is None else len(results.particles)
+    total = 0 if results.all_latents_count is None else results.all_latents_count
+    box, pixel = facts.training_box(results)
+    full_box, full_pixel = facts.full_box(results)
+    flex, rigid = facts.resolutions(results)
+    gain, error = facts.gain(results)
+    point = results.chosen
+    rms = results.validation.get("rms_displacement_A")
+    tiles = [
+        tile("Particles", number(count or None, 7), f"of {total:,} in the input" if total else ""),
+        tile(
+            "Training images",
+            f"{box} px" if box else NONE,
+            f"{number(pixel, 4)} Å/px"
+            + (f"; reconstruction {full_box} px at {number(full_pixel, 4)} Å/px" if full_box else ""),
+        ),
+        tile("Chosen point", facts.point_label(point) if point else NONE, facts.point_note(results)),
+        tile(
+            "Resolution, rigid → flexible",
+            f"{number(rigid)} → {number(flex, 3, 'Å')}" if flex or rigid else NONE,
+            "half-map FSC at 0.143" if flex or rigid else "this point was not reconstructed",
+            key=True,
+        ),
+        tile(
+            "Held-out gain",
+            f"{number(gain)} ± {number(error, 2)}" if error is not None else number(gain),
+            "nats per particle over the rigid model",
+            key=True,
+        ),
+        tile("Motion", number(rms, 3, "Å rms"), "over voxels and particles", key=True),
+        tile("Time", duration(facts.total_seconds(results)), facts.time_note(results)),
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+# settings -----------------------------------------------------------------------------------------------------------
+
+
+def settings_section(results: Results) -> str:
+    """Configuration, versions and times."""
+    config = yaml.safe_dump(_plain(results.config), sort_keys=False, allow_unicode=True) if results.config else ""
+    parts = [
+        "<h3>Configuration</h3>",
+        f"<pre>{text(config)}</pre>" if config else missing("No configuration was given."),
+    ]
+    versions = [("Python", platform.python_version())]
+    for package in ("flexlib", *_PACKAGES):
+        try:
+            versions.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            continue
+    times = results.benchmarks
+    parts.append(
+        grid(
+            "<div><h3>Versions</h3>" + table(("package", "version"), versions) + "</div>",
+            "<div><h3>Time and memory</h3>"
+            + (
+                table(
+                    ("step", "time", "peak memory"),
+                    [
+                        (row.rule, duration(row.seconds), number(row.memory_MB / 1024, 2, "GB"))
+                        for row in times.itertuples()
+                    ],
+                )
+                if len(times)
+                else missing("No benchmark files were kept for this run.")
+            )
+            + "</div>",
+        )
+    )
+    return "".join(parts)
+
+
+def _plain(value):
+    """Dicts, lists and numbers that YAML writes without Python tags."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,155 @@
+"""A results folder as the workflow leaves it, made from a phantom in seconds: what the report is tested with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from flexlib.files import write_json
+from flexlib.fsc import fsc
+from flexlib.maps import lowpass_map, make_mask, write_map
+from flexlib.mesh.build import build_mesh
+from flexlib.particles.star import write_star
+from flexlib.phantoms import Phantom, make_phantom
+from flexlib.settings import MeshSettings
+from flexlib.simulate import atoms_to_map
+from flexlib.sweep import SweepPoint, write_sweep_table
+
+POINT = SweepPoint(cells=8, latent_dims=2, rigidity=2.0, seed=0)
+CONFIG = {
+    "name": "antibody",
+    "particles": "particles.star",
+    "mesh": {"cells": 8},
+    "train": {"latent_dims": [1, 2, 3], "rigidity": [0.5, 2.0], "seed": 0},
+}
+
+
+def write_fake_results(
+    root: Path, *, box: int = 48, pixel_size_A: float = 5.0, num_particles: int = 400, dims: int = 2, frames: int = 5
+) -> SweepPoint:
+    """Fill ``root`` with every file the report reads but the trained model; returns the chosen point."""
+    rng = np.random.default_rng(1)
+    phantom = make_phantom("antibody")
+    point = SweepPoint(POINT.cells, dims, POINT.rigidity, POINT.seed)
+    angles = phantom.sample_angles(num_particles, rng)
+    centre = np.zeros(angles.shape[1])
+    consensus = lowpass_map(_map(phantom, centre, box, pixel_size_A), pixel_size_A, 14.0)
+    noisy = consensus + 0.03 * consensus.std() * rng.standard_normal(consensus.shape).astype(np.float32)
+    mask = make_mask(consensus, pixel_size_A)
+    for folder in (root / "particles", root / "particles" / "full"):
+        write_map(folder / "consensus.mrc", noisy, pixel_size_A)
+        write_map(folder / "mask.mrc", mask, pixel_size_A)
+    _write_particles(root, point, angles, rng)
+    np.savez(root / "truth.npz", angles_rad=angles)
+    build_mesh(root / "particles", root / "mesh" / point.mesh_path, MeshSettings(cells=point.cells))
+    _write_training(root / "train" / point.path, point, rng)
+    for axis in range(min(dims, angles.shape[1])):
+        for frame, angle in enumerate(np.linspace(-0.5, 0.5, frames)):
+            state = np.eye(len(centre))[axis] * angle
+            moved = lowpass_map(_map(phantom, state, box, pixel_size_A), pixel_size_A, 12.0)
+            path = root / "generate" / point.path / f"axis_{axis + 1}" / f"frame_{frame:03d}.mrc"
+            write_map(path, moved, pixel_size_A)
+    _write_reconstruction(root / "reconstruct" / point.path, consensus, mask, pixel_size_A, rng)
+    _write_sweep(root, point, rng)
+    benchmark = root / "benchmarks" / "train" / f"{point.path.replace('/', '.')}.tsv"
+    benchmark.parent.mkdir(parents=True)
+    benchmark.write_text("s\th:m:s\tmax_rss\n312.5\t0:05:12\t2210.4\n")
+    return point
+
+
+def _map(phantom: Phantom, state: np.ndarray, box: int, pixel_size_A: float) -> np.ndarray:
+    return atoms_to_map(phantom.positions_A(state)[0] / pixel_size_A, phantom.mass, box, sigma_px=0.7)
+
+
+def _write_particles(root: Path, point: SweepPoint, angles: np.ndarray, rng: np.random.Generator) -> None:
+    """Prepared particles without one in ten, and latents of all of them: noisy copies of the true angles."""
+    count = len(angles)
+    defocus_A = rng.uniform(8000, 25000, count)
+    table = pd.DataFrame(
+        {
+            "rlnImageName": [f"{i + 1:06d}@train.mrcs" for i in range(count)],
+            "rlnAngleRot": rng.uniform(-180, 180, count),
+            "rlnAngleTilt": np.degrees(np.arccos(rng.uniform(-1, 1, count))),
+            "rlnAnglePsi": rng.uniform(-180, 180, count),
+            "rlnDefocusU": defocus_A,
+            "rlnDefocusV": defocus_A - 200,
+            "rlnRandomSubset": np.arange(count) % 2 + 1,
+        }
+    )
+    kept = rng.random(count) < 0.9
+    spare = 0.3 * rng.standard_normal((count, point.latent_dims))
+    truth = np.pad(angles, ((0, 0), (0, max(0, point.latent_dims - angles.shape[1]))))[:, : point.latent_dims]
+    latents = 2.5 * truth + 0.4 * spare
+    latents[~kept] = np.nan
+    columns = {f"flexLatent{i + 1}": latents[:, i] for i in range(point.latent_dims)}
+    prepared = table.assign(flexInputRow=np.arange(count))[kept]
+    write_star({"particles": prepared}, root / "particles" / "particles.star")
+    write_star({"particles": table.assign(**columns)}, root / "train" / point.path / "latents.star")
+
+
+def _write_training(folder: Path, point: SweepPoint, rng: np.random.Generator) -> None:
+    epoch = np.arange(1, 26)
+    log = pd.DataFrame(
+        {
+            "epoch": epoch,
+            "band_A": np.where(epoch < 8, 20.0, 12.0),
+            "data_loss": 2050 - 40 * (1 - np.exp(-epoch / 5)),
+            "rigidity_energy": 0.5 * (1 - np.exp(-epoch / 6)),
+            "validation_gain": 30 * (1 - np.exp(-epoch / 6)) + 0.5 * rng.standard_normal(len(epoch)),
+        }
+    )
+    log.to_csv(folder / "log.csv", index=False)
+    values = np.concatenate([[6.1, 3.4], 1.25 - 0.02 * np.arange(18)])
+    spectrum = pd.DataFrame({"index": np.arange(1, 21), "eigenvalue": values, "noise_edge": 1.3})
+    spectrum.to_csv(folder / "spectrum.csv", index=False)
+    write_json(
+        folder / "validation.json",
+        {
+            "validation_gain": 30.1,
+            "validation_gain_se": 1.2,
+            "suggested_dims": 2,
+            "rms_displacement_A": 6.3,
+            "wall_s": 312.5,
+        },
+    )
+
+
+def _write_reconstruction(
+    folder: Path, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float, rng: np.random.Generator
+) -> None:
+    box = len(volume)
+    shell = np.arange(box // 2)
+    table = {"shell": shell, "frequency_1_per_A": shell / (box * pixel_size_A)}
+    for model, noise in (("flex", 0.6), ("rigid", 2.0)):
+        halves = [
+            (volume + noise * volume.std() * rng.standard_normal(volume.shape)).astype(np.float32) for _ in range(2)
+        ]
+        for index, half in enumerate(halves):
+            write_map(folder / f"{model}_half{index + 1}.mrc", half, pixel_size_A)
+        write_map(folder / f"{model}_map.mrc", 0.5 * (halves[0] + halves[1]), pixel_size_A)
+        for kind, window in (("unmasked", None), ("masked", mask), ("corrected", mask)):
+            table[f"fsc_{model}_{kind}"] = fsc(halves[0], halves[1], window)
+    pd.DataFrame(table).to_csv(folder / "fsc.csv", index=False)
+
+
+def _write_sweep(root: Path, chosen: SweepPoint, rng: np.random.Generator) -> None:
+    rows = []
+    for dims in sorted({1, 2, 3, chosen.latent_dims}):
+        for rigidity in (0.5, 2.0):
+            point = SweepPoint(chosen.cells, dims, rigidity, 0)
+            gain = {1: 18.0, 2: 30.1, 3: 30.6}.get(dims, 30.0) - (rigidity < 1) * 2
+            rows.append(
+                {
+                    "cells": point.cells,
+                    "latent_dims": dims,
+                    "rigidity": rigidity,
+                    "seed": 0,
+                    "validation_gain": gain,
+                    "validation_gain_se": 1.2,
+                    "wall_s": 312.5 + 20 * rng.random(),
+                    "chosen": point == chosen,
+                }
+            )
+    write_sweep_table(rows, root / "sweep.csv")
