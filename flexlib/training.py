@@ -506,7 +506,7 @@ def _rms_displacement_A(setup: Setup, state: State, sample: int = 500) -> float:
 def density_at_vertices(voxels: VoxelTensors, values: torch.Tensor) -> torch.Tensor:
     """(nv,) share of the (positive) density that rides on each vertex; the sum is 1."""
     corner = voxels.cells.long()[voxels.cell.long()]
-    share = voxels.bary * values.clamp(min=0.0)[:, None]
+    share = voxels.bary.clamp(min=0.0) * values.clamp(min=0.0)[:, None]
     total = values.new_zeros(voxels.num_vertices).index_add_(0, corner.flatten(), share.flatten())
     return total / total.sum().clamp(min=1e-30)
 
