@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,7 +133,8 @@ class Results:
         table = self._latents_table
         if table is None:
             return None
-        names = sorted((c for c in table if c.startswith("flexLatent")), key=lambda c: int(c[len("flexLatent") :]))
+        names = [c for c in table if re.fullmatch(r"flexLatent\d+", c)]
+        names.sort(key=lambda c: int(c[len("flexLatent") :]))
         if not names:
             return None
         out = pd.DataFrame({f"z{i + 1}": table[c].astype(float) for i, c in enumerate(names)})
