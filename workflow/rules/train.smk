@@ -18,6 +18,7 @@ rule train:
         canonical=f"{TRAIN}/canonical.mrc",
         latents=f"{TRAIN}/latents.star",
         history=f"{TRAIN}/log.csv",
+        spectrum=f"{TRAIN}/spectrum.csv",
         validation=f"{TRAIN}/validation.json",
     log:
         f"{LOGS}/train/{POINT_PATTERN}.log",
