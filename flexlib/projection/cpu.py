@@ -131,9 +131,14 @@ def _splat(values, vertices, cells, bary, segments, grid, taps, images):
             image = images[first + i]
             image[:, :] = 0
             for y in range(stride):
-                target = (y - shift) % grid
-                for x in range(stride):
-                    image[target, (x - shift) % grid] += padded[i, y * stride + x]
+                row = image[(y - shift) % grid]
+                source = padded[i, y * stride : (y + 1) * stride]
+                for x in range(grid):
+                    row[x] += source[x + shift]
+                for x in range(shift):
+                    row[grid - shift + x] += source[x]
+                for x in range(grid + shift, stride):
+                    row[x - shift - grid] += source[x]
 
 
 @njit(cache=True, parallel=True)
@@ -144,9 +149,14 @@ def _pad(images, taps, padded):
     shift = 0 if taps == 2 else 1
     for i in prange(images.shape[0]):
         for y in range(stride):
-            source = (y - shift) % grid
-            for x in range(stride):
-                padded[i, y * stride + x] = images[i, source, (x - shift) % grid]
+            source = images[i, (y - shift) % grid]
+            row = padded[i, y * stride : (y + 1) * stride]
+            for x in range(grid):
+                row[x + shift] = source[x]
+            for x in range(shift):
+                row[x] = source[grid - shift + x]
+            for x in range(grid + shift, stride):
+                row[x] = source[x - shift - grid]
 
 
 @njit(cache=True, fastmath=True, parallel=True)
