@@ -51,6 +51,7 @@ def write_fake_results(
             moved = lowpass_map(_map(phantom, state, box, pixel_size_A), pixel_size_A, 12.0)
             path = root / "generate" / point.path / f"axis_{axis + 1}" / f"frame_{frame:03d}.mrc"
             write_map(path, moved, pixel_size_A)
+    _write_series(root / "generate" / point.path / "series.csv", dims, frames)
     _write_reconstruction(root / "reconstruct" / point.path, consensus, mask, pixel_size_A, rng)
     _write_sweep(root, point, rng)
     benchmark = root / "benchmarks" / "train" / f"{point.path.replace('/', '.')}.tsv"
@@ -116,6 +117,16 @@ def _write_training(folder: Path, point: SweepPoint, rng: np.random.Generator) -
     )
 
 
+def _write_series(path: Path, dims: int, frames: int) -> None:
+    rows = []
+    for axis in range(dims):
+        for frame, value in enumerate(np.linspace(-1.2, 1.2, frames)):
+            z = np.eye(dims)[axis] * value
+            latents = {f"latent_{k + 1}": z[k] for k in range(dims)}
+            rows.append({"series": f"axis_{axis + 1}", "frame": frame, **latents, "num_particles": 10})
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
 def _write_reconstruction(
     folder: Path, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float, rng: np.random.Generator
 ) -> None:
@@ -132,6 +143,13 @@ def _write_reconstruction(
         for kind, window in (("unmasked", None), ("masked", mask), ("corrected", mask)):
             table[f"fsc_{model}_{kind}"] = fsc(halves[0], halves[1], window)
     pd.DataFrame(table).to_csv(folder / "fsc.csv", index=False)
+    course = [
+        {"half": half, "model": model, "iteration": i, "objective": 100.0, "relative_gradient": 10 ** (-0.2 * i)}
+        for model in ("flex", "rigid")
+        for half in (1, 2)
+        for i in range(20)
+    ]
+    pd.DataFrame(course).to_csv(folder / "convergence.csv", index=False)
 
 
 def _write_sweep(root: Path, chosen: SweepPoint, rng: np.random.Generator) -> None:

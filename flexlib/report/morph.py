@@ -207,7 +207,7 @@ def displacement_picture(values: np.ndarray, canonical: Map, mask: Map | None, r
     return pictures.png(figure, 130)
 
 
-def compare_surfaces(maps: list[tuple[str, Map]], mask: Map | None) -> bytes:
+def compare_surfaces(maps: list[tuple[str, Map]], mask: Map | None, rotation: np.ndarray | None) -> bytes:
     """Surfaces of (label, map) pairs at one contour level, each from two sides; the last sets the level."""
     box = min(maps[0][1].box, _LARGEST_BOX)
     volumes = [fourier_crop_map(map_.data, box) for _, map_ in maps]
@@ -216,7 +216,7 @@ def compare_surfaces(maps: list[tuple[str, Map]], mask: Map | None) -> bytes:
         inside = fourier_crop_map(mask.data, box) > 0.5
         volumes = [np.where(inside, volume, 0) for volume in volumes]
     level = surface.display_level(volumes[-1], inside)
-    view = surface.best_view(np.zeros_like(volumes[-1]), volumes[-1])
+    view = np.eye(3) if rotation is None else rotation
     extent = surface.half_extent(volumes, level)
     colours = ((0.72, 0.75, 0.79), surface.BLUE)
     drawn = [

@@ -13,7 +13,8 @@
       return;
     }
     if (!webgl) figure.data.forEach((trace) => { if (trace.type === "scattergl") trace.type = "scatter"; });
-    Plotly.newPlot(box, { data: figure.data, layout: figure.layout, frames: figure.frames || [], config: options });
+    options.displayModeBar = box.clientHeight > 250 ? "hover" : false;
+    Plotly.newPlot(box, { data: figure.data, layout: figure.layout, frames: figure.frames || [], config: { ...options } });
   }
   document.querySelectorAll(".plot").forEach(draw);
 
@@ -37,6 +38,9 @@
       const [x, y] = pair.value.split(",");
       const titles = { "xaxis.title.text": "latent " + x, "yaxis.title.text": "latent " + y,
         "xaxis.autorange": true, "yaxis.autorange": true };
+      scatter.data.slice(1).forEach((path, index) => { // where the generated frames lie
+        Plotly.restyle(scatter, { x: [path.customdata[x - 1]], y: [path.customdata[y - 1]] }, [index + 1]);
+      });
       [scatter, density].forEach((box) => {
         Plotly.update(box, { x: [columns["z" + x]], y: [columns["z" + y]] }, titles, [0]);
       });

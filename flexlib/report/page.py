@@ -30,7 +30,7 @@ def build_page(results: Results, out_html: Path) -> list[morph.Morph]:
         ("training", "Training", lambda: sections.training_section(results)),
         ("latents", "Latent space", lambda: sections.latent_section(results)),
         ("motion", "Motion", lambda: sections.motion_section(results, morphs)),
-        ("resolution", "Resolution", lambda: sections.resolution_section(results)),
+        ("resolution", "Resolution", lambda: sections.resolution_section(results, morphs)),
         ("settings", "Settings and provenance", lambda: settings_section(results)),
     ]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)

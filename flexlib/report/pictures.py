@@ -196,7 +196,7 @@ def boundary_faces(mesh: TetraMesh) -> np.ndarray:
 
 def mesh_sections(mesh: TetraMesh, consensus: Map | None) -> bytes:
     """Cells cut by the three central planes over the density, coloured by rigidity weight."""
-    figure = new_figure(9.6, 3.6)
+    figure = new_figure(9.6, 3.1)
     grid = figure.subplots(1, 3)
     limits = (min(mesh.rigidity.min(), 0.999), max(mesh.rigidity.max(), 1.0))
     reach = np.abs(mesh.vertices_A).max() * 1.03

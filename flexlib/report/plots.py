@@ -89,7 +89,8 @@ def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title="held-out gain (nats per particle)", rangemode="tozero")
     figure.update_xaxes(range=[-0.5, len(values) - 0.5])
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
-    return styled(figure, 380, showlegend=len(figure.data) > 1, legend=legend)
+    margin = {"l": 70, "r": 20, "t": 60, "b": 56}  # the legend lies below the tool bar
+    return styled(figure, 400, showlegend=len(figure.data) > 1, legend=legend, margin=margin)
 
 
 def sweep_heat_map(sweep: pd.DataFrame) -> go.Figure | None:
@@ -120,7 +121,7 @@ def sweep_heat_map(sweep: pd.DataFrame) -> go.Figure | None:
         )
     figure.update_xaxes(title=SWEPT[varied[0]], type="category")
     figure.update_yaxes(title=SWEPT[varied[1]], type="category")
-    return styled(figure, 380, showlegend=False)
+    return styled(figure, 400, showlegend=False)
 
 
 def _short(value) -> str:
@@ -212,7 +213,22 @@ def latent_scatter(latents: pd.DataFrame, colour_name: str, colour: np.ndarray) 
     )
     figure.update_xaxes(title="latent 1")
     figure.update_yaxes(title="latent 2")
-    return styled(figure, 470)
+    return styled(figure, 470, showlegend=False)
+
+
+def add_series_paths(figure: go.Figure, series: pd.DataFrame) -> None:
+    """Draw where the generated frames lie over latents 1 and 2; ``series`` is series.csv."""
+    for name, frames in series.groupby("series", sort=False):
+        figure.add_scattergl(
+            x=plain_numbers(frames["latent_1"]),
+            y=plain_numbers(frames["latent_2"]),
+            customdata=[plain_numbers(frames[c]) for c in frames if c.startswith("latent_")],
+            mode="lines+markers",
+            line={"color": ACCENT, "width": 1.5},
+            marker={"size": 4, "color": ACCENT},
+            text=[f"{str(name).replace('_', ' ')}, frame {frame + 1}" for frame in frames["frame"]],
+            hovertemplate="%{text}<extra></extra>",
+        )
 
 
 def latent_density(latents: pd.DataFrame) -> go.Figure:
@@ -331,3 +347,21 @@ def fsc_plot(fsc: pd.DataFrame) -> go.Figure:
     )
     figure.update_yaxes(title="Fourier shell correlation", range=[-0.08, 1.04])
     return styled(figure, 420, legend={"x": 1, "xanchor": "right", "y": 1})
+
+
+def convergence_plot(convergence: pd.DataFrame) -> go.Figure:
+    """Relative gradient of each reconstruction against its iterations."""
+    figure = go.Figure()
+    colours = {"flex": FLEX, "rigid": "#7d8793"}
+    labels = {"flex": "flexible"}
+    for (model, half), part in convergence.groupby(["model", "half"], sort=False):
+        figure.add_scatter(
+            x=part["iteration"],
+            y=part["relative_gradient"],
+            name=f"{labels.get(model, model)}, half {half}",
+            mode="lines",
+            line={"color": colours.get(model, ACCENT), "dash": "solid" if half == 1 else "dot", "width": 2},
+        )
+    figure.update_xaxes(title="iteration")
+    figure.update_yaxes(title="relative gradient", type="log", exponentformat="power")
+    return styled(figure, 300, legend={"x": 1, "xanchor": "right", "y": 1})

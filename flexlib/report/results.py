@@ -196,6 +196,16 @@ class Results:
         return [series for series in found if series.frames]
 
     @cached_property
+    def series_latents(self) -> pd.DataFrame | None:
+        """series.csv: series, frame, latent_1..K of every generated frame."""
+        return _csv(self.stage_dir("generate") / "series.csv")
+
+    @cached_property
+    def convergence(self) -> pd.DataFrame | None:
+        """convergence.csv: half, model, iteration, objective, relative_gradient of the reconstruction."""
+        return _csv(self.stage_dir("reconstruct") / "convergence.csv")
+
+    @cached_property
     def fsc(self) -> pd.DataFrame | None:
         """fsc.csv of the chosen point."""
         return _csv(self.stage_dir("reconstruct") / "fsc.csv")

@@ -21,9 +21,8 @@ def _scene(reach_A: float) -> dict:
         "xaxis": axis,
         "yaxis": axis,
         "zaxis": axis,
-        "aspectmode": "manual",
-        "aspectratio": dict.fromkeys("xyz", 1.75),  # fills the view of an orthographic camera
-        "camera": {"projection": {"type": "orthographic"}},
+        "aspectmode": "cube",
+        "camera": {"eye": {"x": 1.0, "y": -0.75, "z": 0.6}},  # perspective: Plotly does not light orthographic views
         "dragmode": "orbit",
     }
 
@@ -41,7 +40,7 @@ def _surface_trace(vertices: np.ndarray, faces: np.ndarray, colour: str = "#7fa9
         color=colour,
         opacity=opacity,
         hoverinfo="skip",
-        lighting={"ambient": 0.45, "diffuse": 0.75, "specular": 0.15, "roughness": 0.6, "fresnel": 0.1},
+        lighting={"ambient": 0.32, "diffuse": 0.75, "specular": 0.2, "roughness": 0.6, "fresnel": 0.1},
         lightposition={"x": -1000, "y": 1500, "z": 2000},
     )
 
@@ -108,10 +107,9 @@ def morph_view(morph: Morph, max_faces: int, count: int = 9) -> go.Figure:
     }
     up = morph.rotation[1]  # the screen's up direction of the movie
     camera = {
-        "projection": {"type": "orthographic"},
-        "eye": dict(zip("xyz", (1.7 * morph.rotation[2]).tolist(), strict=True)),
+        "eye": dict(zip("xyz", (1.25 * morph.rotation[2]).tolist(), strict=True)),
         "up": dict(zip("xyz", up.tolist(), strict=True)),
     }
     scene = {**_scene(morph.extent * morph.pixel_size_A * 1.02), "camera": camera, "domain": {"y": [0.1, 1]}}
     styled(figure, 500, scene=scene, sliders=[slider], showlegend=False)
-    return figure.update_layout(margin={"l": 0, "r": 0, "t": 0, "b": 10})
+    return figure.update_layout(margin={"l": 0, "r": 0, "t": 0, "b": 34})

@@ -195,8 +195,13 @@ def latent_section(results: Results) -> str:
         pairs = [(i, j) for i in range(1, results.latent_dims) for j in range(i + 1, results.latent_dims + 1)]
         options = "".join(f'<option value="{i},{j}">{i} and {j}</option>' for i, j in pairs)
         picker += f'<label>Latents <select id="latent-pair">{options}</select></label>'
+    scatter = plots.latent_scatter(shown, first, colours[first])
+    path = results.series_latents
+    if path is not None and {"series", "frame", "latent_1", "latent_2"} <= set(path):
+        plots.add_series_paths(scatter, path)
+        note += " The orange lines are the generated series."
     drawn_plots = grid(
-        plot(plots.latent_scatter(shown, first, colours[first]), "latent-scatter", _latent_caption(note)),
+        plot(scatter, "latent-scatter", _latent_caption(note)),
         plot(
             plots.latent_density(shown),
             "latent-density",
@@ -286,7 +291,7 @@ def motion_section(results: Results, morphs: list[morph.Morph]) -> str:
 # 7 --------------------------------------------------------------------------------------------------------------
 
 
-def resolution_section(results: Results) -> str:
+def resolution_section(results: Results, morphs: list[morph.Morph]) -> str:
     """FSC and maps, rigid against flexible."""
     parts = []
     fsc = results.fsc
@@ -299,12 +304,18 @@ def resolution_section(results: Results) -> str:
         plot(
             plots.fsc_plot(fsc),
             "fsc",
-            "<b>Half-map Fourier shell correlation.</b> The right-most crossing of 0.143 is the resolution. "
+            "<b>Half-map Fourier shell correlation.</b> Where a curve first falls below 0.143 is the resolution. "
             "<i>Corrected</i> removes by phase randomisation what the mask itself correlates. Curves should fall to "
             "zero: one that stays up shares something between the halves. Click the legend to show other curves.",
         )
     )
     parts.append(facts.resolution_table(fsc))
+    if results.convergence is not None:
+        caption = (
+            "<b>Convergence of the reconstructions.</b> The gradient should have fallen by orders of magnitude and "
+            "levelled out; if it still falls, more iterations (reconstruct.max_bfgs_iterations) sharpen the map."
+        )
+        parts.append(plot(plots.convergence_plot(results.convergence), "convergence", caption))
     pair = [(label, results.reconstructed(kind)) for kind, label in (("rigid", "rigid"), ("flex", "flexible"))]
     maps = [(label, map_) for label, map_ in pair if map_ is not None]
     if not maps:
@@ -324,7 +335,7 @@ def resolution_section(results: Results) -> str:
         )
         parts.append(
             image(
-                morph.compare_surfaces(maps, mask),
+                morph.compare_surfaces(maps, mask, morphs[0].rotation if morphs else None),
                 "Surfaces of the rigid and flexible maps",
                 "<b>The same maps as surfaces</b> at one contour level.",
             )

@@ -130,7 +130,7 @@ def isosurface(volume: np.ndarray, pixel_size_A: float, level: float, max_faces:
             break
     vertices = (corner[:, ::-1] - volume.shape[0] // 2) * pixel_size_A
     index_type = np.uint16 if len(vertices) < 65536 else np.uint32
-    return vertices.astype(np.float32), faces[:, ::-1].astype(index_type)  # reversed with the axes: normals look out
+    return vertices.astype(np.float32), faces.astype(index_type)
 
 
 def _hemisphere(count: int) -> np.ndarray:

@@ -1,0 +1,235 @@
+"""The report: one file, complete, safe, and alive in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_results import CONFIG, write_fake_results
+from PIL import Image
+
+from flexlib.report import sections, write_report, write_summary_figure
+from flexlib.report.facts import neighbour_r2
+from flexlib.report.pictures import boundary_faces, cell_sections
+from flexlib.report.results import Results
+from flexlib.report.surface import isosurface, quarter_turn, render_surface
+
+SECTIONS = ("input", "mesh", "sweep", "training", "latents", "motion", "resolution", "settings")
+NASTY = '<script>alert("x")</script> & co'
+
+
+class _Page(HTMLParser):
+    """Collects ids, everything that would load from outside, and the JSON of each plot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.loads: list[str] = []
+        self.json: dict[str, dict] = {}
+        self.text: list[str] = []
+        self._block: str | None = None
+        self._script = False
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if "id" in values:
+            self.ids.append(values["id"])
+        for key in ("src", "href", "srcset", "poster", "data"):
+            target = values.get(key) or ""
+            if target and not target.startswith(("data:", "#")):
+                self.loads.append(f"{tag} {key}={target[:80]}")
+        self._script = tag in ("script", "style")
+        self._block = values.get("id") if values.get("type") == "application/json" else None
+
+    def handle_endtag(self, tag):
+        self._script, self._block = False, None
+
+    def handle_data(self, data):
+        if self._block:
+            self.json[self._block] = json.loads(data)
+        elif not self._script:
+            self.text.append(data)
+
+
+def _parse(path: Path) -> _Page:
+    page = _Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("results") / "antibody"
+    write_fake_results(root, box=40, pixel_size_A=6.0, frames=3)
+    config = {**CONFIG, "name": NASTY, "image_root": Path("/some/where")}
+    write_report(root, root / "report.html", config, root / "truth.npz")
+    return root
+
+
+def test_report_is_one_small_file_that_loads_nothing(results: Path) -> None:
+    page = _parse(results / "report.html")
+    assert page.loads == []
+    css = "".join(re.findall(r"<style>(.*?)</style>", (results / "report.html").read_text(), re.S))
+    assert "url(" not in css and "@import" not in css
+    assert (results / "report.html").stat().st_size < 15e6
+
+
+def test_report_has_all_sections_and_plots(results: Path) -> None:
+    page = _parse(results / "report.html")
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert len(page.ids) == len(set(page.ids))
+    for name in ("mesh-view", "sweep-gains", "spectrum", "latent-scatter", "morph-axis_1", "morph-axis_2", "fsc"):
+        assert page.json[f"{name}-data"]["data"], name
+    assert (results / "report.html").read_text().count("data:image/webp") == 4  # surfaces and projections, two series
+    text = " ".join(page.text)
+    assert "400" in text and "30.1 ± 1.2" in text and "6.3 Å rms" in text
+    assert "R² = 0.9" in text  # the fake latents follow the true angles
+    assert len(page.json["latent-columns"]["z1"]) == len(page.json["latent-columns"]["True angle 1 (deg)"]) < 400
+
+
+def test_user_text_is_escaped(results: Path) -> None:
+    html = (results / "report.html").read_text()
+    assert NASTY not in html
+    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; co" in html
+
+
+def test_truth_follows_the_rows_of_the_input(results: Path) -> None:
+    columns = _parse(results / "report.html").json["latent-columns"]
+    assert np.corrcoef(columns["z1"], columns["True angle 1 (deg)"])[0, 1] > 0.9
+    assert set(columns["Half-set"]) == {1.0, 2.0}
+
+
+def test_resolution_in_the_table_is_the_crossing(results: Path) -> None:
+    fsc = np.genfromtxt(next(results.rglob("fsc.csv")), delimiter=",", names=True)
+    first = int(np.flatnonzero(fsc["fsc_flex_corrected"] < 0.143)[0])
+    ends_A = 1 / fsc["frequency_1_per_A"][[first, first - 1]]
+    row = re.search(r"<td>corrected</td><td>([\d.]+) Å</td><td>([\d.]+) Å", (results / "report.html").read_text())
+    assert row and ends_A[0] - 0.1 <= float(row[2]) <= ends_A[1] + 0.1
+    assert float(row[2]) < float(row[1])
+
+
+def test_summary_figure(results: Path) -> None:
+    with Image.open(results / "summary.png") as picture:
+        assert picture.width == 1400 and 0.2 < picture.height / picture.width < 0.6
+    assert (results / "summary.png").stat().st_size < 500e3
+
+
+@pytest.mark.parametrize(
+    ("gone", "section", "sentence"),
+    [
+        ("reconstruct", lambda results: sections.resolution_section(results, []), "not reconstructed"),
+        ("rigid_*", lambda results: sections.resolution_section(results, []), "Only the flexible map"),
+        ("train", sections.latent_section, "no latent coordinates"),
+        ("train", sections.training_section, "no training log"),
+        ("train", lambda results: sections.motion_section(results, []), "no trained model"),
+        ("generate", lambda results: sections.motion_section(results, []), "No series of maps was generated"),
+        ("mesh", sections.mesh_section, "There is no mesh"),
+        ("particles", sections.input_section, "The prepared particles (particles/particles.star) are not there."),
+        ("sweep.csv", sections.sweep_section, "no sweep table"),
+    ],
+)
+def test_missing_input_becomes_a_sentence(results: Path, tmp_path: Path, gone: str, section, sentence: str) -> None:
+    root = tmp_path / "partial"
+    shutil.copytree(results, root, ignore=shutil.ignore_patterns("report.html", gone))
+    assert sentence in section(Results(root, CONFIG))
+
+
+def test_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
+    write_report(tmp_path, tmp_path / "report.html", {})
+    assert "This run is not complete" in " ".join(_parse(tmp_path / "report.html").text)
+    assert not write_summary_figure(tmp_path, tmp_path / "summary.png")
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_one_and_three_latents(tmp_path: Path, dims: int) -> None:
+    write_fake_results(tmp_path, box=32, pixel_size_A=7.0, dims=dims, frames=1)
+    page = _Page()
+    page.feed(sections.latent_section(Results(tmp_path, CONFIG, tmp_path / "truth.npz")))
+    assert ("latent-histogram" in page.ids) == (dims == 1)
+    assert ("latent-pair" in page.ids) == (dims == 3)
+
+
+def test_rendered_view_keeps_the_hand() -> None:
+    """x runs right, y up, and what is nearer along +z hides what lies behind."""
+    z, y, x = np.indices((32, 32, 32)) - 16
+
+    def ball(cx, cy, cz):
+        return np.exp(-((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2) / 8.0).astype(np.float32)
+
+    picture = render_surface(ball(8, 0, 0) + ball(0, 5, 0), 0.5, np.eye(3), extent=16, size_px=64)
+    rows, columns = np.nonzero(picture[..., 3] > 128)
+    right = columns > 40
+    assert right.any() and abs(rows[right].mean() - 31.5) < 1.5
+    assert rows[~right].mean() < 25  # up is towards the first row
+    paint = (z > 0).astype(np.float32)
+    both = render_surface(ball(0, 0, 9) + ball(0, 0, -9), 0.5, np.eye(3), 16, 64, paint=paint)
+    behind = render_surface(ball(0, 0, 9) + ball(0, 0, -9), 0.5, np.diag([1.0, -1, -1]), 16, 64, paint=paint)
+    assert both[32, 32, 0] > 1.5 * behind[32, 32, 0]  # viridis: 1 is yellow, 0 is dark blue
+    turned = quarter_turn(np.eye(3)) @ [0, 0, 1.0]
+    assert np.allclose(turned, [1, 0, 0])
+
+
+def test_isosurface_lies_where_the_density_crosses() -> None:
+    z, y, x = np.indices((32, 32, 32)) - 16
+    density = np.exp(-((x - 4) ** 2 + y**2 + z**2) / 18.0).astype(np.float32)
+    vertices, faces = isosurface(density, 2.0, 0.5, max_faces=5000)
+    radius_A = np.linalg.norm(vertices - [8.0, 0, 0], axis=1)
+    assert np.allclose(radius_A, 2 * np.sqrt(18 * np.log(2)), atol=0.1)
+    corner = vertices[faces].astype(float)
+    normal = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
+    assert (np.einsum("fi,fi->f", normal, corner.mean(1) - [8.0, 0, 0]) > 0).mean() > 0.99  # they look outwards
+    assert len(isosurface(density, 2.0, 0.5, max_faces=200)[1]) <= 200
+
+
+def test_sections_and_surface_of_a_mesh() -> None:
+    from flexlib.mesh.lattice import bcc_mesh
+
+    mask = np.zeros((16, 16, 16), bool)
+    mask[4:12, 4:12, 4:12] = True
+    mesh = bcc_mesh(mask, 4.0, 16.0)
+    faces = boundary_faces(mesh)
+    corner = mesh.vertices_A[faces]
+    area = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
+    outward = np.sign(np.einsum("fi,fi->f", area, corner.mean(1) - mesh.vertices_A.mean(0)))
+    volume = np.einsum("fi,fi->f", area * outward[:, None], corner[:, 0]).sum() / 6
+    assert volume == pytest.approx(mesh.cell_volumes_A3().sum(), rel=0.15)  # a closed, nearly star-shaped surface
+    polygons, cells = cell_sections(mesh, axis=2)
+    assert len(polygons) == len(cells) > 0
+    assert {len(polygon) for polygon in polygons} <= {3, 4}
+
+
+def test_neighbour_score_tells_signal_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((500, 2))
+    assert neighbour_r2(z, z[:, 0]) > 0.9
+    assert neighbour_r2(z, rng.standard_normal(500)) < 0.1
+
+
+def test_page_comes_alive_in_a_browser(results: Path, tmp_path: Path) -> None:
+    browser = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    assert browser, "this test opens the report in a browser: install chromium (apt-get install chromium)"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --dump-dom --window-size=1300,2000"
+    done = subprocess.run(
+        [browser, *flags.split(), f"--user-data-dir={tmp_path}", (results / "report.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    problems = [line for line in done.stderr.splitlines() if "CONSOLE" in line and re.search("Uncaught|Error", line)]
+    assert problems == []
+    plots = re.findall(r'class="plot([^"]*)"', done.stdout)
+    assert len(plots) >= 10
+    solid = ("mesh-view", "morph-axis_1", "morph-axis_2")  # without WebGL these say that they need it
+    for name in re.findall(r'<div class="plot[^"]*" id="([^"]+)"', done.stdout):
+        drawn = re.search(rf'<div class="plot[^"]*js-plotly-plot[^"]*" id="{name}"', done.stdout)
+        assert drawn or (name in solid and "needs WebGL" in done.stdout), name
