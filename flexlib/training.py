@@ -156,18 +156,22 @@ def train(
     out_dir: str | Path,
     settings: TrainSettings,
     device: str = "auto",
+    *,
+    discard_other_checkpoint: bool = False,
 ) -> None:
     """Train one point of the sweep and write its results (see docs/architecture.md).
 
-    Resumes from ``out_dir/checkpoints`` when a checkpoint of the same settings, particles and mesh is there. On
-    SIGTERM writes a checkpoint and leaves with exit status 75. Raises InputError for settings or files that don't fit.
+    Resumes from ``out_dir/checkpoints`` when a checkpoint of the same settings, particles and mesh is there. One of
+    another run is refused, or with ``discard_other_checkpoint`` (for callers that know when a result is out of date)
+    passed over with a warning. On SIGTERM writes a checkpoint and leaves with exit status 75. Raises InputError for
+    settings or files that don't fit.
     """
     began = time.perf_counter()
     out_dir = Path(out_dir)
     setup = _set_up(Path(particles_dir), Path(mesh_dir), settings, device)
     identity = _identity(Path(particles_dir), Path(mesh_dir), settings)
     checkpoint = out_dir / "checkpoints" / CHECKPOINT
-    state = _start_or_resume(setup, checkpoint, identity)
+    state = _start_or_resume(setup, checkpoint, identity, discard_other_checkpoint)
     resumed_s = state.wall_s
     stop = _StopFlag()
 
@@ -234,12 +238,15 @@ def _identity(particles_dir: Path, mesh_dir: Path, settings: TrainSettings) -> d
     }
 
 
-def _start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str]) -> State:
+def _start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str], discard_other: bool) -> State:
     if not checkpoint.exists():
         return _start(setup)
     saved = torch.load(checkpoint, map_location=setup.device, weights_only=True)
     if saved["identity"] != identity:
         differing = ", ".join(k for k in identity if saved["identity"].get(k) != identity[k])
+        if discard_other:
+            logger.warning("%s: of another run (different %s), training anew", checkpoint, differing)
+            return _start(setup)
         raise InputError(
             f"{checkpoint}: a checkpoint of another run (different {differing}); delete its folder to train anew"
         )

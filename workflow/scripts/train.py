@@ -13,6 +13,7 @@ def train(snakemake):
         folder(snakemake.input.mesh),
         folder(snakemake.output.model),
         make_settings(TrainSettings, snakemake.params.settings),
+        discard_other_checkpoint=True,  # Snakemake runs this when settings or inputs have changed
     )
 
 
