@@ -172,7 +172,8 @@ class NormalEquations:
 
     def _vertices_px(self, batch: ImageBatch) -> torch.Tensor:
         vertices_A = self.vertex_provider(batch.rows).to(self.device, self.voxels.bary.dtype)
-        return view_vertices(vertices_A, batch.rotation, batch.origin_px, self.source.pixel_size_A).contiguous()
+        rotation, origin_px = batch.rotation.to(vertices_A.dtype), batch.origin_px.to(vertices_A.dtype)
+        return view_vertices(vertices_A, rotation, origin_px, self.source.pixel_size_A).contiguous()
 
     def _stream(self, with_images: bool):
         """Batches in a fixed order; the transfer functions are computed anew each time unless kept."""

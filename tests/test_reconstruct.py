@@ -1,0 +1,322 @@
+"""Reconstruction: the linear algebra against autograd and exact data, and what motion may and may not do to a map."""
+
+import logging
+from dataclasses import replace
+
+import numba
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from flexlib.fsc import fsc
+from flexlib.maps import lowpass_map, read_map, soft_edge
+from flexlib.mesh.lattice import bcc_mesh
+from flexlib.mesh.tetmesh import single_cell_mesh
+from flexlib.mesh.voxels import voxelise
+from flexlib.model import FlexModel, FlowGenerator, rigid_modes_A
+from flexlib.particles.images import ImageBatch, plane_weight
+from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
+from flexlib.reconstruct import NormalEquations, fsc_table, project_adjoint, reconstruct, solve_map
+from flexlib.settings import MeshSettings, PrepareSettings, ReconstructSettings
+
+BOX = 24
+PIXEL_SIZE_A = 3.0
+
+
+@numba.njit
+def exact_transform(values, view_px, box):
+    """(box, box//2+1): sum over voxels of ``values`` exp(-2 pi i k . p / box), term by term."""
+    plane = np.zeros((box, box // 2 + 1), np.complex128)
+    for j in range(len(values)):
+        step_x = np.exp(-2j * np.pi / box * view_px[j, 0])
+        step_y = np.exp(-2j * np.pi / box * view_px[j, 1])
+        along_y = values[j] * np.exp(1j * np.pi * view_px[j, 1])  # ky = -box/2
+        for row in range(box):
+            term = along_y
+            for kx in range(box // 2 + 1):
+                plane[(row + box // 2) % box, kx] += term
+                term *= step_x
+            along_y *= step_y
+    return plane
+
+
+class FakeSource:
+    """Exact images (non-uniform DFT) of moved voxels under random poses and CTF-like transfer functions."""
+
+    def __init__(self, count, values, points_A, noise=0.0, seed=0, amplitude=1.0):
+        """``values`` (nvox,); ``points_A`` (nvox, 3) or (count, nvox, 3) moved voxel positions."""
+        generator = np.random.default_rng(seed)
+        self.box, self.pixel_size_A = BOX, PIXEL_SIZE_A
+        self.half_set = (np.arange(count) % 2).astype(np.int8)
+        self.rotation = Rotation.random(count, rng=generator).as_matrix()
+        self.origin_px = generator.normal(0, 1, (count, 2))
+        ky, kx = np.fft.fftfreq(BOX)[:, None], np.arange(BOX // 2 + 1)[None] / BOX
+        phase = generator.uniform(20, 60, (count, 1, 1)) * (kx**2 + ky**2) + 0.2
+        inside = (plane_weight(BOX) > 0).numpy()
+        self.transfer = (amplitude * np.sin(phase) * inside / BOX).astype(np.float32)
+        self.images = np.empty((count, BOX, BOX // 2 + 1), np.complex64)
+        self.reads = 0
+        for i in range(count):
+            points = points_A if points_A.ndim == 2 else points_A[i]
+            view_px = points @ self.rotation[i, :2].T / PIXEL_SIZE_A - self.origin_px[i]
+            self.images[i] = exact_transform(values.astype(float), view_px, BOX) * self.transfer[i]
+        white = generator.standard_normal((count, BOX, BOX))
+        self.images += noise * inside * np.fft.rfft2(white, norm="ortho")
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, rows, device="cpu"):
+        self.reads += len(rows)
+        return replace(self.geometry(rows, device), images=torch.from_numpy(self.images[rows]))
+
+    def geometry(self, rows, device="cpu"):
+        arrays = self.transfer[rows], self.rotation[rows].astype(np.float32), self.origin_px[rows].astype(np.float32)
+        return ImageBatch(rows, torch.empty(0), *(torch.from_numpy(a) for a in arrays))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Problems this small are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def radius_px(box=BOX):
+    axis = np.arange(box) - box // 2
+    return np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2)
+
+
+class Problem:
+    """A soft-masked random density, a mesh around it and its voxels."""
+
+    def __init__(self, mesh_cell_A=None, dtype=torch.float32):
+        self.mask = soft_edge(radius_px() < 6, PIXEL_SIZE_A, 0.0, 6.0)
+        white = np.random.default_rng(9).standard_normal((BOX,) * 3)
+        self.truth = self.mask * (lowpass_map(white, PIXEL_SIZE_A, 2.4 * PIXEL_SIZE_A) + 0.3)
+        inside = self.mask > 1e-3
+        rigid = mesh_cell_A is None
+        self.mesh = single_cell_mesh(BOX * PIXEL_SIZE_A) if rigid else bcc_mesh(inside, PIXEL_SIZE_A, mesh_cell_A)
+        mesh_voxels = voxelise(self.mesh, inside, PIXEL_SIZE_A)
+        self.bary, self.corners = mesh_voxels.bary, self.mesh.cells[mesh_voxels.cell]
+        self.voxels = VoxelTensors.from_mesh_voxels(mesh_voxels, dtype=dtype)
+        self.mask_values = gather_volume(self.mask, self.voxels)
+        self.values = gather_volume(self.truth, self.voxels).numpy()
+
+    def points_A(self, displacements_A=0.0):
+        """Voxel positions (nvox, 3), or (b, nvox, 3) for displacements (b, nv, 3)."""
+        vertices = self.mesh.vertices_A + displacements_A
+        return np.einsum("nk,...nkd->...nd", self.bary, vertices[..., self.corners, :])
+
+    def provider(self, displacements_A=None):
+        vertices = torch.as_tensor(self.mesh.vertices_A, dtype=self.voxels.bary.dtype)
+        if displacements_A is None:
+            return lambda rows: vertices
+        return lambda rows: vertices + torch.as_tensor(displacements_A[rows], dtype=vertices.dtype)
+
+    def solve(self, source, displacements_A=None, rows=None, **options):
+        rows = np.arange(len(source)) if rows is None else rows
+        provider = self.provider(displacements_A)
+        volume, convergence = solve_map(source, rows, self.voxels, provider, self.mask_values, **options)
+        return volume.numpy(), convergence
+
+
+def bends_A(mesh, amounts, sd_A=8.0):
+    """(n,) amounts -> (n, nv, 3) displacements: a bend of ``sd_A`` rms at one unit."""
+    x, _, z = mesh.vertices_A.T
+    bend = np.stack([z**2, 0 * x, -x * z], 1)
+    return amounts[:, None, None] * bend * sd_A / np.sqrt((bend**2).sum(1).mean())
+
+
+@pytest.mark.parametrize("kernel, oversampling", [("linear", 1), ("cubic", 1), ("cubic", 2)])
+def test_adjoint_is_that_of_the_projection(kernel, oversampling):
+    problem = Problem(18.0, torch.float64)
+    source = FakeSource(3, problem.values, problem.points_A(), noise=1.0)
+    batch = source.geometry(np.arange(3))
+    vertices = view_vertices(
+        torch.from_numpy(problem.mesh.vertices_A), batch.rotation.double(), batch.origin_px.double(), PIXEL_SIZE_A
+    )
+    weight = plane_weight(BOX).double()
+    images = torch.from_numpy(source.images).to(torch.complex128)
+    values = torch.from_numpy(problem.values).double()
+    projected = project(values, vertices, problem.voxels, kernel, oversampling)
+    in_images = float((weight * (projected.conj() * images).real).sum())
+    in_volume = float(values @ project_adjoint(images, vertices, problem.voxels, kernel, oversampling))
+    assert in_volume == pytest.approx(in_images, rel=1e-10)
+
+
+def test_normal_equations_are_the_gradient_of_the_objective():
+    problem = Problem(18.0, torch.float64)
+    displacements_A = bends_A(problem.mesh, np.array([0.5, -1.0, 0.2, 0.0]))
+    source = FakeSource(4, problem.values, problem.points_A(displacements_A), noise=1.0)
+    provider = problem.provider(displacements_A)
+    equations = NormalEquations(source, np.arange(4), problem.voxels, provider, problem.mask_values, batch_size=3)
+    x = torch.randn(len(problem.values), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    batch = source.batch(np.arange(4))
+    vertices = view_vertices(provider(np.arange(4)), batch.rotation.double(), batch.origin_px.double(), PIXEL_SIZE_A)
+    projected = project(x * problem.mask_values.double(), vertices, problem.voxels, "cubic", 2)
+    residual = batch.images - batch.transfer * projected
+    spectrum = torch.fft.fftn(scatter_volume(x, problem.voxels), norm="ortho")
+    prior = torch.cat([equations.prior, equations.prior.flip(2)[:, :, 1:-1]], 2)  # isotropic: the other half's the same
+    objective = 0.5 * (plane_weight(BOX) * residual.abs() ** 2).sum() + 0.5 * (prior * spectrum.abs() ** 2).sum()
+    (gradient,) = torch.autograd.grad(objective, x)
+    x = x.detach()
+    mine = equations.hessian(x) - equations.data
+    assert torch.linalg.norm(mine - gradient) < 1e-6 * torch.linalg.norm(gradient)
+    value = equations.energy + float(x @ (0.5 * equations.hessian(x) - equations.data))
+    assert value == pytest.approx(objective.item(), rel=1e-6)
+
+
+def test_preconditioner_tells_the_shells_of_the_hessian():
+    problem = Problem()
+    source = FakeSource(300, problem.values, problem.points_A())
+    equations = NormalEquations(
+        source, np.arange(300), problem.voxels, problem.provider(), torch.ones(len(problem.values))
+    )
+    x = torch.randn(len(problem.values), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whitened = equations.precondition(equations.hessian(x))
+    assert float(x @ whitened) / float(x @ x) == pytest.approx(1.0, abs=0.1)
+
+
+def test_exact_images_give_back_the_map_rigid_and_flexible():
+    for cell_A in (None, 18.0):
+        problem = Problem(cell_A)
+        amounts = np.random.default_rng(3).uniform(-1, 1, 300)
+        displacements_A = None if cell_A is None else bends_A(problem.mesh, amounts)
+        moved = problem.points_A() if displacements_A is None else problem.points_A(displacements_A)
+        source = FakeSource(300, problem.values, moved, amplitude=1e2)
+        volume, convergence = problem.solve(source, displacements_A, max_iterations=60, tolerance=1e-4)
+        assert convergence.converged
+        curve = fsc(volume, problem.truth)
+        assert curve[: BOX // 2 - 2].min() > 0.995, curve  # to 0.4 cycles/pixel
+        # the prior costs up to 3 % of the amplitude where the transfer function is weak or the sphere |k| < N/2 ends
+        assert (volume * problem.truth).sum() / (problem.truth**2).sum() == pytest.approx(1.0, abs=0.03)
+        assert source.reads == len(source)  # each image is read once, however many iterations
+
+
+def test_motion_that_is_known_costs_no_resolution():
+    """Particles that bend by 8 A, with known bends, give as good a map as particles at rest; ignoring it does not."""
+    problem, rigid = Problem(18.0), Problem()
+    amounts = np.random.default_rng(4).normal(0, 1, 400)
+    displacements_A = bends_A(problem.mesh, amounts)
+    moving = FakeSource(400, problem.values, problem.points_A(displacements_A), noise=1.0)
+    resting = FakeSource(400, rigid.values, rigid.points_A(), noise=1.0)
+    curves = [
+        fsc(volume, problem.truth)
+        for volume, _ in (problem.solve(moving, displacements_A), rigid.solve(resting), rigid.solve(moving))
+    ]
+    middle = slice(5, 11)
+    assert np.abs(curves[0] - curves[1])[middle].max() < 0.01
+    assert (curves[0] - curves[2])[middle].min() > 0.02
+    assert (curves[0] - curves[2])[middle].mean() > 0.05
+
+
+def test_on_rigid_data_the_flexible_map_is_not_worse():
+    rigid, flexible = Problem(), Problem(18.0)
+    source = FakeSource(400, rigid.values, rigid.points_A(), noise=1.0, seed=5)
+    baseline, _ = rigid.solve(source)
+    still, _ = flexible.solve(source, np.zeros((400, *flexible.mesh.vertices_A.shape)))
+    assert np.linalg.norm(still - baseline) < 1e-3 * np.linalg.norm(baseline)
+    # latents that are all noise, with a model that turns them into a tenth of a voxel
+    jitter_A = bends_A(flexible.mesh, np.random.default_rng(6).normal(0, 1, 400), sd_A=0.3)
+    jittered, _ = flexible.solve(source, jitter_A)
+    loss = fsc(baseline, rigid.truth) - fsc(jittered, rigid.truth)
+    assert loss.max() < 0.01
+
+
+def test_batch_size_changes_rounding_only():
+    problem = Problem(18.0)
+    displacements_A = bends_A(problem.mesh, np.random.default_rng(7).normal(0, 1, 60))
+    source = FakeSource(60, problem.values, problem.points_A(displacements_A), noise=1.0)
+    volumes = [problem.solve(source, displacements_A, batch_size=size)[0] for size in (7, 60)]
+    kept, _ = problem.solve(source, displacements_A, batch_size=7, keep_transfer=True)
+    assert np.linalg.norm(volumes[0] - volumes[1]) < 1e-4 * np.linalg.norm(volumes[0])
+    assert np.array_equal(kept, volumes[0])
+
+
+def test_a_half_set_never_sees_the_other():
+    problem = Problem()
+    source = FakeSource(80, problem.values, problem.points_A(), noise=1.0)
+    rows = np.flatnonzero(source.half_set == 0)
+    alone, _ = problem.solve(source, rows=rows, max_iterations=3)
+    source.images[source.half_set == 1] = np.nan
+    again, _ = problem.solve(source, rows=rows, max_iterations=3)
+    assert np.array_equal(alone, again)
+
+
+def test_objective_falls_and_the_reason_to_stop_is_told(caplog):
+    problem = Problem()
+    source = FakeSource(100, problem.values, problem.points_A(), noise=1.0)
+    with caplog.at_level(logging.WARNING, "flexlib.reconstruct"):
+        _, convergence = problem.solve(source, max_iterations=40)
+        assert convergence.converged and not caplog.records
+        assert np.all(np.diff(convergence.objective) < 0)
+        assert convergence.relative_gradient[0] == 1.0 and convergence.relative_gradient[-1] <= 2e-3
+        # white noise of unit variance: half a nat a pixel, less the degrees of freedom of the map
+        pixels = float(plane_weight(BOX).sum()) * len(source)
+        assert convergence.objective[-1] == pytest.approx(0.5 * pixels, rel=0.06)
+        _, convergence = problem.solve(source, max_iterations=2, label="flex half 1")
+    assert not convergence.converged and convergence.iterations == 2
+    assert len(caplog.records) == 1
+    assert "flex half 1: stopped by reconstruct.max_bfgs_iterations = 2" in caplog.records[0].getMessage()
+
+
+def test_fsc_of_pure_noise_in_a_mask_is_corrected_to_zero():
+    mask = soft_edge(radius_px(32) < 7, PIXEL_SIZE_A, 0.0, 9.0)
+    generator = np.random.default_rng(8)
+    halves = [generator.standard_normal((32,) * 3) * mask for _ in range(2)]
+    table, resolutions = fsc_table({"flex": halves}, mask, PIXEL_SIZE_A)
+    assert list(table.columns[:4]) == ["shell", "frequency_1_per_A", "resolution_A", "fsc_flex"]
+    assert abs(table.fsc_flex[4:].mean()) < 0.1
+    assert set(resolutions) == {"flex_0.143_A", "flex_0.5_A"}
+
+
+def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
+    from flexlib.prepare import prepare_particles
+    from flexlib.simulate import simulate_particles
+
+    box, pixel_size_A = 32, 8.0
+    truth = simulate_particles(
+        tmp_path / "data", phantom="antibody", num_particles=400, box=box, pixel_size_A=pixel_size_A, snr=1.0
+    )
+    particles, train, out = tmp_path / "particles", tmp_path / "train", tmp_path / "out"
+    prepare_particles(
+        truth.particles_star,
+        truth.consensus,
+        particles,
+        settings=PrepareSettings(train_box=box),
+        mask_settings=MeshSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
+    )
+    mask = read_map(particles / "full" / "mask.mrc")
+    mesh = bcc_mesh(mask.data > 0, pixel_size_A, 60.0)
+    basis = torch.from_numpy(rigid_modes_A(mesh.vertices_A).astype(np.float32))
+    flow = FlowGenerator(basis, 2, 1, 4)  # as it starts: no displacement
+    latents = np.zeros((400, 2), np.float32)
+    FlexModel(mesh, flow, latents, np.zeros((box,) * 3, np.float32), box, pixel_size_A).save(train / "model.pt")
+    reconstruct(particles, train, out, ReconstructSettings(max_bfgs_iterations=15), device="cpu")
+
+    for model in ("flex", "rigid"):
+        maps = [read_map(out / f"{model}_{name}.mrc") for name in ("half1", "half2", "map")]
+        assert maps[0].pixel_size_A == pytest.approx(pixel_size_A)
+        np.testing.assert_allclose(maps[2].data, (maps[0].data + maps[1].data) / 2, atol=1e-5 * maps[2].data.max())
+    expected = read_map(truth.truth_mean).data * mask.data
+    assert fsc(maps[2].data, expected)[1:12].min() > 0.95
+    assert (maps[2].data * expected).sum() / (expected**2).sum() == pytest.approx(1.0, abs=0.05)
+    flexible = read_map(out / "flex_map.mrc").data
+    assert np.linalg.norm(flexible - maps[2].data) < 0.01 * np.linalg.norm(flexible)
+
+    table = pd.read_csv(out / "fsc.csv")
+    assert len(table) == box // 2
+    names = [
+        f"fsc_{m}{k}" for m in ("flex", "rigid") for k in ("", "_unmasked", "_masked", "_randomised", "_corrected")
+    ]
+    assert set(names) <= set(table.columns)
+    course = pd.read_csv(out / "convergence.csv")
+    assert list(course.columns) == ["half", "model", "iteration", "objective", "relative_gradient"]
+    assert set(zip(course.half, course.model, strict=True)) == {(h, m) for h in (1, 2) for m in ("flex", "rigid")}
+    assert (out / "resolution.json").exists()
