@@ -108,10 +108,17 @@ SECTIONS: dict[str, type] = {
     "reconstruct": ReconstructSettings,
 }
 
-# Keys that are part of the config but not written yet, with the value they must keep
-UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "prepare": {"symmetry": "C1"},
-    "mesh": {"segmentation": None, "connections": None, "rigid_segments": [], "rigidity_weights": None, "custom": None},
+# Keys of the config that are not written yet, with the values they may have until they are
+UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "prepare": {"symmetry": ("C1",)},
+    "mesh": {
+        "segmentation": (None,),
+        "connections": (None,),
+        "rigid_segments": ([],),
+        "rigidity_weights": (None,),
+        "custom": (None,),
+    },
+    "train": {"latent_init": ("spectral", "random"), "init_from": (None,)},
 }
 
 # What the config names outside its sections, and what prepare reads
@@ -232,11 +239,11 @@ def check_supported(config: Mapping[str, Any]) -> None:
         Names the key.
     """
     for section, keys in UNSUPPORTED.items():
-        for key, only in keys.items():
-            if config[section][key] != only:
-                raise InputError(
-                    f"config: {section}.{key}: {config[section][key]!r} is not supported yet, only {only!r}"
-                )
+        for key, supported in keys.items():
+            value = config[section][key]
+            if value not in supported:
+                only = " or ".join("null" if item is None else repr(item) for item in supported)
+                raise InputError(f"config: {section}.{key}: {value!r} is not supported yet, only {only}")
 
 
 def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:

@@ -99,6 +99,7 @@ def test_trained_points(results, run, point):
     validation = json.loads((folder / "validation.json").read_text())
     assert np.isfinite(validation["validation_gain"])
     assert validation["validation_gain_se"] > 0
+    assert 0 < validation["rms_displacement_A"] < 50
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -173,6 +173,9 @@ def test_what_is_not_supported_is_told_at_once():
         check_supported(check("prepare: {symmetry: D7}"))
     with pytest.raises(InputError, match=r"^config: mesh\.rigid_segments: \[1\] is not"):
         check_supported(check("mesh: {rigid_segments: [1]}"))
+    with pytest.raises(InputError, match=r"'a\.star' is not supported yet, only 'spectral' or 'random'$"):
+        check_supported(check("train: {latent_init: a.star}"))
+    check_supported(check("train: {latent_init: random}"))
 
 
 def test_what_simulate_makes_is_not_missed(tmp_path, monkeypatch):
