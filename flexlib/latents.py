@@ -95,11 +95,13 @@ def spectral_start(
     basis_A: torch.Tensor,
     weight: torch.Tensor,
     latent_dims: int,
+    prior_precision: torch.Tensor,
     progress: Callable[[int], None] | None = None,
 ) -> SpectralStart:
     """One pass over the particles (see the module's text); streams any number of them, keeping (n, m) scores.
 
-    ``values`` (nvox,) the rigid map; ``basis_A`` (m, nv, 3); ``weight`` the band. Source: design of this project.
+    ``values`` (nvox,) the rigid map; ``basis_A`` (m, nv, 3); ``weight`` the band; ``prior_precision`` (m,) of the
+    fields' coefficients, from the rigidity, so that directions the images hardly see stay small.
     """
     residual_forces, noise_forces = [], []
     for batch in batches:
@@ -122,11 +124,9 @@ def spectral_start(
     variance, directions = variance.flip(0), directions.flip(1)
     edge = float((1.0 + np.sqrt(int(seen.sum()) / num)) ** 2 * 1.02)
     scores = white @ directions
-    leading = variance[:latent_dims].clamp(min=1.0 + 1e-3)
     latents = scores[:, :latent_dims] / variance[:latent_dims].sqrt()
-    # posterior mean displacement per unit score of the linear-Gaussian model: (lambda - 1) / sqrt(lambda)
-    amplitude = (leading - 1.0) / leading.sqrt()
-    fields = (whitener @ directions[:, :latent_dims] * amplitude).T
+    # the displacement per unit latent: mean force = H a, solved with the rigidity as a prior on a
+    fields = torch.linalg.solve(information + torch.diag(prior_precision.double()), force.T @ latents / num).T
     return SpectralStart(
         variance.numpy(),
         edge,

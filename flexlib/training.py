@@ -286,6 +286,7 @@ def _start(setup: Setup) -> State:
         basis,
         plane_weight(setup.source.box, setup.band(0)).to(device),
         settings.latent_dims,
+        2 * settings.rigidity * RIGIDITY_NATS * _field_energies(setup, basis),
     )
     logger.info(
         "spectral start: leading eigenvalues %s (noise edge %.2f), suggested dims %d",
@@ -300,6 +301,12 @@ def _basis(setup: Setup) -> torch.Tensor:
     stiffness, modes = elastic_modes(setup.mesh, NUM_MODES)
     basis = displacement_basis_A(modes, stiffness, setup.mesh.vertices_A) * BASIS_UNIT_A
     return torch.as_tensor(basis, device=setup.device)
+
+
+def _field_energies(setup: Setup, basis_A: torch.Tensor) -> torch.Tensor:
+    """(m,) rigidity energy of each displacement field at a thousandth of its size, scaled back to unit size."""
+    moved = setup.operator.vertices_A + 1e-3 * basis_A
+    return 1e6 * rigidity_energy(deformation_gradients(setup.rigidity, moved), setup.rigidity.weight)
 
 
 def _mean_transfer2(setup: Setup) -> torch.Tensor:
