@@ -28,6 +28,10 @@ class FlowGenerator(nn.Module):
     rigid-body motions. The linear path carries the spectral start; the perceptron starts at zero.
     """
 
+    basis_A: torch.Tensor
+    input_matrix: torch.Tensor
+    input_offset: torch.Tensor
+
     def __init__(self, basis_A: torch.Tensor, latent_dims: int, layers: int, hidden_units: int):
         """``basis_A`` (m, nv, 3): displacement in Angstrom per unit coefficient."""
         super().__init__()

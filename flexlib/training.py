@@ -271,9 +271,9 @@ def _start(setup: Setup) -> State:
         for batch in read_ahead(setup.source, split_batches(order, setup.batch_size), device):
             values = rigid.values.clone().requires_grad_()
             loss = log_likelihood_loss(setup.rigid, values, batch, None, weight).sum()
-            loss.backward()
+            (gradient,) = torch.autograd.grad(loss, values)
             total += loss.item()
-            rigid.step(values.grad, len(batch.rows) / len(order), rate, setup.band(BAND_EPOCHS))
+            rigid.step(gradient, len(batch.rows) / len(order), rate, setup.band(BAND_EPOCHS))
         logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
     basis = _basis(setup)
     canonical = _canonical_map(setup, setup.operator, transfer2)
