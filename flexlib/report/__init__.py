@@ -13,18 +13,22 @@ def write_report(results_dir: Path, out_html: Path, config: dict[str, Any], trut
     in the report. ``config`` is the run's configuration, printed as YAML. ``truth`` is an .npz of a simulation whose
     ``angles_rad`` (n, d) has the rows of the input particle file.
     """
-    from flexlib.report.morph import summary_figure
+    from flexlib.report.morph import render_gallery
     from flexlib.report.page import build_page
     from flexlib.report.results import Results
+    from flexlib.report.summary import summary_figure
 
     results = Results(Path(results_dir), config, None if truth is None else Path(truth))
-    morphs = build_page(results, Path(out_html))
-    summary_figure(results, Path(out_html).with_name("summary.png"), morphs[0] if morphs else None)
+    gallery = render_gallery(results)
+    build_page(results, gallery, Path(out_html))
+    summary_figure(results, gallery, Path(out_html).with_name("summary.png"))
 
 
 def write_summary_figure(results_dir: Path, out_png: Path, truth: Path | None = None) -> bool:
-    """Write one picture of a run: latents, morph frames, FSC; False (nothing written) where there is none of them."""
-    from flexlib.report.morph import summary_figure
+    """Write one picture of a run: latents, motion, maps, FSC; False (nothing written) where there is none of them."""
+    from flexlib.report.morph import render_gallery
     from flexlib.report.results import Results
+    from flexlib.report.summary import summary_figure
 
-    return summary_figure(Results(Path(results_dir), {}, None if truth is None else Path(truth)), Path(out_png))
+    results = Results(Path(results_dir), {}, None if truth is None else Path(truth))
+    return summary_figure(results, render_gallery(results), Path(out_png))

@@ -114,7 +114,7 @@ def verdict(results: Results) -> str:
     parts = []
     if value is not None and error is not None and error > 0:
         if value > 3 * error:
-            moves = f" Parts move by {number(rms, 2)} Å rms." if rms is not None else ""
+            moves = f" Density moves by {number(rms)} Å rms." if rms is not None else ""
             parts.append(
                 f"The particles move: the flexible model predicts images it has not seen better than a rigid one, by "
                 f"{number(value)} ± {number(error, 2)} nats per particle.{moves}"
@@ -137,10 +137,22 @@ def verdict(results: Results) -> str:
                 f"The flexible map is worse than the rigid one ({flex:.3g} against {rigid:.3g} Å): use the rigid one."
             )
         else:
-            parts.append(f"Overall resolution stays at {flex:.3g} Å (rigid {rigid:.3g} Å); gains, if any, are local.")
+            parts.append(f"The resolution at FSC 0.143 stays at {flex:.3g} Å (rigid {rigid:.3g} Å){_at_half(results)}.")
     elif flex:
         parts.append(f"The flexible map reaches {flex:.3g} Å.")
     return text(" ".join(parts)) or "This run is not complete: see the sections below for what is there."
+
+
+def _at_half(results: Results) -> str:
+    """The resolutions at FSC 0.5, where they differ."""
+    fsc = results.fsc
+    columns = [None if fsc is None else fsc_column(fsc, model) for model in ("flex", "rigid")]
+    if fsc is None or columns[0] is None or columns[1] is None:
+        return ""
+    flex, rigid = (resolution_A(fsc, column, 0.5) for column in columns if column)
+    if not flex or not rigid or abs(flex / rigid - 1) < 0.015:
+        return ""
+    return f"; at FSC 0.5 it {'improves' if flex < rigid else 'falls'} from {rigid:.3g} to {flex:.3g} Å"
 
 
 def particle_sentence(results: Results) -> str:
@@ -154,7 +166,7 @@ def particle_sentence(results: Results) -> str:
         counts = particles["RandomSubset"].value_counts().sort_index()
         sentence += " in half-sets of " + " and ".join(f"{count:,}" for count in counts)
     box, pixel = training_box(results)
-    if box:
+    if box and pixel:
         sentence += f"; training images of {box} px at {number(pixel, 4)} Å per pixel"
         sentence += f", so that nothing beyond {number(2 * pixel, 3)} Å can drive the motion"
     return text(sentence + ".")
@@ -193,10 +205,11 @@ def spectrum_sentence(results: Results) -> str:
     used = results.latent_dims or (results.chosen.latent_dims if results.chosen else 0)
     if suggested is None:
         return "Eigenvalues above the dashed line are more than noise."
-    sentence = f"{suggested} stand{'s' if suggested == 1 else ''} above the noise edge"
-    if used and suggested > used:
-        return f"{sentence}, so more than the {used} latent dimension{'s' if used > 1 else ''} used here may pay."
-    return f"{sentence}; {used} latent dimension{'s' if used != 1 else ''} were used." if used else sentence + "."
+    return (
+        f"{suggested} stand{'s' if suggested == 1 else ''} above the noise edge; {used} latent "
+        f"dimension{'s were' if used != 1 else ' was'} used. The count is an upper limit: one large motion takes "
+        "several modes."
+    )
 
 
 def truth_sentence(results: Results) -> str:

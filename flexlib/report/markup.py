@@ -70,9 +70,9 @@ def tile(label: str, value: str, note: str = "", key: bool = False) -> str:
     )
 
 
-def grid(*parts: str) -> str:
-    """Parts side by side where the window is wide enough."""
-    return f'<div class="grid">{"".join(parts)}</div>'
+def grid(*parts: str, kind: str = "") -> str:
+    """Parts side by side where the window is wide enough; ``kind`` is a further class of page.css."""
+    return f'<div class="{f"grid {kind}".strip()}">{"".join(parts)}</div>'
 
 
 def number(value: Any, digits: int = 3, unit: str = "") -> str:

@@ -6,12 +6,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from PIL import Image
 
-from flexlib.files import atomic_path
 from flexlib.maps import Map, fourier_crop_map, read_map
 from flexlib.report import pictures, surface
 from flexlib.report.results import Results, Series
@@ -133,7 +133,7 @@ def projection_movie(morph: Morph) -> bytes:
     grey = []
     for frame in frames:
         picture = Image.fromarray((np.clip((frame - low) / max(high - low, 1e-12), 0, 1) * 255).astype(np.uint8))
-        grey.append(np.asarray(picture.resize(size, Image.BICUBIC).convert("RGB")))
+        grey.append(np.asarray(picture.resize(size, Image.Resampling.BICUBIC).convert("RGB")))
     return webp(grey)
 
 
@@ -154,10 +154,10 @@ def strip(morph: Morph, count: int = 5) -> bytes:
 # how far density moves ------------------------------------------------------------------------------------------
 
 
-def displacement_map(results: Results, sample: int = 256) -> tuple[np.ndarray, Map, dict[str, float]] | None:
+def displacement_map(results: Results, sample: int = 256) -> tuple[np.ndarray, Map] | None:
     """How far each voxel moves about its mean over the particles, rms in Angstrom, from the trained model.
 
-    Returns (N, N, N) float32 values, the canonical map, and quantiles over the mask; None without a trained model.
+    Returns (N, N, N) float32 values, 0 outside the mask, and the canonical map; None without a trained model.
     """
     if not (results.stage_dir("train") / "model.pt").exists() or results.mask is None:
         return None
@@ -171,134 +171,126 @@ def displacement_map(results: Results, sample: int = 256) -> tuple[np.ndarray, M
     voxels = voxelise(model.mesh, results.mask.data > 0.5, model.pixel_size_A)
     values = np.zeros(model.box**3, np.float32)
     values[voxels.index] = (voxels.bary * rms_A[model.mesh.cells[voxels.cell]]).sum(1)
-    inside = values[voxels.index]
-    quantiles = {name: float(np.quantile(inside, q)) for name, q in (("median", 0.5), ("p95", 0.95), ("max", 1.0))}
-    return values.reshape((model.box,) * 3), Map(model.canonical, model.pixel_size_A), quantiles
+    return values.reshape((model.box,) * 3), Map(model.canonical, model.pixel_size_A)
 
 
-def displacement_picture(values: np.ndarray, canonical: Map, mask: Map | None, rotation: np.ndarray | None) -> bytes:
-    """The canonical map's surface coloured by how far it moves, from two sides, with a colour bar in Angstrom."""
+@dataclass(frozen=True)
+class PaintedMap:
+    """The canonical map's surface coloured by how far it moves: (h, w, 3) uint8 from the front and the side."""
+
+    front: np.ndarray
+    side: np.ndarray
+    limits_A: tuple[float, float]
+    median_A: float  # over the mask
+    highest_A: float
+
+
+def paint_displacement(results: Results, rotation: np.ndarray | None) -> PaintedMap | None:
+    """Render ``displacement_map`` in the view ``rotation``; None without a trained model."""
     from scipy import ndimage
 
-    level = surface.display_level(canonical.data, None if mask is None else mask.data)
+    moved = displacement_map(results)
+    if moved is None:
+        return None
+    values, canonical = moved
+    known = values[values > 0] if (values > 0).any() else np.zeros(1)
+    level = surface.display_level(canonical.data, None if results.mask is None else results.mask.data)
     extent = surface.half_extent([canonical.data], level)
     limits = (0.0, max(float(np.quantile(values[canonical.data >= level], 0.99)), 1e-3))
-    outside = values == 0
-    nearest = ndimage.distance_transform_edt(outside, return_distances=False, return_indices=True)
-    values = values[tuple(nearest)]
-    view = np.eye(3) if rotation is None else rotation
+    nearest = ndimage.distance_transform_edt(values == 0, return_distances=False, return_indices=True)
+    filled = values[tuple(nearest)]
     drawn = [
-        surface.render_surface(canonical.data, level, turned, extent, _SIZE_PX, paint=values, paint_limits=limits)
-        for turned in (view, surface.quarter_turn(view))
+        surface.render_surface(canonical.data, level, turned, extent, 480, paint=filled, paint_limits=limits)
+        for turned in _both_sides(np.eye(3) if rotation is None else rotation)
     ]
     rows = shown_box(drawn)[0]
-    picture = surface.over_white(np.hstack([one[rows, shown_box([one])[1]] for one in drawn]))
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    front, side = (surface.over_white(one[rows, shown_box([one])[1]]) for one in drawn)
+    return PaintedMap(front, side, limits, float(np.median(known)), float(known.max()))
 
+
+def displacement_picture(painted: PaintedMap) -> bytes:
+    """Both views with a colour bar in Angstrom."""
+    picture = np.hstack([painted.front, np.full((len(painted.front), 30, 3), 255, np.uint8), painted.side])
     height, width = picture.shape[:2]
-    figure = pictures.new_figure(8.2, 8.2 * height / width * 0.88 + 0.2)
+    figure = pictures.new_figure(7.4, 7.4 * height / width * 0.86 + 0.1)
     axes = figure.add_subplot()
     axes.imshow(picture)
     axes.axis("off")
-    figure.colorbar(
-        ScalarMappable(Normalize(*limits), "viridis"), ax=axes, shrink=0.8, label="rms displacement (Å)", aspect=22
-    )
-    return pictures.png(figure, 130)
+    figure.colorbar(paint_scale(painted), ax=axes, shrink=0.7, label="rms displacement (Å)", aspect=22)
+    return pictures.png(figure, 140)
 
 
-def compare_surfaces(maps: list[tuple[str, Map]], mask: Map | None, rotation: np.ndarray | None) -> bytes:
-    """Surfaces of (label, map) pairs at one contour level, each from two sides; the last sets the level."""
+def paint_scale(painted: PaintedMap) -> ScalarMappable:
+    """The colours of a painted map, for a colour bar."""
+    return ScalarMappable(Normalize(*painted.limits_A), surface.paint_map())
+
+
+@dataclass(frozen=True)
+class ComparedMap:
+    """A reconstructed map rendered from the front and the side, (h, w, 3) uint8."""
+
+    label: str
+    front: np.ndarray
+    side: np.ndarray
+
+
+def compare_maps(results: Results, rotation: np.ndarray | None) -> list[ComparedMap]:
+    """Surfaces of the rigid and flexible maps at one contour level, the last map's, cropped alike; what there is."""
+    maps = results.reconstructed_maps
+    if not maps:
+        return []
     box = min(maps[0][1].box, _LARGEST_BOX)
     volumes = [fourier_crop_map(map_.data, box) for _, map_ in maps]
-    inside = None
+    mask = results.reconstruction_mask
     if mask is not None and mask.box == maps[0][1].box:
         inside = fourier_crop_map(mask.data, box) > 0.5
         volumes = [np.where(inside, volume, 0) for volume in volumes]
-    level = surface.display_level(volumes[-1], inside)
-    view = np.eye(3) if rotation is None else rotation
+    level = surface.display_level(volumes[-1])
+    front = np.eye(3) if rotation is None else rotation
     extent = surface.half_extent(volumes, level)
-    colours = ((0.72, 0.75, 0.79), surface.BLUE)
-    drawn = [
-        surface.render_surface(volume, level, rotation, extent, _SIZE_PX, colour)
-        for volume, colour in zip(volumes, colours, strict=False)
-        for rotation in (view, surface.quarter_turn(view))
+    colours = {"rigid": surface.GREY, "flexible": surface.BLUE}
+    views = [
+        [surface.render_surface(v, level, view, extent, _SIZE_PX, colours[label]) for view in _both_sides(front)]
+        for (label, _), v in zip(maps, volumes, strict=True)
     ]
-    box = shown_box(drawn)
-    cropped = [surface.over_white(picture[box]) for picture in drawn]
-    height, width = cropped[0].shape[:2]
-    figure = pictures.new_figure(9.6, 9.6 / len(cropped) * height / width + 0.35)
-    labels = [label for label, _ in maps for _ in range(2)]
-    for axes, picture, label in zip(figure.subplots(1, len(cropped), squeeze=False)[0], cropped, labels, strict=True):
+    crop = shown_box([picture for pair in views for picture in pair])
+    return [
+        ComparedMap(label, *(surface.over_white(picture[crop]) for picture in pair))
+        for (label, _), pair in zip(maps, views, strict=True)
+    ]
+
+
+def compared_picture(compared: list[ComparedMap]) -> bytes:
+    """Both views of each map in one row."""
+    panels = [(one.label, picture) for one in compared for picture in (one.front, one.side)]
+    height, width = panels[0][1].shape[:2]
+    figure = pictures.new_figure(9.6, 9.6 / len(panels) * height / width + 0.35)
+    for axes, (label, picture) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.imshow(picture)
         axes.set_title(label)
         axes.axis("off")
     return pictures.png(figure, 130)
 
 
-# one picture of the run -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Gallery:
+    """What is rendered of a run, each once, for the page and the summary figure."""
+
+    morphs: list[Morph]
+    painted: PaintedMap | None
+    compared: list[ComparedMap]
 
 
-def summary_figure(results: Results, out_png: Path, morph: Morph | None = None) -> bool:
-    """One picture of the run, 1400 px wide; see ``write_summary_figure``."""
-    if morph is None and results.series:
-        morph = load_morph(results.series[0], results.mask)
-    if results.latents is None and morph is None and results.fsc is None:
-        return False
-    figure = pictures.new_figure(14, 4.3)
-    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.05, 1.3, 1.0])
-    if results.latents is not None:
-        _draw_latents(left.add_subplot(), left, results)
-    if morph is not None:
-        picks = (0, len(morph.volumes) // 2, -1)
-        for axes, i, title in zip(middle.subplots(3, 1), picks, ("first", "middle", "last"), strict=True):
-            axes.imshow(morph.surfaces[i])
-            axes.set_axis_off()
-            axes.text(0.0, 0.98, f"{title} frame", transform=axes.transAxes, fontsize=9, color=pictures.MUTED, va="top")
-        middle.suptitle(f"Motion along {morph.name.replace('_', ' ')}, seen from two sides", fontsize=10.5)
-    if results.fsc is not None:
-        _draw_fsc(right.add_subplot(), results)
-    with atomic_path(out_png) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    return True
+def render_gallery(results: Results) -> Gallery:
+    """Load the series and render the maps, all but the morphs in the view of the first series."""
+    morphs = [load_morph(series, results.mask) for series in results.series]
+    rotation = morphs[0].rotation if morphs else None
+    return Gallery(morphs, paint_displacement(results, rotation), compare_maps(results, rotation))
 
 
-def _draw_latents(axes, figure, results: Results) -> None:
-    """Scatter of the first two latents (a histogram for one), coloured by the first true angle if there is one."""
-    latents = results.latents
-    assert latents is not None
-    axes.set_title("Particles in latent space", fontsize=10.5)
-    axes.set_xlabel("latent 1")
-    truth = results.truth_names
-    if results.latent_dims > 1:
-        colour = latents[truth[0]] if truth else density_2d(latents["z1"].to_numpy(), latents["z2"].to_numpy())
-        points = axes.scatter(latents["z1"], latents["z2"], c=colour, s=4, cmap="viridis", linewidths=0)
-        axes.set_ylabel("latent 2")
-        figure.colorbar(points, ax=axes, label=truth[0].lower() if truth else "density (relative)", shrink=0.85)
-    elif truth:
-        axes.scatter(latents["z1"], latents[truth[0]], s=4, color=pictures.FLEX, linewidths=0)
-        axes.set_ylabel(truth[0].lower())
-    else:
-        axes.hist(latents["z1"], bins=60, color=pictures.FLEX)
-        axes.set_ylabel("particles")
-
-
-def _draw_fsc(axes, results: Results) -> None:
-    from flexlib.report.plots import fsc_column
-
-    fsc = results.fsc
-    assert fsc is not None
-    for kind, colour, label in (("rigid", pictures.RIGID, "rigid"), ("flex", pictures.FLEX, "flexible")):
-        column = fsc_column(fsc, kind)
-        if column:
-            axes.plot(fsc["frequency_1_per_A"], fsc[column], color=colour, label=label, linewidth=2)
-    axes.axhline(0.143, color=pictures.MUTED, linewidth=0.8, linestyle=":")
-    axes.set_ylim(-0.05, 1.03)
-    axes.set_xlim(0, None)
-    axes.set_xlabel("frequency (1/Å)")
-    axes.set_ylabel("half-map FSC")
-    axes.set_title("Resolution: rigid and flexible maps", fontsize=10.5)
-    axes.legend(frameon=False)
+def _both_sides(rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A view and the one after a quarter turn about the vertical."""
+    return rotation, surface.quarter_turn(rotation)
 
 
 def density_2d(x: np.ndarray, y: np.ndarray, bins: int = 64) -> np.ndarray:

@@ -11,26 +11,26 @@ from pathlib import Path
 import yaml
 
 from flexlib.files import atomic_path
-from flexlib.report import facts, morph, sections
+from flexlib.report import facts, sections
 from flexlib.report.markup import NONE, duration, grid, missing, number, table, text, tile
+from flexlib.report.morph import Gallery
 from flexlib.report.results import Results
 
 _PACKAGES = ("torch", "numpy", "scipy", "numba", "pandas", "mrcfile", "starfile", "plotly", "scikit-image")
 
 
-def build_page(results: Results, out_html: Path) -> list[morph.Morph]:
-    """Write the report; returns the loaded morphs, so that further pictures need not read them again."""
+def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
+    """Write the report from what was read and rendered."""
     from plotly.offline import get_plotlyjs
 
-    morphs = [morph.load_morph(series, results.mask) for series in results.series]
     parts: list[tuple[str, str, Callable[[], str]]] = [
         ("input", "What went in", lambda: sections.input_section(results)),
         ("mesh", "Mesh", lambda: sections.mesh_section(results)),
         ("sweep", "Sweep", lambda: sections.sweep_section(results)),
         ("training", "Training", lambda: sections.training_section(results)),
         ("latents", "Latent space", lambda: sections.latent_section(results)),
-        ("motion", "Motion", lambda: sections.motion_section(results, morphs)),
-        ("resolution", "Resolution", lambda: sections.resolution_section(results, morphs)),
+        ("motion", "Motion", lambda: sections.motion_section(results, gallery)),
+        ("resolution", "Resolution", lambda: sections.resolution_section(results, gallery)),
         ("settings", "Settings and provenance", lambda: settings_section(results)),
     ]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)
@@ -55,7 +55,6 @@ def build_page(results: Results, out_html: Path) -> list[morph.Morph]:
 """
     with atomic_path(out_html) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return morphs
 
 
 def summary_tiles(results: Results) -> str:
@@ -88,6 +87,11 @@ def summary_tiles(results: Results) -> str:
             f"{number(gain)} ± {number(error, 2)}" if error is not None else number(gain),
             "nats per particle over the rigid model",
             key=True,
+        ),
+        tile(
+            "Mesh",
+            f"{number(results.mesh_quality.get('num_cells'), 7)} cells",
+            f"{number(results.mesh_quality.get('num_vertices'), 7)} vertices",
         ),
         tile("Motion", number(rms, 3, "Å rms"), "over voxels and particles", key=True),
         tile("Time", duration(facts.total_seconds(results)), facts.time_note(results)),

@@ -212,8 +212,8 @@ def mesh_sections(mesh: TetraMesh, consensus: Map | None) -> bytes:
                 cmap="gray_r",
                 origin="lower",
                 extent=(*span, *span),
-                vmin=np.percentile(picture, 50),
-                vmax=np.percentile(picture, 99.5),
+                vmin=0.08 * picture.max(),
+                vmax=0.9 * picture.max(),
             )
         polygons, index = cell_sections(mesh, 2 - array_axis)
         if polygons:

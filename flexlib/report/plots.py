@@ -11,6 +11,7 @@ from flexlib.report.pictures import ACCENT, FLEX, GRID, INK, MUTED, RIGID
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 SWEPT = {"cells": "mesh cells", "latent_dims": "latent dims", "rigidity": "rigidity λ", "seed": "seed"}
+_MAX_EIGENVALUES = 40
 _SERIES = (FLEX, ACCENT, "#2a9d6f", "#8a4fbf", "#c2384f", "#6b7a2b", "#3d4a59", "#b08900")
 
 
@@ -50,6 +51,7 @@ def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     errors = sweep["validation_gain_se"] if "validation_gain_se" in sweep else pd.Series(np.nan, sweep.index)
     values = sorted(sweep[along].unique())
+    chosen: list[tuple[float, float]] = []
     parts = list(sweep.groupby(groups)) if groups else [((), sweep)]
     for number, (key, part) in enumerate(parts):
         part = part.sort_values(along)
@@ -67,14 +69,16 @@ def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
             hovertemplate="%{y:.2f} nats per particle<extra>" + label + "</extra>",
         )
         for row in part.index[part["chosen"]] if "chosen" in part else []:
-            figure.add_scatter(
-                x=[values.index(sweep.loc[row, along]) + shift],
-                y=[sweep.loc[row, "validation_gain"]],
-                mode="markers",
-                name="chosen",
-                marker={"symbol": "circle-open", "size": 20, "color": INK, "line": {"width": 2.5}},
-                hoverinfo="skip",
-            )
+            chosen.append((values.index(sweep.loc[row, along]) + shift, sweep.loc[row, "validation_gain"]))
+    for x, y in chosen:
+        figure.add_scatter(
+            x=[x],
+            y=[y],
+            mode="markers",
+            name="chosen",
+            marker={"symbol": "circle-open", "size": 20, "color": INK, "line": {"width": 2.5}},
+            hoverinfo="skip",
+        )
     best = sweep["validation_gain"].idxmax()
     if np.isfinite(errors[best]) and len(sweep) > 1:
         top = sweep.loc[best, "validation_gain"]
@@ -137,12 +141,14 @@ def training_curves(log: pd.DataFrame) -> dict[str, go.Figure]:
     figures = {}
     for column in log.select_dtypes("number"):
         known = log[column].notna()
-        if column == "epoch" or not known.any():
+        if column in ("epoch", "seconds") or column.endswith("_se") or not known.any():
             continue
+        error = log.get(f"{column}_se")
         figure = go.Figure(
             go.Scatter(
                 x=epoch[known],
                 y=log.loc[known, column],
+                error_y=None if error is None else {"type": "data", "array": error[known], "thickness": 1, "width": 2},
                 mode="lines+markers" if known.sum() < 40 else "lines",
                 line={"color": FLEX, "width": 1.8},
                 marker={"size": 4},
@@ -157,7 +163,8 @@ def training_curves(log: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def spectrum_plot(spectrum: pd.DataFrame) -> go.Figure:
-    """Eigenvalues of the spectral start beside the edge of pure noise."""
+    """The first eigenvalues of the spectral start beside the edge of pure noise."""
+    spectrum = spectrum.head(_MAX_EIGENVALUES)
     index = spectrum["index"] if "index" in spectrum else pd.Series(np.arange(1, len(spectrum) + 1))
     index = index + (1 - index.min())
     edge = spectrum.get("noise_edge")
@@ -346,7 +353,7 @@ def fsc_plot(fsc: pd.DataFrame) -> go.Figure:
         range=[0, highest],
     )
     figure.update_yaxes(title="Fourier shell correlation", range=[-0.08, 1.04])
-    return styled(figure, 420, legend={"x": 1, "xanchor": "right", "y": 1})
+    return styled(figure, 420, legend={"x": 0.02, "y": 0.12, "yanchor": "bottom"})
 
 
 def convergence_plot(convergence: pd.DataFrame) -> go.Figure:
@@ -363,5 +370,5 @@ def convergence_plot(convergence: pd.DataFrame) -> go.Figure:
             line={"color": colours.get(model, ACCENT), "dash": "solid" if half == 1 else "dot", "width": 2},
         )
     figure.update_xaxes(title="iteration")
-    figure.update_yaxes(title="relative gradient", type="log", exponentformat="power")
+    figure.update_yaxes(title="relative gradient", type="log", exponentformat="power", dtick=1)
     return styled(figure, 300, legend={"x": 1, "xanchor": "right", "y": 1})

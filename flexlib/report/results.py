@@ -218,6 +218,17 @@ class Results:
             return Map(0.5 * (halves[0].data + halves[1].data), halves[0].pixel_size_A)
         return _map(folder / f"{kind}_map.mrc")
 
+    @property
+    def reconstructed_maps(self) -> list[tuple[str, Map]]:
+        """("rigid", map) and ("flexible", map), as far as they are there."""
+        pairs = [(label, self.reconstructed(kind)) for kind, label in (("rigid", "rigid"), ("flex", "flexible"))]
+        return [(label, map_) for label, map_ in pairs if map_ is not None]
+
+    @property
+    def reconstruction_mask(self) -> Map | None:
+        """The mask that fits the reconstructed maps."""
+        return self.full_mask if self.full_mask is not None else self.mask
+
     # provenance -------------------------------------------------------------------------------------------------
 
     @cached_property

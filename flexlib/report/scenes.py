@@ -55,7 +55,7 @@ def mesh_view(mesh: TetraMesh, consensus: Map | None) -> go.Figure:
         smooth = fourier_crop_map(consensus.data, min(consensus.box, 96))
         scale = consensus.box / smooth.shape[0] * consensus.pixel_size_A
         figure.add_trace(
-            _surface_trace(*surface.isosurface(smooth, scale, surface.display_level(smooth), 16000), "#e0b878")
+            _surface_trace(*surface.isosurface(smooth, scale, 0.6 * surface.display_level(smooth), 16000), "#e0b878")
         )
     figure.add_scatter3d(
         x=points[:, 0],
@@ -102,7 +102,7 @@ def morph_view(morph: Morph, max_faces: int, count: int = 9) -> go.Figure:
         "currentvalue": {"prefix": "frame "},
         "x": 0.08,
         "len": 0.84,
-        "y": 0.06,
+        "y": 0.14,
         "pad": {"t": 6},
     }
     up = morph.rotation[1]  # the screen's up direction of the movie
@@ -110,6 +110,6 @@ def morph_view(morph: Morph, max_faces: int, count: int = 9) -> go.Figure:
         "eye": dict(zip("xyz", (1.25 * morph.rotation[2]).tolist(), strict=True)),
         "up": dict(zip("xyz", up.tolist(), strict=True)),
     }
-    scene = {**_scene(morph.extent * morph.pixel_size_A * 1.02), "camera": camera, "domain": {"y": [0.1, 1]}}
-    styled(figure, 500, scene=scene, sliders=[slider], showlegend=False)
+    scene = {**_scene(morph.extent * morph.pixel_size_A * 1.02), "camera": camera, "domain": {"y": [0.17, 1]}}
+    styled(figure, 470, scene=scene, sliders=[slider], showlegend=False)
     return figure.update_layout(margin={"l": 0, "r": 0, "t": 0, "b": 34})

@@ -227,22 +227,20 @@ def _against_caption(name: str) -> str:
 # 6 --------------------------------------------------------------------------------------------------------------
 
 
-def motion_section(results: Results, morphs: list[morph.Morph]) -> str:
+def motion_section(results: Results, gallery: morph.Gallery) -> str:
     """What moves, how far, and how it looks."""
     parts = []
-    moved = morph.displacement_map(results)
-    if moved is None:
+    morphs, painted = gallery.morphs, gallery.painted
+    if painted is None:
         parts.append(missing("There is no trained model (model.pt), so no map of how far density moves."))
     else:
-        values, canonical, quantiles = moved
-        rotation = morphs[0].rotation if morphs else None
         parts.append(
             image(
-                morph.displacement_picture(values, canonical, results.mask, rotation),
+                morph.displacement_picture(painted),
                 "The map coloured by displacement",
                 "<b>How far each part moves</b>: the canonical map from two sides (the right one turned by 90° about "
-                f"the vertical), coloured by the rms displacement over particles. Half of the mask moves by less than "
-                f"{number(quantiles['median'], 2)} Å, the most mobile part by {number(quantiles['max'], 2)} Å rms.",
+                "the vertical), coloured by the rms displacement over particles. Half of the mask moves by less than "
+                f"{number(painted.median_A, 2)} Å, the most mobile part by {number(painted.highest_A, 2)} Å rms.",
             )
         )
     if not morphs:
@@ -283,6 +281,7 @@ def motion_section(results: Results, morphs: list[morph.Morph]) -> str:
                     "<b>Projections</b> along z, y and x. Density should move as bodies, without fading in and out.",
                     "webp",
                 ),
+                kind="centre",
             )
         )
     return "".join(parts)
@@ -291,7 +290,7 @@ def motion_section(results: Results, morphs: list[morph.Morph]) -> str:
 # 7 --------------------------------------------------------------------------------------------------------------
 
 
-def resolution_section(results: Results, morphs: list[morph.Morph]) -> str:
+def resolution_section(results: Results, gallery: morph.Gallery) -> str:
     """FSC and maps, rigid against flexible."""
     parts = []
     fsc = results.fsc
@@ -316,28 +315,27 @@ def resolution_section(results: Results, morphs: list[morph.Morph]) -> str:
             "levelled out; if it still falls, more iterations (reconstruct.max_bfgs_iterations) sharpen the map."
         )
         parts.append(plot(plots.convergence_plot(results.convergence), "convergence", caption))
-    pair = [(label, results.reconstructed(kind)) for kind, label in (("rigid", "rigid"), ("flex", "flexible"))]
-    maps = [(label, map_) for label, map_ in pair if map_ is not None]
+    maps = results.reconstructed_maps
     if not maps:
         parts.append(missing("There are no reconstructed maps beside fsc.csv."))
     else:
         if len(maps) == 1:
             parts.append(missing(f"Only the {maps[0][0]} map was reconstructed, so there is no comparison."))
-        mask = results.full_mask if results.full_mask is not None else results.mask
         parts.append(
             image(
-                pictures.map_slices(maps, mask),
+                pictures.map_slices(maps, results.reconstruction_mask),
                 "Slices of the rigid and flexible maps",
                 "<b>Central slices of the maps</b> (mean of the half-maps, not sharpened), at one grey scale. Parts "
                 "that move should be sharper and stronger in the flexible map; parts that do not move should look the "
                 "same.",
             )
         )
+    if gallery.compared:
         parts.append(
             image(
-                morph.compare_surfaces(maps, mask, morphs[0].rotation if morphs else None),
+                morph.compared_picture(gallery.compared),
                 "Surfaces of the rigid and flexible maps",
-                "<b>The same maps as surfaces</b> at one contour level.",
+                "<b>The same maps as surfaces</b>, from two sides, at one contour level.",
             )
         )
     return "".join(parts)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from scipy import ndimage
 
 from flexlib.maps import fourier_crop_map, fourier_pad_map
 
 _LIGHT = np.array([-0.45, 0.6, 0.66])  # towards the light, from above and the left
 _SHARP_BOX = 128  # smaller boxes are padded in Fourier space to this one, so that voxels do not show
+PAINT = ("#d3dae2", "#f0c27a", "#e2711d", "#a5161c")  # still to moving: grey, sand, orange, red
 _STEP, _LEAP = 0.6, 4  # voxels along a ray, near the surface and where nothing is near
 BLUE = (0.58, 0.73, 0.90)
+GREY = (0.72, 0.75, 0.79)
 SAND = (0.88, 0.74, 0.52)
 
 
@@ -84,7 +87,7 @@ def render_surface(
     """Picture of the surface where ``volume`` (N, N, N) crosses ``level``.
 
     Parameters: ``extent`` half the picture's width in voxels; ``paint`` (N, N, N) values that colour the surface
-    (viridis between ``paint_limits``) in place of ``colour``. Returns (size_px, size_px, 4) uint8, alpha 0 outside.
+    (``PAINT`` between ``paint_limits``) in place of ``colour``. Returns (size_px, size_px, 4) uint8, alpha 0 outside.
     """
     box = volume.shape[0]
     fine = fourier_pad_map(volume, _SHARP_BOX) if box < _SHARP_BOX else volume
@@ -98,13 +101,11 @@ def render_surface(
         normal = _normals(fine, points @ rotation) @ rotation.T
         base = np.broadcast_to(np.array(colour), normal.shape)
         if paint is not None:
-            from matplotlib import colormaps
-
             low, high = paint_limits
             values = ndimage.map_coordinates(
                 paint, (points @ rotation / zoom + box // 2)[:, ::-1].T, order=1, mode="nearest"
             )
-            base = colormaps["viridis"](np.clip((values - low) / max(high - low, 1e-12), 0, 1))[:, :3]
+            base = paint_map()(np.clip((values - low) / max(high - low, 1e-12), 0, 1))[:, :3]
         rgba[hit, :3] = _shade(base, normal, _occlusion(height, hit, extent * zoom)[hit])
         rgba[hit, 3] = 1.0
     return _shrink(rgba, size_px)
@@ -131,6 +132,11 @@ def isosurface(volume: np.ndarray, pixel_size_A: float, level: float, max_faces:
     vertices = (corner[:, ::-1] - volume.shape[0] // 2) * pixel_size_A
     index_type = np.uint16 if len(vertices) < 65536 else np.uint32
     return vertices.astype(np.float32), faces.astype(index_type)
+
+
+def paint_map() -> LinearSegmentedColormap:
+    """The colours of ``PAINT`` as a colour map."""
+    return LinearSegmentedColormap.from_list("paint", PAINT)
 
 
 def _hemisphere(count: int) -> np.ndarray:
@@ -269,7 +275,11 @@ def _shrink(rgba: np.ndarray, size_px: int) -> np.ndarray:
 
     premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], axis=2)
     bands = [
-        np.asarray(Image.fromarray(premultiplied[..., band].astype(np.float32)).resize((size_px, size_px), Image.BOX))
+        np.asarray(
+            Image.fromarray(premultiplied[..., band].astype(np.float32)).resize(
+                (size_px, size_px), Image.Resampling.BOX
+            )
+        )
         for band in range(4)
     ]
     alpha = bands[3]
