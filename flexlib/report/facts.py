@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from flexlib.report.markup import NONE, duration, number, table, text
+from flexlib.report.markup import NONE, angstrom, duration, number, table, text
 from flexlib.report.plots import FSC_KINDS, SWEPT, fsc_column, resolution_A
 from flexlib.report.results import Results
 from flexlib.sweep import SweepPoint
@@ -131,15 +131,21 @@ def verdict(results: Results) -> str:
             )
     if flex and rigid:
         if flex < 0.985 * rigid:
-            parts.append(f"Taking the motion into account improves the map from {rigid:.3g} to {flex:.3g} Å.")
+            parts.append(
+                f"Taking the motion into account improves the map from {angstrom(rigid)} to {angstrom(flex)} Å."
+            )
         elif flex > 1.015 * rigid:
             parts.append(
-                f"The flexible map is worse than the rigid one ({flex:.3g} against {rigid:.3g} Å): use the rigid one."
+                f"The flexible map is worse than the rigid one ({angstrom(flex)} against {angstrom(rigid)} Å): "
+                "use the rigid one."
             )
         else:
-            parts.append(f"The resolution at FSC 0.143 stays at {flex:.3g} Å (rigid {rigid:.3g} Å){_at_half(results)}.")
+            parts.append(
+                f"The resolution at FSC 0.143 stays at {angstrom(flex)} Å (rigid {angstrom(rigid)} Å)"
+                f"{_at_half(results)}."
+            )
     elif flex:
-        parts.append(f"The flexible map reaches {flex:.3g} Å.")
+        parts.append(f"The flexible map reaches {angstrom(flex)} Å.")
     return text(" ".join(parts)) or "This run is not complete: see the sections below for what is there."
 
 
@@ -152,7 +158,7 @@ def _at_half(results: Results) -> str:
     flex, rigid = (resolution_A(fsc, column, 0.5) for column in columns if column)
     if not flex or not rigid or abs(flex / rigid - 1) < 0.015:
         return ""
-    return f"; at FSC 0.5 it {'improves' if flex < rigid else 'falls'} from {rigid:.3g} to {flex:.3g} Å"
+    return f"; at FSC 0.5 it {'improves' if flex < rigid else 'falls'} from {angstrom(rigid)} to {angstrom(flex)} Å"
 
 
 def particle_sentence(results: Results) -> str:
@@ -240,12 +246,12 @@ def resolution_sentence(results: Results) -> str:
     flex, rigid = resolutions(results)
     if flex and rigid:
         return text(
-            f"At FSC 0.143 the flexible map reaches {flex:.3g} Å and the rigid map, made by the same program without "
-            f"motion, {rigid:.3g} Å."
+            f"At FSC 0.143 the flexible map reaches {angstrom(flex)} Å and the rigid map, made by the same program "
+            f"without motion, {angstrom(rigid)} Å."
         )
     if flex or rigid:
         known = "flexible" if flex else "rigid"
-        return text(f"At FSC 0.143 the {known} map reaches {flex or rigid:.3g} Å.")
+        return text(f"At FSC 0.143 the {known} map reaches {angstrom(flex or rigid)} Å.")
     return "The curves do not fall below 0.143: the maps reach the limit of the images."
 
 
@@ -282,13 +288,17 @@ def sweep_table(sweep: pd.DataFrame) -> str:
                 *(f"{row[name]:g}" for name in SWEPT if name in sweep),
                 number(row["validation_gain"], 4)
                 + ("" if error is None or error != error else f" ± {number(error, 2)}"),
-                number(row.get("resolution_flex_A"), 3, "Å"),
-                number(row.get("resolution_rigid_A"), 3, "Å"),
+                _resolution_cell(row.get("resolution_flex_A")),
+                _resolution_cell(row.get("resolution_rigid_A")),
                 duration(row.get("wall_s")),
             ]
         )
     flags = list(ordered["chosen"]) if "chosen" in ordered else []
     return table(head, rows, flags)
+
+
+def _resolution_cell(value: float | None) -> str:
+    return NONE if value is None or value != value else f"{angstrom(value)} Å"
 
 
 def resolution_table(fsc: pd.DataFrame) -> str:
@@ -301,7 +311,9 @@ def resolution_table(fsc: pd.DataFrame) -> str:
             for model in ("rigid", "flex"):
                 column = fsc_column(fsc, model, kind)
                 value = resolution_A(fsc, column, threshold) if column else None
-                cells.append(NONE if column is None else f"{value:.3g} Å" if value else f"beyond {1 / last:.3g} Å")
+                cells.append(
+                    NONE if column is None else f"{angstrom(value)} Å" if value else f"beyond {angstrom(1 / last)} Å"
+                )
         if any(cell != NONE for cell in cells):
             rows.append((kind, *cells))
     return table(("FSC", "rigid, 0.143", "flexible, 0.143", "rigid, 0.5", "flexible, 0.5"), rows)

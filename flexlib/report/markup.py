@@ -89,6 +89,11 @@ def number(value: Any, digits: int = 3, unit: str = "") -> str:
     return f"{rounded} {unit}".rstrip()
 
 
+def angstrom(value: float | None) -> str:
+    """A resolution with 0.01 A below 10 A, else 0.1 A, without the unit."""
+    return NONE if value is None else f"{value:.{2 if value < 10 else 1}f}"
+
+
 def duration(seconds: Any) -> str:
     """Seconds as s, min or h."""
     try:

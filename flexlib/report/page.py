@@ -12,7 +12,7 @@ import yaml
 
 from flexlib.files import atomic_path
 from flexlib.report import facts, sections
-from flexlib.report.markup import NONE, duration, grid, missing, number, table, text, tile
+from flexlib.report.markup import NONE, angstrom, duration, grid, missing, number, table, text, tile
 from flexlib.report.morph import Gallery
 from flexlib.report.results import Results
 
@@ -78,7 +78,7 @@ def summary_tiles(results: Results) -> str:
         tile("Chosen point", facts.point_label(point) if point else NONE, facts.point_note(results)),
         tile(
             "Resolution, rigid → flexible",
-            f"{number(rigid)} → {number(flex, 3, 'Å')}" if flex or rigid else NONE,
+            f"{angstrom(rigid)} → {angstrom(flex)} Å" if flex or rigid else NONE,
             "half-map FSC at 0.143" if flex or rigid else "this point was not reconstructed",
             key=True,
         ),
