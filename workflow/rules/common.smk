@@ -106,5 +106,5 @@ def reconstructed(name):
 
 
 def memory(base_mb):
-    """Memory that grows when a job is tried again (``retries`` is the profile's)."""
-    return lambda wildcards, attempt: base_mb * attempt
+    """Memory that grows by half when a job is tried again (``retries`` is the profile's)."""
+    return lambda wildcards, attempt: base_mb * (1 + attempt) // 2

@@ -26,7 +26,7 @@ rule reconstruct:
         "../../envs/flexlib.yaml"
     threads: 8
     resources:
-        mem_mb=memory(16000),
+        mem_mb=memory(8000),
         runtime=720,
     params:
         settings=reconstruct_settings,
