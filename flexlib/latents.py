@@ -59,8 +59,23 @@ def log_likelihood_loss(
 
     ``weight`` (box, box//2+1) or (b, box, box//2+1) is ``plane_weight`` of the band in use.
     """
-    residual = batch.images - batch.transfer * operator.slices(values, batch, displacements_A)
-    return 0.5 * (weight * (residual.real**2 + residual.imag**2)).sum((1, 2))
+    return _HalfSquaredResidual.apply(operator.slices(values, batch, displacements_A), batch, weight)
+
+
+class _HalfSquaredResidual(torch.autograd.Function):
+    """Half the weighted squared residual of (b, box, box//2+1) slices, with its gradient written out."""
+
+    @staticmethod
+    def forward(ctx, slices, batch, weight):
+        residual = torch.addcmul(batch.images, batch.transfer.to(slices.dtype), slices, value=-1)
+        weighted = residual * weight
+        ctx.save_for_backward(weighted, batch.transfer)
+        return 0.5 * (torch.view_as_real(weighted) * torch.view_as_real(residual)).sum((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        weighted, transfer = ctx.saved_tensors
+        return -weighted * transfer.conj() * grad_loss[:, None, None], None, None
 
 
 def field_forces(

@@ -46,13 +46,14 @@ from flexlib.latents import (
 from flexlib.maps import Map, read_map, write_map
 from flexlib.mesh.elastic import elastic_modes
 from flexlib.mesh.io import read_mesh
-from flexlib.mesh.rigidity import RigidityTensors, deformation_gradients, rigidity_energy
+from flexlib.mesh.rigidity import RigidityTensors, mesh_rigidity
 from flexlib.mesh.tetmesh import TetraMesh, single_cell_mesh
 from flexlib.mesh.voxels import voxelise
 from flexlib.model import MODEL_FILE, FlexModel, FlowGenerator, displacement_basis_A
 from flexlib.particles.images import ImageSource, plane_weight, read_ahead, split_batches
 from flexlib.particles.prepared import open_training_images, write_latents_star
 from flexlib.projection.op import VoxelTensors, gather_volume
+from flexlib.runtime import tune_process
 from flexlib.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ def train(
     passed over with a warning. On SIGTERM writes a checkpoint and leaves with exit status 75. Raises InputError for
     settings or files that don't fit.
     """
+    tune_process()
     began = time.perf_counter()
     out_dir = Path(out_dir)
     setup = _set_up(Path(particles_dir), Path(mesh_dir), settings, device)
@@ -306,7 +308,7 @@ def _basis(setup: Setup) -> torch.Tensor:
 def _field_energies(setup: Setup, basis_A: torch.Tensor) -> torch.Tensor:
     """(m,) rigidity energy of each displacement field at a thousandth of its size, scaled back to unit size."""
     moved = setup.operator.vertices_A + 1e-3 * basis_A
-    return 1e6 * rigidity_energy(deformation_gradients(setup.rigidity, moved), setup.rigidity.weight)
+    return 1e6 * mesh_rigidity(setup.rigidity, moved)
 
 
 def _mean_transfer2(setup: Setup) -> torch.Tensor:
@@ -443,7 +445,7 @@ def _step(setup, state, batch, weight, band, map_rate, refresh) -> tuple[float, 
     loss = log_likelihood_loss(setup.operator, values, batch, displacements, weight).sum()
     sample = torch.randperm(num)[:RIGIDITY_SAMPLES]
     moved = setup.operator.vertices_A + state.flow(latents[sample.to(setup.device)])
-    strain = rigidity_energy(deformation_gradients(setup.rigidity, moved), setup.rigidity.weight).mean()
+    strain = mesh_rigidity(setup.rigidity, moved).mean()
     (loss / num + settings.rigidity * RIGIDITY_NATS * strain).backward()
 
     if not settings.freeze_latents:

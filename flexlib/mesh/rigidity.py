@@ -188,3 +188,29 @@ def rigidity_energy(gradients: torch.Tensor, weight: torch.Tensor) -> torch.Tens
     Parameters: ``gradients`` F (b, nc, 3, 3); ``weight`` (nc,), a constant. Returns (b,).
     """
     return _RigidityEnergy.apply(gradients, weight)
+
+
+class _MeshRigidity(torch.autograd.Function):
+    """``mesh_rigidity`` by the CPU kernel, which gives energy and gradient in one pass."""
+
+    @staticmethod
+    def forward(ctx, vertices_A, tensors):
+        from flexlib.mesh.rigidity_cpu import energy_and_gradient
+
+        energy, gradient = energy_and_gradient(
+            vertices_A, tensors.cells, tensors.gradients_1_per_A, tensors.weight, _NEWTON_STEPS, _DEGENERATE
+        )
+        ctx.save_for_backward(gradient)
+        return energy
+
+    @staticmethod
+    def backward(ctx, grad_energy):
+        (gradient,) = ctx.saved_tensors
+        return grad_energy[:, None, None] * gradient, None
+
+
+def mesh_rigidity(tensors: RigidityTensors, vertices_A: torch.Tensor) -> torch.Tensor:
+    """``rigidity_energy`` of moved vertices (b, nv, 3) in A: (b,); a fused kernel on the CPU in float32."""
+    if vertices_A.device.type == "cpu" and vertices_A.dtype == torch.float32:
+        return _MeshRigidity.apply(vertices_A, tensors)
+    return rigidity_energy(deformation_gradients(tensors, vertices_A), tensors.weight)

@@ -179,11 +179,47 @@ def project(
     box, taps = voxels.box, KERNELS[kernel]
     grid = box * oversampling
     images = splat_voxels(values, vertices_px * oversampling, voxels.cells, voxels.cell, voxels.bary, grid, taps)
-    spectrum = torch.fft.rfft2(images)
-    if oversampling > 1:
-        half = box // 2
-        spectrum = torch.cat([spectrum[:, :half, : half + 1], spectrum[:, grid - half :, : half + 1]], dim=1)
-    return spectrum * _deconvolution(box, grid, taps, str(values.device), values.dtype)
+    return _Spectrum.apply(images, box, taps)
+
+
+class _Spectrum(torch.autograd.Function):
+    """(b, grid, grid) splatted images to the box's deconvolved frequencies, (b, box, box//2+1)."""
+
+    @staticmethod
+    def forward(ctx, images, box, taps):
+        ctx.shape = (images.shape[-1], box, taps)
+        half, grid = box // 2, images.shape[-1]
+        rows = torch.fft.rfft(images, dim=-1)[..., : half + 1]
+        spectrum = torch.fft.fft(rows, dim=-2)
+        inner = torch.cat([spectrum[:, :half], spectrum[:, grid - half :]], dim=1)
+        return inner.mul_(_deconvolution(box, grid, taps, str(images.device), images.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_spectrum):
+        grid, box, taps = ctx.shape
+        # irfft adds each column's mirror image, which the gradient of the stored half plane does not have
+        halved = torch.full((box // 2 + 1,), 0.5, dtype=grad_spectrum.real.dtype, device=grad_spectrum.device)
+        halved[0] = 1.0
+        if grid == box:
+            halved[-1] = 1.0
+        return spectrum_to_images(grad_spectrum * halved, grid, taps), None, None
+
+
+def spectrum_to_images(spectra: torch.Tensor, grid: int, taps: int) -> torch.Tensor:
+    """Deconvolve (b, box, box//2+1) half-plane spectra and sum ``exp(+2 pi i k . p / grid)`` over the full plane.
+
+    The inverse of the splat's transform up to a factor, and its adjoint: (b, grid, grid) real images.
+    """
+    box = spectra.shape[1]
+    half = box // 2
+    spectra = spectra * _deconvolution(box, grid, taps, str(spectra.device), spectra.real.dtype)
+    if grid > box:
+        padded = spectra.new_zeros((len(spectra), grid, half + 1))
+        padded[:, :half] = spectra[:, :half]
+        padded[:, grid - half :] = spectra[:, half:]
+        spectra = padded
+    columns = torch.fft.ifft(spectra, dim=-2, norm="forward")
+    return torch.fft.irfft(columns, n=grid, dim=-1, norm="forward")
 
 
 def view_vertices(
