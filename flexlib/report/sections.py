@@ -311,8 +311,9 @@ def resolution_section(results: Results, gallery: morph.Gallery) -> str:
     parts.append(facts.resolution_table(fsc))
     if results.convergence is not None:
         caption = (
-            "<b>Convergence of the reconstructions.</b> The gradient should have fallen by orders of magnitude and "
-            "levelled out; if it still falls, more iterations (reconstruct.max_bfgs_iterations) sharpen the map."
+            "<b>Convergence of the reconstructions.</b> Curves should end well below 10⁻²: then the map is the "
+            "images' and not the solver's. One that ends higher ran out of iterations: raise "
+            "reconstruct.max_bfgs_iterations."
         )
         parts.append(plot(plots.convergence_plot(results.convergence), "convergence", caption))
     maps = results.reconstructed_maps
