@@ -23,3 +23,12 @@ def tune_process() -> None:
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     mallopt(_M_TOP_PAD, 1 << 26)
+
+
+def share_threads_with_numba() -> None:
+    """Give numba kernels as many threads as torch has been given."""
+    import numba
+    import torch
+
+    available = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(torch.get_num_threads(), available))

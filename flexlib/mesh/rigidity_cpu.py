@@ -5,14 +5,15 @@ A thread owns a whole set of vertices, so results do not depend on the number of
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
 
+from flexlib.runtime import share_threads_with_numba
+
 
 @njit(cache=True, fastmath=True, parallel=True)
-def _energy_and_gradient(vertices, cells, gradients, weight, newton_steps, degenerate, energy, by_vertex):
+def _energy_and_gradient(newton_steps, degenerate, vertices, cells, gradients, weight, energy, by_vertex):
     one, two, four, eight = np.float32(1), np.float32(2), np.float32(4), np.float32(8)
     quarter, tiny = np.float32(0.25), np.float32(1e-19)
     for b in prange(vertices.shape[0]):
@@ -80,9 +81,10 @@ def energy_and_gradient(
     degenerate: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Energy (b,) and its gradient (b, nv, 3) at ``vertices`` (b, nv, 3) A; the rest as in ``RigidityTensors``."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    share_threads_with_numba()
     energy = torch.empty(len(vertices))
     by_vertex = torch.zeros(vertices.shape)
     arrays = [t.detach().contiguous().numpy() for t in (vertices, cells, gradients, weight)]
-    _energy_and_gradient(*arrays, newton_steps, np.float32(degenerate), energy.numpy(), by_vertex.numpy())
+    arrays += [energy.numpy(), by_vertex.numpy()]
+    _energy_and_gradient(newton_steps, np.float32(degenerate), *arrays)
     return energy, by_vertex

@@ -7,10 +7,11 @@ not depend on the thread count: results are bit-identical for any number of thre
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
+
+from flexlib.runtime import share_threads_with_numba
 
 _SEGMENT_VOXELS = 512  # a segment's positions fit in L1
 _GROUP_VOXELS = 4096  # a thread's share of the adjoint
@@ -270,7 +271,7 @@ def _sum_forces(force, segments, cells, grad_vertices):
 def _arrays(vertices, cells, cell, *others):
     if not bool(torch.isfinite(vertices).all()):
         raise FloatingPointError("mesh vertices are not finite: the model has diverged")
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    share_threads_with_numba()
     segments = _cut_segments(cell.numpy(), len(cells), _SEGMENT_VOXELS)
     return segments, [t.detach().contiguous().numpy() for t in (vertices, cells, *others)]
 
