@@ -25,10 +25,23 @@ class SpectralStart:
 
     eigenvalues: np.ndarray  # (m,) descending; 1 is pure noise
     noise_edge: float  # largest eigenvalue that pure noise is expected to give
-    suggested_dims: int  # eigenvalues above the edge
+    suggested_dims: int  # see ``suggest_dims``
     latents: np.ndarray  # (n, K) float32, unit variance
     directions: np.ndarray  # (K, m) coefficients of the basis per unit latent
     scores: np.ndarray  # (n, m) float32, whitened, leading first
+
+
+def suggest_dims(eigenvalues: np.ndarray, noise_edge: float, most: int = 10) -> int:
+    """Number of leading eigenvalues (descending, noise = 1) before the deepest drop; 0 if none leaves the noise.
+
+    All that stand above the noise edge would be too many: a motion too large to be linear has harmonics of its own,
+    which follow the true dimensions after a drop.
+    """
+    above = min(int((eigenvalues > noise_edge).sum()), most)
+    if above == 0:
+        return 0
+    signal = np.maximum(eigenvalues[: above + 1], noise_edge) - 1.0
+    return int(np.argmax(signal[:-1] / signal[1:])) + 1 if len(signal) > above else above
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ def spectral_start(
     return SpectralStart(
         variance.numpy(),
         edge,
-        int((variance > edge).sum()),
+        suggest_dims(variance.numpy(), edge),
         latents.float().numpy(),
         fields.float().numpy(),
         scores.float().numpy(),

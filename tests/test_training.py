@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from flexlib import training
 from flexlib.errors import InputError
-from flexlib.latents import friedel_halves, infer_latents, log_likelihood_loss, spectral_start
+from flexlib.latents import friedel_halves, infer_latents, log_likelihood_loss, spectral_start, suggest_dims
 from flexlib.maps import read_map
 from flexlib.mesh.build import build_mesh
 from flexlib.mesh.elastic import elastic_modes
@@ -213,3 +213,10 @@ def test_rescaling_latents_moves_nothing():
 def test_missing_model_is_told_in_one_line(tmp_path):
     with pytest.raises(InputError, match="no trained model"):
         FlexModel.load(tmp_path)
+
+
+def test_suggested_dims_stop_at_the_deepest_drop():
+    noise = np.full(50, 1.2)
+    assert suggest_dims(np.array([22.8, 19.8, 8.1, 7.5, 6.3, *noise]), 1.5) == 2
+    assert suggest_dims(np.array([30.0, 8.0, 6.0, *noise]), 1.5) == 1
+    assert suggest_dims(noise, 1.5) == 0
