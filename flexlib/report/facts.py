@@ -212,9 +212,9 @@ def spectrum_sentence(results: Results) -> str:
     if suggested is None:
         return "Eigenvalues above the dashed line are more than noise."
     return (
-        f"{suggested} stand{'s' if suggested == 1 else ''} above the noise edge; {used} latent "
-        f"dimension{'s were' if used != 1 else ' was'} used. The count is an upper limit: one large motion takes "
-        "several modes."
+        f"Eigenvalues above the dashed line are more than noise; their deepest drop comes after {suggested}, which is the "
+        f"suggested number of latent dimensions (a large motion has weaker harmonics of its own). "
+        f"{used} {'were' if used != 1 else 'was'} used."
     )
 
 
