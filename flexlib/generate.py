@@ -25,6 +25,7 @@ from flexlib.maps import Map, read_map, write_map
 from flexlib.mesh.tetmesh import MeshVoxels, TetraMesh
 from flexlib.mesh.voxels import voxelise
 from flexlib.model import FlexModel
+from flexlib.runtime import share_threads_with_numba
 from flexlib.settings import GenerateSettings
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def generate_series(train_dir: str | Path, out_dir: str | Path, settings: Genera
     one. Writes ``axis_1/frame_000.mrc`` ..., ``axis_1.cxc`` (plays the series in ChimeraX) and ``series.csv`` (series,
     frame, the latents, ``num_particles`` near that point). Raises ``InputError`` for an unreadable file.
     """
+    share_threads_with_numba()
     out_dir = Path(out_dir)
     model = FlexModel.load(train_dir)
     volume = read_map(settings.volume or Path(train_dir) / "canonical.mrc")

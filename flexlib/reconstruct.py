@@ -37,8 +37,16 @@ from flexlib.mesh.voxels import voxelise
 from flexlib.model import FlexModel
 from flexlib.particles.images import ImageBatch, ImageSource, plane_weight
 from flexlib.particles.prepared import open_full_images
-from flexlib.projection.op import KERNELS, VoxelTensors, project, scatter_volume, splat_voxels_adjoint, view_vertices
-from flexlib.projection.op import _deconvolution as kernel_deconvolution
+from flexlib.projection.op import (
+    KERNELS,
+    VoxelTensors,
+    project,
+    scatter_volume,
+    spectrum_to_images,
+    splat_voxels_adjoint,
+    view_vertices,
+)
+from flexlib.runtime import tune_process
 from flexlib.settings import ReconstructSettings
 
 logger = logging.getLogger(__name__)
@@ -81,16 +89,8 @@ def project_adjoint(
     ``spectra`` (b, N, N//2+1) complex transforms of real images, zero for |k| >= N/2; ``vertices_px`` (b, nv, 2).
     Returns (nvox,): ``Re sum_i sum_k spectra_ik exp(+2 pi i k . p_ij / N)``, k over the full plane.
     """
-    box, taps = voxels.box, KERNELS[kernel]
-    grid, half = box * oversampling, box // 2
-    spectra = spectra * kernel_deconvolution(box, grid, taps, str(spectra.device), voxels.bary.dtype)
-    if oversampling > 1:
-        padded = spectra.new_zeros((len(spectra), grid, half + 1))
-        padded[:, :half] = spectra[:, :half]
-        padded[:, grid - half :] = spectra[:, half:]
-        spectra = padded
-    columns = torch.fft.ifft(spectra, dim=-2, norm="forward")
-    images = torch.fft.irfft(columns, n=grid, dim=-1, norm="forward")
+    taps = KERNELS[kernel]
+    images = spectrum_to_images(spectra, voxels.box * oversampling, taps)
     density, _ = splat_voxels_adjoint(
         images.contiguous(),
         voxels.bary.new_zeros(len(voxels.index)),
@@ -204,6 +204,7 @@ def reconstruct(
     ``cache_dir`` is not needed, as each image is read once per map. Raises ``InputError`` where the trained point
     belongs to other particles.
     """
+    tune_process()
     particles_dir, out_dir = Path(particles_dir), Path(out_dir)
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     source = open_full_images(particles_dir)
@@ -409,7 +410,7 @@ def conjugate_gradients(
 def default_batch_size(box: int) -> int:
     """Images per batch so that a batch and its oversampled temporaries stay within ``BATCH_BYTES``."""
     per_image = 4 * box**2 * (3 + 4 * OVERSAMPLING**2)
-    return int(np.clip(BATCH_BYTES // per_image, 1, 256))
+    return int(np.clip(BATCH_BYTES // per_image, 1, 128))
 
 
 def _hessian_per_shell(power: torch.Tensor, box: int) -> torch.Tensor:
@@ -418,8 +419,9 @@ def _hessian_per_shell(power: torch.Tensor, box: int) -> torch.Tensor:
     Exact for a rigid model: a slice carries its weights to 3D, ``|F3 V|^2`` sums to ``N^3 |V|^2``. Neighbouring shells
     are averaged, as a mask mixes them.
     """
-    modes = torch.bincount(_shell_3d(box, half_plane=False).flatten(), minlength=box // 2)[: box // 2].to(power)
-    weight = power * box**3 / modes
+    shell, last = _shell_3d(box), box // 2
+    modes = 2 * torch.bincount(shell.flatten())[:last] - torch.bincount(shell[:, :, 0].flatten())[:last]
+    weight = power * box**3 / modes.to(power)
     ends = torch.cat([weight[:1], weight, weight[-1:]])
     return 0.25 * ends[:-2] + 0.5 * ends[1:-1] + 0.25 * ends[2:]
 
@@ -432,12 +434,14 @@ def _shell_mean(weight: torch.Tensor, box: int) -> torch.Tensor:
 
 
 def _shell_2d(box: int) -> torch.Tensor:
+    """(box, box//2+1) int64 ``round(|k|)`` in rfft2 layout, the last shell beyond the sphere."""
     ky = torch.fft.fftfreq(box, 1.0 / box)[:, None]
     kx = torch.arange(box // 2 + 1)[None, :]
     return torch.sqrt(ky**2 + kx**2).round().long().clamp(max=box // 2 - 1)
 
 
-def _shell_3d(box: int, half_plane: bool = True) -> torch.Tensor:
-    k = torch.fft.fftfreq(box, 1.0 / box)
-    kx = torch.arange(box // 2 + 1) if half_plane else k
-    return torch.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + kx[None, None, :] ** 2).round().long()
+def _shell_3d(box: int) -> torch.Tensor:
+    """(box, box, box//2+1) int64 ``round(|k|)`` in rfftn layout."""
+    k2 = torch.fft.fftfreq(box, 1.0 / box) ** 2
+    kx2 = torch.arange(box // 2 + 1) ** 2
+    return torch.sqrt(k2[:, None, None] + k2[None, :, None] + kx2).round().long()
