@@ -217,7 +217,7 @@ def test_missing_model_is_told_in_one_line(tmp_path):
 
 def test_suggested_dims_stop_at_the_deepest_drop():
     noise = np.full(50, 1.2)
-    assert suggest_dims(np.array([22.8, 19.8, 8.1, 7.5, 6.3, *noise]), 1.5) == 2
+    assert suggest_dims(np.array([22.8, 19.8, 8.1, 7.5, 6.3, 6.2, 5.8, 5.1, 4.7, 4.4, 4.1, *noise]), 1.5) == 2
     harmonics = np.array([30.8, 14.4, 10.3, 7.4, 6.8, 6.1, 5.8, 5.4, 5.0, 4.8, 4.5, 4.3])
     assert suggest_dims(np.array([*harmonics, *noise]), 2.3) == 1
     assert suggest_dims(np.array([5.0, 4.0, *noise]), 1.5) == 2

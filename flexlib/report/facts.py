@@ -212,8 +212,8 @@ def spectrum_sentence(results: Results) -> str:
     if suggested is None:
         return "Eigenvalues above the dashed line are more than noise."
     return (
-        f"Eigenvalues above the dashed line are more than noise; their deepest drop comes after {suggested}, which is the "
-        f"suggested number of latent dimensions (a large motion has weaker harmonics of its own). "
+        f"Eigenvalues above the dashed line are more than noise; their deepest drop comes after {suggested}, which is "
+        "the suggested number of latent dimensions (a large motion has weaker harmonics of its own). "
         f"{used} {'were' if used != 1 else 'was'} used."
     )
 
