@@ -73,6 +73,20 @@ def resolutions(results: Results) -> tuple[float | None, float | None]:
     return out[0], out[1]
 
 
+def at_limit(results: Results, resolution: float) -> bool:
+    """Whether a resolution is that of the last shell: the maps end before their curves fall."""
+    return results.fsc is not None and resolution < 1.005 / results.fsc["frequency_1_per_A"].max()
+
+
+def resolution_note(results: Results) -> str:
+    """What the resolutions of the summary mean."""
+    known = [value for value in resolutions(results) if value]
+    if not known:
+        return "this point was not reconstructed"
+    note = "half-map FSC at 0.143"
+    return note + "; the limit of the images" if all(at_limit(results, value) for value in known) else note
+
+
 def point_label(point: SweepPoint) -> str:
     """A point in short."""
     return f"K = {point.latent_dims}, λ = {point.rigidity:g}"
@@ -139,6 +153,10 @@ def verdict(results: Results) -> str:
                 f"The flexible map is worse than the rigid one ({angstrom(flex)} against {angstrom(rigid)} Å): "
                 "use the rigid one."
             )
+        elif at_limit(results, flex) and at_limit(results, rigid):
+            parts.append(
+                f"At FSC 0.143 both maps reach the limit of the images ({angstrom(flex)} Å){_at_half(results)}."
+            )
         else:
             parts.append(
                 f"The resolution at FSC 0.143 stays at {angstrom(flex)} Å (rigid {angstrom(rigid)} Å)"
@@ -158,7 +176,8 @@ def _at_half(results: Results) -> str:
     flex, rigid = (resolution_A(fsc, column, 0.5) for column in columns if column)
     if not flex or not rigid or abs(flex / rigid - 1) < 0.015:
         return ""
-    return f"; at FSC 0.5 it {'improves' if flex < rigid else 'falls'} from {angstrom(rigid)} to {angstrom(flex)} Å"
+    change = "improves" if flex < rigid else "falls"
+    return f"; at FSC 0.5 the resolution {change} from {angstrom(rigid)} to {angstrom(flex)} Å"
 
 
 def particle_sentence(results: Results) -> str:
@@ -247,7 +266,7 @@ def resolution_sentence(results: Results) -> str:
     if flex and rigid:
         return text(
             f"At FSC 0.143 the flexible map reaches {angstrom(flex)} Å and the rigid map, made by the same program "
-            f"without motion, {angstrom(rigid)} Å."
+            f"without motion, {angstrom(rigid)} Å{_at_half(results)}."
         )
     if flex or rigid:
         known = "flexible" if flex else "rigid"

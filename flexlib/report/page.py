@@ -79,7 +79,7 @@ def summary_tiles(results: Results) -> str:
         tile(
             "Resolution, rigid → flexible",
             f"{angstrom(rigid)} → {angstrom(flex)} Å" if flex or rigid else NONE,
-            "half-map FSC at 0.143" if flex or rigid else "this point was not reconstructed",
+            facts.resolution_note(results),
             key=True,
         ),
         tile(

@@ -340,7 +340,7 @@ def fsc_plot(fsc: pd.DataFrame) -> go.Figure:
     )
     highest = float(fsc["frequency_1_per_A"].max())
     resolutions = [
-        r for r in (100, 50, 30, 20, 15, 12, 10, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5) if 1 / r <= highest
+        r for r in (100, 50, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5) if 1 / r <= highest
     ]
     spaced: list[float] = []
     for resolution in resolutions:
@@ -353,7 +353,7 @@ def fsc_plot(fsc: pd.DataFrame) -> go.Figure:
         range=[0, highest],
     )
     figure.update_yaxes(title="Fourier shell correlation", range=[-0.08, 1.04])
-    return styled(figure, 420, legend={"x": 0.02, "y": 0.12, "yanchor": "bottom"})
+    return styled(figure, 420, legend={"x": 0.02, "y": 0.3, "yanchor": "bottom"})
 
 
 def convergence_plot(convergence: pd.DataFrame) -> go.Figure:
