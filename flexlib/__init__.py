@@ -7,6 +7,6 @@ import os
 
 __version__ = "0.1.0"
 
-# torch and numba bring a thread pool each. By default a pool's idle threads spin, and take the cores from the other
-# pool's working ones (three times the wall time on two cores). Read when the pools start, so it is set before any import.
+# torch and numba bring a thread pool each. By default the idle threads of one spin, and take the cores from the other
+# (three times the wall time on two cores). The variable is read when a pool starts, so it is set before any import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
