@@ -61,6 +61,13 @@ class FlowGenerator(nn.Module):
         return (coefficients @ self.basis_A.flatten(1)).view(len(z), -1, 3)
 
     @torch.no_grad()
+    def stand_still(self) -> None:
+        """Make every displacement zero."""
+        self.linear.zero_()
+        self.output.weight.zero_()
+        self.output.bias.zero_()
+
+    @torch.no_grad()
     def rescale_latents(self, matrix: torch.Tensor, offset: torch.Tensor) -> None:
         """Keep every displacement while latents change by ``z_old = matrix @ z_new + offset``."""
         self.input_offset += self.input_matrix @ offset

@@ -52,7 +52,7 @@ from flexlib.mesh.voxels import voxelise
 from flexlib.model import MODEL_FILE, FlexModel, FlowGenerator, displacement_basis_A
 from flexlib.particles.images import ImageSource, plane_weight, read_ahead, split_batches
 from flexlib.particles.prepared import open_training_images, write_latents_star
-from flexlib.projection.op import VoxelTensors, gather_volume
+from flexlib.projection.op import VoxelTensors, gather_volume, scatter_volume
 from flexlib.runtime import tune_process
 from flexlib.settings import TrainSettings
 
@@ -64,6 +64,8 @@ BASIS_UNIT_A = 5.0  # rms displacement of the softest field per unit network out
 FLOW_RATE, FLOW_RATE_END = 5e-3, 5e-4  # 3DFlex's
 MAP_RATE = 0.1  # share of a Newton step per batch
 LATENT_RATE = 0.7
+INFORMATION_AT_START = 30.0  # of each latent, until the first batch measures it
+SIGNIFICANT = 3.0  # standard errors of held-out gain below which no motion is claimed
 RIGIDITY_SAMPLES = 12
 FIRST_RESOLUTION_A = 20.0  # where coarse to fine starts
 LAST_BAND = 0.8  # of Nyquist (3DFlex's)
@@ -349,7 +351,7 @@ def _new_state(setup, canonical, rigid_values, spectrum, basis) -> State:
         optimiser,
         canonical,
         latents,
-        torch.zeros((num, dims, dims), device=device),
+        INFORMATION_AT_START * torch.eye(dims, device=device).repeat(num, 1, 1),
         latents[torch.as_tensor(setup.validation_rows)].clone(),
         rigid_values,
         spectrum,
@@ -439,7 +441,7 @@ def _step(setup, state, batch, weight, band, map_rate, refresh) -> tuple[float, 
     settings, num = setup.settings, len(batch.rows)
     rows = torch.as_tensor(batch.rows, device=setup.device)
     latents = state.latents[rows]
-    noisy = (latents + settings.noise_injection * _normal(latents)).requires_grad_()
+    noisy = (latents + _posterior_noise(settings, state.information[rows])).requires_grad_()
     values = state.canonical.values.clone().requires_grad_()
     displacements = state.flow(noisy)
     loss = log_likelihood_loss(setup.operator, values, batch, displacements, weight).sum()
@@ -461,8 +463,15 @@ def _step(setup, state, batch, weight, band, map_rate, refresh) -> tuple[float, 
     return loss.item(), strain.item()
 
 
-def _normal(like: torch.Tensor) -> torch.Tensor:
-    return torch.randn(like.shape).to(like.device)
+def _posterior_noise(settings: TrainSettings, information: torch.Tensor) -> torch.Tensor:
+    """(b, K) noise for the flow and map to be trained with: a draw from each latent's posterior, and the set noise.
+
+    The flow thus learns from latents as uncertain as they are, and where images tell nothing it learns no motion.
+    """
+    eye = torch.eye(information.shape[1], device=information.device)
+    covariance = torch.linalg.inv(information + eye) + settings.noise_injection**2 * eye
+    white = torch.randn((*information.shape[:2], 1)).to(information.device)
+    return (torch.linalg.cholesky(covariance) @ white)[..., 0]
 
 
 def _information(setup, state, batch, weight, latents, values, probe: float = 0.05) -> torch.Tensor:
@@ -495,20 +504,28 @@ def _newton_latents(settings, latents, at, gradient, information) -> torch.Tenso
 
 @torch.no_grad()
 def _standardise(setup: Setup, state: State) -> None:
-    """Give the training latents zero mean and unit covariance; the flow learns the new coordinates.
+    """Bring the training latents' posteriors to zero mean and unit covariance; the flow learns the new coordinates.
 
-    No displacement changes, and the strength of the prior on latents needs no tuning.
+    No displacement changes, and the strength of the prior on latents needs no tuning. The covariance is that of the
+    estimates plus their mean uncertainty (the EM update of a normal prior): a coordinate that the images do not tell
+    keeps its small estimates, instead of being blown up to unit size.
     """
     if setup.settings.freeze_latents:
         return
-    used = state.latents[torch.as_tensor(setup.training_rows, device=setup.device)]
+    rows = torch.as_tensor(setup.training_rows, device=setup.device)
+    used, eye = state.latents[rows], torch.eye(setup.settings.latent_dims, device=setup.device)
     offset = used.mean(0)
-    scale = torch.linalg.cholesky(torch.cov(used.T).reshape(len(offset), -1) + 1e-6 * torch.eye(len(offset)).to(used))
+    uncertainty = torch.linalg.inv(state.information[rows] + eye).mean(0)
+    scale = torch.linalg.cholesky(torch.cov(used.T).reshape(eye.shape) + uncertainty)
     state.flow.rescale_latents(scale, offset)
     for name in ("latents", "held_latents"):
         centred = (getattr(state, name) - offset).T
         setattr(state, name, torch.linalg.solve_triangular(scale, centred, upper=False).T.contiguous())
     state.information = scale.T @ state.information @ scale
+
+
+def _rigid_volume(setup: Setup, state: State) -> torch.Tensor:
+    return scatter_volume(state.rigid_values, setup.rigid.voxels)
 
 
 @torch.no_grad()
@@ -531,7 +548,8 @@ def _validate(setup: Setup, state: State, steps: int) -> tuple[float, float]:
     """Held-out score: nats per particle that the flexible model gains over the rigid one, and its standard error.
 
     For each particle kept out of the map's and the flow's training, z is inferred from a random half of its Fourier
-    pixels (Friedel mates together); the other half is scored.
+    pixels (Friedel mates together); the other half is scored. The rigid model has the better of two maps: its own,
+    and the canonical one at rest, which has seen the data as often as the flexible model's.
     """
     if not len(setup.validation_rows):
         return math.nan, math.nan
@@ -549,9 +567,11 @@ def _validate(setup: Setup, state: State, steps: int) -> tuple[float, float]:
         with torch.no_grad():
             flexible = log_likelihood_loss(setup.operator, state.canonical.values, batch, state.flow(latents), unseen)
             rigid = log_likelihood_loss(setup.rigid, state.rigid_values, batch, None, unseen)
-        gains.append(rigid - flexible)
+            at_rest = log_likelihood_loss(setup.operator, state.canonical.values, batch, None, unseen)
+        gains.append(torch.stack([rigid, at_rest]) - flexible)
     state.held_latents = torch.cat(held)
-    gain = torch.cat(gains).double()
+    both = torch.cat(gains, dim=1).double()
+    gain = both[both.mean(1).argmin()]
     return float(gain.mean()), float(gain.std() / math.sqrt(len(gain)))
 
 
@@ -573,6 +593,7 @@ def _finish(setup: Setup, state: State) -> torch.Tensor:
             setup.operator, state.flow, state.canonical.values, batch, weight, state.latents[rows], steps
         )
         state.latents[rows], precision[rows] = posterior.latents, posterior.precision
+        state.information[rows] = posterior.precision - torch.eye(dims, device=setup.device)
     if setup.settings.freeze_latents:
         return precision
     _standardise(setup, state)
@@ -601,6 +622,15 @@ def _axes_of_motion(setup: Setup, state: State, probe: float = 0.1) -> torch.Ten
 
 def _write_results(particles_dir: Path, out_dir: Path, setup: Setup, state: State, precision: torch.Tensor) -> None:
     gain, error = _validate(setup, state, steps=0 if setup.settings.freeze_latents else 3)
+    if gain < SIGNIFICANT * error:
+        logger.warning(
+            "held-out gain %.2f +- %.2f nats: the particles kept out of training confirm no motion, so the flow is set "
+            "to zero; latents are noise",
+            gain,
+            error,
+        )
+        state.flow.stand_still()
+        state.canonical.values = gather_volume(_rigid_volume(setup, state), setup.operator.voxels)
     _write_log(out_dir / "log.csv", state.log)
     _write_spectrum(out_dir / "spectrum.csv", state.spectrum)
     write_map(out_dir / "canonical.mrc", state.canonical.volume(), setup.source.pixel_size_A, like=setup.consensus)

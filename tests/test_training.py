@@ -222,3 +222,11 @@ def test_suggested_dims_stop_at_the_deepest_drop():
     assert suggest_dims(np.array([*harmonics, *noise]), 2.3) == 1
     assert suggest_dims(np.array([5.0, 4.0, *noise]), 1.5) == 2
     assert suggest_dims(noise, 1.5) == 0
+
+
+def test_unconfirmed_motion_is_not_kept(rigid):
+    """The rigid set's model stands still, so that its reconstruction is the rigid one."""
+    training.train(rigid / "particles", rigid / "mesh", rigid / "still", replace(QUICK, epochs=2))
+    model = FlexModel.load(rigid / "still")
+    assert model.displacements_A(torch.randn(5, 1)).abs().max() == 0
+    assert json.loads((rigid / "still/validation.json").read_text())["rms_displacement_A"] == 0
