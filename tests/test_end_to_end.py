@@ -17,10 +17,10 @@ CONFIG = {
     "name": "tiny",
     "particles": "sim/particles.star",
     "consensus": "sim/consensus.mrc",
-    "simulate": {"num_particles": 200, "box": 32, "pixel_size_A": 8.0, "snr": 0.3},
+    "simulate": {"num_particles": 300, "box": 32, "pixel_size_A": 8.0, "snr": 1.0},
     "prepare": {"train_box": 32},
     "mesh": {"cells": 6},
-    "train": {"latent_dims": 2, "rigidity": [0.5, 2.0], "epochs": 2, "validation_fraction": 0.2},
+    "train": {"latent_dims": 2, "rigidity": [0.5, 2.0], "epochs": 5, "validation_fraction": 0.25},
     "generate": {"frames": 3},
     "reconstruct": {"max_bfgs_iterations": 4},
 }
@@ -56,9 +56,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def test_prepared_particles(results, run):
     particles = starfile.read(results / "particles/particles.star", always_dict=True)["particles"]
-    assert len(particles) == 200
+    assert len(particles) == 300
     with mrcfile.mmap(results / "particles/train.mrcs") as stack:
-        assert stack.data.shape == (200, 32, 32)
+        assert stack.data.shape == (300, 32, 32)
         assert np.isfinite(stack.data).all()
         assert 0.5 < float(np.std(stack.data)) < 2.0  # whitened
     for name in ("consensus", "mask"):
