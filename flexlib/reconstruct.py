@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from flexlib.canonical import shell_index
 from flexlib.errors import InputError
 from flexlib.files import atomic_path, write_json
 from flexlib.fsc import corrected_fsc, frequencies_1_per_A, resolution_at
@@ -35,7 +36,7 @@ from flexlib.maps import read_map, write_map
 from flexlib.mesh.tetmesh import TetraMesh, single_cell_mesh
 from flexlib.mesh.voxels import voxelise
 from flexlib.model import FlexModel
-from flexlib.particles.images import ImageBatch, ImageSource, plane_weight
+from flexlib.particles.images import ImageBatch, ImageSource, plane_weight, shell_radius, split_batches
 from flexlib.particles.prepared import open_full_images
 from flexlib.projection.op import (
     KERNELS,
@@ -126,7 +127,7 @@ class NormalEquations:
         self.device = voxels.bary.device
         self.mask_values = mask_values.to(self.device, voxels.bary.dtype)
         size = batch_size or default_batch_size(voxels.box)
-        self.batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+        self.batches = split_batches(rows, size)
         self.weight = plane_weight(voxels.box).to(self.device)
         self.inside = self.weight > 0
         self._kept: dict[int, ImageBatch] | None = {} if keep_transfer else None
@@ -141,7 +142,7 @@ class NormalEquations:
             squared = (self.weight * batch.transfer.abs() ** 2).sum(0)[self.inside]
             power.index_add_(0, shell[self.inside], squared.double())
         self.shell_weight = _hessian_per_shell(power, voxels.box)
-        shell_3d = _shell_3d(voxels.box).to(self.device)
+        shell_3d = shell_index(voxels.box).to(self.device)
         last = voxels.box // 2 - 1
         data_weight = torch.where(shell_3d > last, 0.0, self.shell_weight[shell_3d.clamp(max=last)])
         inner = RIDGE * _shell_mean(self.shell_weight, voxels.box)
@@ -419,7 +420,7 @@ def _hessian_per_shell(power: torch.Tensor, box: int) -> torch.Tensor:
     Exact for a rigid model: a slice carries its weights to 3D, ``|F3 V|^2`` sums to ``N^3 |V|^2``. Neighbouring shells
     are averaged, as a mask mixes them.
     """
-    shell, last = _shell_3d(box), box // 2
+    shell, last = shell_index(box), box // 2
     modes = 2 * torch.bincount(shell.flatten())[:last] - torch.bincount(shell[:, :, 0].flatten())[:last]
     weight = power * box**3 / modes.to(power)
     ends = torch.cat([weight[:1], weight, weight[-1:]])
@@ -435,13 +436,4 @@ def _shell_mean(weight: torch.Tensor, box: int) -> torch.Tensor:
 
 def _shell_2d(box: int) -> torch.Tensor:
     """(box, box//2+1) int64 ``round(|k|)`` in rfft2 layout, the last shell beyond the sphere."""
-    ky = torch.fft.fftfreq(box, 1.0 / box)[:, None]
-    kx = torch.arange(box // 2 + 1)[None, :]
-    return torch.sqrt(ky**2 + kx**2).round().long().clamp(max=box // 2 - 1)
-
-
-def _shell_3d(box: int) -> torch.Tensor:
-    """(box, box, box//2+1) int64 ``round(|k|)`` in rfftn layout."""
-    k2 = torch.fft.fftfreq(box, 1.0 / box) ** 2
-    kx2 = torch.arange(box // 2 + 1) ** 2
-    return torch.sqrt(k2[:, None, None] + k2[None, :, None] + kx2).round().long()
+    return shell_radius(box).round().long().clamp(max=box // 2 - 1)

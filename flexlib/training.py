@@ -50,8 +50,8 @@ from flexlib.mesh.rigidity import RigidityTensors, mesh_rigidity
 from flexlib.mesh.tetmesh import TetraMesh, single_cell_mesh
 from flexlib.mesh.voxels import voxelise
 from flexlib.model import MODEL_FILE, FlexModel, FlowGenerator, displacement_basis_A
-from flexlib.particles.images import ImageSource, plane_weight, read_ahead, split_batches
-from flexlib.particles.prepared import open_training_images, write_latents_star
+from flexlib.particles.images import plane_weight, read_ahead, shell_radius, split_batches
+from flexlib.particles.prepared import TrainingImages, open_training_images, write_latents_star
 from flexlib.projection.op import VoxelTensors, gather_volume, scatter_volume
 from flexlib.runtime import tune_process
 from flexlib.settings import TrainSettings
@@ -87,7 +87,7 @@ class Interrupted(Exception):
 class Setup:
     """What stays fixed during a run."""
 
-    source: ImageSource
+    source: TrainingImages
     mesh: TetraMesh
     operator: Operator
     rigid: Operator
@@ -255,9 +255,8 @@ def _start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str], d
             f"{checkpoint}: a checkpoint of another run (different {differing}); delete its folder to train anew"
         )
     spectrum = SpectralStart(**{k: v.item() if v.ndim == 0 else v.cpu().numpy() for k, v in saved["spectrum"].items()})
-    canonical, rigid = (_canonical_map(setup, o, _mean_transfer2(setup)) for o in (setup.operator, setup.rigid))
-    rigid.values = saved["rigid_values"]
-    state = _new_state(setup, canonical, rigid.values, spectrum, _basis(setup))
+    canonical = _canonical_map(setup, setup.operator, _mean_transfer2(setup))
+    state = _new_state(setup, canonical, saved["rigid_values"], spectrum, _basis(setup))
     state.restore(saved)
     logger.info("resumed after epoch %d, batch %d", state.epoch, state.step)
     return state
@@ -317,11 +316,10 @@ def _mean_transfer2(setup: Setup) -> torch.Tensor:
     """(box//2,) mean |transfer|^2 a shell, over a sample of the particles."""
     box = setup.source.box
     sample = setup.training_rows[:: max(1, len(setup.training_rows) // 1000)]
-    ky, kx = torch.fft.fftfreq(box, 1.0 / box)[:, None], torch.arange(box // 2 + 1)[None, :]
-    shell = (ky**2 + kx**2).sqrt().round().long().flatten()
+    shell = shell_radius(box).round().long().flatten()
     power = torch.zeros(box * (box // 2 + 1), dtype=torch.float64)
-    for batch in read_ahead(setup.source, split_batches(sample, 100)):
-        power += batch.transfer.abs().square().sum(0).flatten().double()
+    for rows in split_batches(sample, 100):
+        power += setup.source.transfer(rows).abs().square().sum(0).flatten().double()
     mean = torch.bincount(shell, power) / torch.bincount(shell).clamp(min=1) / len(sample)
     return mean[: box // 2].float().to(setup.device)
 
@@ -343,8 +341,7 @@ def _new_state(setup, canonical, rigid_values, spectrum, basis) -> State:
             flow.linear.copy_(torch.as_tensor(spectrum.directions))
     else:
         latents = torch.randn((num, settings.latent_dims)).to(device)
-    trained = [p for name, p in flow.named_parameters()]
-    optimiser = torch.optim.Adam(trained, lr=FLOW_RATE)
+    optimiser = torch.optim.Adam(flow.parameters(), lr=FLOW_RATE)
     dims = settings.latent_dims
     return State(
         flow,
@@ -387,8 +384,6 @@ def _run_epoch(setup: Setup, state: State, stop: _StopFlag) -> None:
     band, anneal = setup.band(epoch), _anneal(setup, state)
     weight = plane_weight(setup.source.box, band).to(device)
     refresh = epoch < 2 or epoch % 4 == 0
-    for group in state.optimiser.param_groups:
-        group["lr"] = FLOW_RATE * anneal
     order = np.random.default_rng((settings.seed, 5, epoch)).permutation(setup.training_rows)
     batches = split_batches(order, setup.batch_size)
     totals = state.totals or {"loss": 0.0, "rigidity": 0.0}
@@ -524,10 +519,6 @@ def _standardise(setup: Setup, state: State) -> None:
     state.information = scale.T @ state.information @ scale
 
 
-def _rigid_volume(setup: Setup, state: State) -> torch.Tensor:
-    return scatter_volume(state.rigid_values, setup.rigid.voxels)
-
-
 @torch.no_grad()
 def _rms_displacement_A(setup: Setup, state: State, sample: int = 500) -> float:
     """Rms distance in A by which density moves, over density and particles."""
@@ -630,7 +621,8 @@ def _write_results(particles_dir: Path, out_dir: Path, setup: Setup, state: Stat
             error,
         )
         state.flow.stand_still()
-        state.canonical.values = gather_volume(_rigid_volume(setup, state), setup.operator.voxels)
+        rigid_map = scatter_volume(state.rigid_values, setup.rigid.voxels)
+        state.canonical.values = gather_volume(rigid_map, setup.operator.voxels)
     _write_log(out_dir / "log.csv", state.log)
     _write_spectrum(out_dir / "spectrum.csv", state.spectrum)
     write_map(out_dir / "canonical.mrc", state.canonical.volume(), setup.source.pixel_size_A, like=setup.consensus)
