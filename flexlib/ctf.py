@@ -12,6 +12,7 @@ whole batch. It reaches thousands of radians, hence float64 turns until whole tu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from math import factorial, pi, sqrt
 
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 
 from flexlib.particles.table import OpticsGroup, Particles
+
+_MIN_CTF = 0.02  # premultiplied images are divided by no less; float16 rounding is then below 2 % of the noise
 
 
 def wavelength_A(voltage_kV: float) -> float:
@@ -33,25 +36,78 @@ def has_odd_aberrations(particles: Particles) -> bool:
 
 
 def ctf_images(
-    particles: Particles, rows: np.ndarray, box: int, pixel_size_A: float, device: torch.device | str = "cpu"
+    particles: Particles,
+    rows: np.ndarray,
+    box: int,
+    pixel_size_A: float | None = None,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """CTFs of the particles at ``rows``, on the grid of images of ``box`` pixels of ``pixel_size_A``.
+    """CTFs of the particles at ``rows``, on the grid of images of ``box`` pixels.
 
-    That grid may be a Fourier-cropped one: only physical frequencies matter. Returns (b, box, box//2+1) in rfft2
-    layout, float32, or complex64 where any optics group has odd aberrations. Values at Nyquist mean nothing.
+    Parameters
+    ----------
+    particles, rows
+        (b,) rows of the particles.
+    box, pixel_size_A
+        The grid, which may be a Fourier-cropped one: only physical frequencies matter. None takes the pixel size of
+        each particle's own optics group.
+    device
+        Where to compute.
+
+    Returns
+    -------
+    images
+        (b, box, box//2+1) in rfft2 layout, float32, or complex64 where any optics group has odd aberrations. Values at
+        Nyquist mean nothing.
     """
     rows = np.asarray(rows)
-    grid = (box, float(pixel_size_A), str(device))
     dtype = torch.complex64 if has_odd_aberrations(particles) else torch.float32
     group_of_row = particles.optics_index[rows]
     groups = np.unique(group_of_row)
+
+    def group_ctf(members: np.ndarray, group: int) -> torch.Tensor:
+        size_A = particles.optics[group].pixel_size_A if pixel_size_A is None else pixel_size_A
+        return _group_ctf(particles, members, group, (box, float(size_A), str(device)), dtype)
+
     if len(groups) == 1:
-        return _group_ctf(particles, rows, groups[0], grid, dtype).view(-1, box, box // 2 + 1)
+        return group_ctf(rows, groups[0]).view(-1, box, box // 2 + 1)
     result = torch.empty((len(rows), box * (box // 2 + 1)), dtype=dtype, device=device)
     for group in groups:
         members = np.flatnonzero(group_of_row == group)
-        result[torch.as_tensor(members, device=device)] = _group_ctf(particles, rows[members], group, grid, dtype)
+        result[torch.as_tensor(members, device=device)] = group_ctf(rows[members], group)
     return result.view(-1, box, box // 2 + 1)
+
+
+def without_odd_aberrations(particles: Particles) -> Particles:
+    """The same particles without beam tilt and odd Zernike terms: their CTFs are real."""
+    optics = tuple(replace(group, beam_tilt_mrad=(0.0, 0.0), odd_zernike=()) for group in particles.optics)
+    return replace(particles, optics=optics)
+
+
+def undo_applied_ctf(ctf: torch.Tensor, applied: str) -> torch.Tensor:
+    """Filter that turns images that were multiplied with their CTF, or its sign, back into what was recorded.
+
+    Premultiplied images carry noise that the CTF has weighted: dividing by the CTF makes it white again, and the
+    likelihood is that of the images as recorded. The division stops growing where |CTF| < ``_MIN_CTF``: there signal
+    and noise are left weaker than modelled, which loses next to nothing of the information.
+
+    Parameters
+    ----------
+    ctf
+        (b, box, box//2+1) real CTFs at the box at which it was applied.
+    applied
+        "phase_flipped" or "premultiplied".
+
+    Returns
+    -------
+    filter
+        As ``ctf``; to be multiplied with the images' transforms.
+    """
+    if applied == "phase_flipped":
+        return torch.where(ctf < 0, -1.0, 1.0)
+    if applied == "premultiplied":
+        return ctf / torch.clamp(ctf.square(), min=_MIN_CTF**2)
+    raise ValueError(f"not something done to images: {applied!r}")
 
 
 def _group_ctf(

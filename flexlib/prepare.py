@@ -1,5 +1,9 @@
 """prepare: from the user's particles and consensus map to whitened training images.
 
+Optics groups may differ in pixel size and box: images are cropped in real space to the widest extent that all groups
+have, and resampled in Fourier space to the pixel size of the finest. Even sides in pixels make those extents differ by
+up to a pixel; each group keeps its exact pixel size (``prepared.resampled_optics``), so poses and CTFs stay exact.
+
 Noise and scale are measured against the consensus: in each optics group, a random sample of images is compared with
 CTF * projection of the consensus. Per image and shell three sums suffice, <X,X>, <X,P> and <P,P>: from them come the
 scale s = sum <X,P>/sigma^2 / sum <P,P>/sigma^2 and the noise power <X,X> - 2 s <X,P> + s^2 <P,P>.
@@ -14,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 from tqdm import tqdm
 
 from flexlib.errors import InputError
@@ -30,7 +35,7 @@ from flexlib.maps import (
 )
 from flexlib.mesh.tetmesh import single_cell_mesh
 from flexlib.mesh.voxels import voxelise
-from flexlib.particles.images import centred_irfft2, fourier_crop, plane_weight, shell_radius
+from flexlib.particles.images import centred_irfft2, fourier_resample, plane_weight, shell_radius
 from flexlib.particles.prepared import (
     NOISE,
     PARTICLES,
@@ -38,13 +43,15 @@ from flexlib.particles.prepared import (
     TRAIN_STACK,
     FullImages,
     new_image_stack,
+    resampled_optics,
     write_noise,
 )
 from flexlib.particles.read import read_particles
 from flexlib.particles.stack import Stacks, open_stacks
-from flexlib.particles.table import Particles
+from flexlib.particles.table import OpticsGroup, Particles
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
 from flexlib.settings import MeshSettings, PrepareSettings
+from flexlib.symmetry import symmetry_rotations
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +63,10 @@ _BAND_A = 8.0  # scale is measured on frequencies up to 1/8 A, and half of Nyqui
 _PIXEL_SIZE_TOLERANCE = 0.01  # between map and images
 _MIN_SIGNIFICANCE = 4.0  # standard errors by which the scale must exceed 0
 _CHUNK_PIXELS = 2**23
+_MIN_BOX = 16
+_SAME_PIXEL_SIZE = 1e-4  # relative difference that is rounding
+_MIN_SYMMETRY = 0.5  # correlation of a map with its own turned copy below which it does not have the symmetry
+_SYMMETRY_BOX = 64  # voxels at which that is measured
 
 
 def prepare_particles(
@@ -81,28 +92,35 @@ def prepare_particles(
     Raises InputError, before any long work, where anything in the input is missing or contradicts the rest.
     """
     settings, mask_settings = settings or PrepareSettings(), mask_settings or MeshSettings()
-    if settings.symmetry.upper() != "C1":
-        raise InputError(f"prepare.symmetry: {settings.symmetry} is not supported yet, only C1")
+    rotations = symmetry_rotations(settings.symmetry)
     everything = read_particles(particles, passthrough, image_root)
-    pixel_size_A = _common_pixel_size(everything)
     stacks, everything = open_stacks(everything)
-    crop_box, train_box = _boxes(settings, stacks.box)
+    full_box, pixel_size_A = _common_grid(everything)
+    crop_box, train_box = _boxes(settings, full_box)
     volume = read_map(consensus)
-    density = match_grid(volume, stacks.box, pixel_size_A, str(consensus))
+    density = match_grid(volume, full_box, pixel_size_A, str(consensus))
+    check_symmetry(density, rotations, settings.symmetry, str(consensus))
     soft_mask = (
-        _make_mask(density, pixel_size_A, mask_settings) if mask is None else _read_mask(mask, stacks.box, pixel_size_A)
+        _make_mask(density, pixel_size_A, mask_settings) if mask is None else _read_mask(mask, full_box, pixel_size_A)
     )
     kept, half_sets = select_particles(everything, settings)
-    log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), stacks.box, pixel_size_A)
+    log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), full_box, pixel_size_A)
+    _tell_of_groups(kept, full_box, pixel_size_A)
 
-    sigma, image_scale = measure_noise(kept, stacks, pixel_size_A, density * soft_mask, soft_mask > 0)
-    full = FullImages(stacks, kept, crop_box, pixel_size_A, image_scale, sigma, stacks.box, pixel_size_A)
+    sigma, image_scale = measure_noise(kept, stacks, full_box, pixel_size_A, density * soft_mask, soft_mask > 0)
+    kept, image_scale = make_white(kept, image_scale)
+    full = FullImages(stacks, kept, crop_box, pixel_size_A, image_scale, sigma, full_box, pixel_size_A)
     train_pixel_size_A = pixel_size_A * crop_box / train_box
     out = Path(out_dir)
     write_training_stack(full, out / TRAIN_STACK, train_box)
-    write_noise(out / NOISE, sigma, np.arange(sigma.shape[1]) / (stacks.box * pixel_size_A))
+    write_noise(out / NOISE, sigma, np.arange(sigma.shape[1]) / (full_box * pixel_size_A))
     _write_maps(out, density, soft_mask, volume, crop_box, train_box, pixel_size_A)
-    _write_particles(out / PARTICLES, kept, train_box, train_pixel_size_A)
+    optics = resampled_optics(kept.optics, full.sides_px, train_box)
+    _write_particles(out / PARTICLES, kept, optics, rotations)
+    if len(rotations) > 1:
+        log.info(
+            "symmetry %s: %d rows, %d of each particle", settings.symmetry, len(kept) * len(rotations), len(rotations)
+        )
     write_json(
         out / SUMMARY,
         {
@@ -113,41 +131,111 @@ def prepare_particles(
             "mask": None if mask is None else str(Path(mask).absolute()),
             "num_input": len(everything),
             "num_particles": len(kept),
+            "symmetry": settings.symmetry.upper(),
+            "symmetry_copies": len(rotations),
+            "num_rows": len(kept) * len(rotations),
             "half_sets": half_sets,
-            "full_box": stacks.box,
+            "full_box": full_box,
             "full_pixel_size_A": pixel_size_A,
             "crop_box": crop_box,
             "train_box": train_box,
             "train_pixel_size_A": train_pixel_size_A,
-            "image_scale": [float(scale) for scale in image_scale],
+            "optics_groups": [
+                {
+                    "name": group.name,
+                    "input_box": group.box,
+                    "input_pixel_size_A": group.pixel_size_A,
+                    "ctf_applied": group.ctf_applied,
+                    "side_px": int(side),
+                    "image_scale": float(scale),
+                }
+                for group, side, scale in zip(kept.optics, full.sides_px, image_scale, strict=True)
+            ],
             "settings": dataclasses.asdict(settings),
             "mask_settings": dataclasses.asdict(mask_settings),
         },
     )
 
 
-def _common_pixel_size(particles: Particles) -> float:
-    """A per pixel, the same in all optics groups up to rounding. Raises InputError where it isn't."""
-    sizes = np.array([group.pixel_size_A for group in particles.optics])
-    if np.ptp(sizes) > 1e-4 * sizes.max():
-        raise InputError(
-            f"{particles.source_path}: optics groups of different pixel sizes, {sizes.min():g} to {sizes.max():g} A: "
-            "rescale their images to one pixel size first"
-        )
-    return float(sizes[0])
+def _common_grid(particles: Particles) -> tuple[int, float]:
+    """Even box and A per pixel that images of all optics groups are brought to.
+
+    The finest group's pixel size, and the widest box that every group can fill; of a single group its own, less a pixel
+    where its box is odd.
+    """
+    finest_A = min(group.pixel_size_A for group in particles.optics)
+    extent_A = min(group.box // 2 * 2 * group.pixel_size_A for group in particles.optics)
+    return int(extent_A / finest_A * (1 + _SAME_PIXEL_SIZE) + 0.5) // 2 * 2, finest_A
+
+
+def _tell_of_groups(particles: Particles, box: int, pixel_size_A: float) -> None:
+    """Log what is done to optics groups that aren't served as they are."""
+    for group in particles.optics:
+        if group.ctf_applied:
+            log.info("optics group %s: images are %s: this is undone", group.name, group.ctf_applied.replace("_", "-"))
+    sizes_A = sorted({group.pixel_size_A for group in particles.optics})
+    boxes = sorted({group.box for group in particles.optics})
+    if sizes_A[-1] > sizes_A[0] * (1 + _SAME_PIXEL_SIZE):
+        log.info(
+            "optics groups of %.5g to %.5g A/px and boxes of %d to %d px: all are resampled to %d px of %.5g A",
+            sizes_A[0], sizes_A[-1], boxes[0], boxes[-1], box, pixel_size_A,
+        )  # fmt: skip
+    elif boxes != [box]:
+        log.info("images of %s px are cropped to %d px", ", ".join(map(str, boxes)), box)
+
+
+def check_symmetry(density: np.ndarray, rotations: np.ndarray, name: str, path: str) -> None:
+    """Refuse a symmetry that the map, (N, N, N), does not have: another group, or other axes.
+
+    Raises InputError where the map correlates with its copy turned by any of ``rotations`` (m, 3, 3) by less than
+    ``_MIN_SYMMETRY``.
+    """
+    if len(rotations) == 1:
+        return
+    box = min(_SYMMETRY_BOX, len(density))
+    small = fourier_crop_map(density, box).astype(np.float64)
+    centre = box // 2
+    axis = np.arange(box) - centre
+    inside = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2 < (centre - 1) ** 2
+    values = small[inside]
+    for rotation in rotations[1:]:
+        matrix = rotation[::-1, ::-1]  # arrays are (z, y, x)
+        turned = ndimage.affine_transform(small, matrix, centre - matrix @ np.full(3, centre), order=1)
+        correlation = float(np.corrcoef(values, turned[inside])[0, 1])
+        if not correlation >= _MIN_SYMMETRY:
+            raise InputError(
+                f"prepare.symmetry: {name}: the consensus {path} does not have this symmetry about the centre of its "
+                f"box (correlation {correlation:.2f} with its turned copy): wrong group, or axes other than RELION's"
+            )
+
+
+def make_white(particles: Particles, image_scale: np.ndarray) -> tuple[Particles, np.ndarray]:
+    """Turn the contrast of optics groups whose scale (groups,) is negative: dark where others are white.
+
+    Returns particles whose ``contrast_sign`` is right, and the scales, all positive.
+    """
+    dark = image_scale < 0
+    if dark.any():
+        names = ", ".join(group.name for group, is_dark in zip(particles.optics, dark, strict=True) if is_dark)
+        log.warning(
+            "%s: images of optics group %s correlate negatively with the consensus: they are inverted",
+            particles.source_path, names,
+        )  # fmt: skip
+        sign = np.where(dark, -1.0, 1.0)[particles.optics_index]
+        particles = replace(particles, contrast_sign=particles.contrast_sign * sign)
+    return particles, np.abs(image_scale)
 
 
 def _boxes(settings: PrepareSettings, box: int) -> tuple[int, int]:
     """(crop_box, train_box) in pixels, even; no larger than what they are cut from. Raises InputError."""
     crop = settings.crop_box if settings.crop_box is not None else box
+    if box < _MIN_BOX:
+        raise InputError(f"images of {box} px are too small: at least {_MIN_BOX} px are needed")
     for name, value in (("crop_box", crop), ("train_box", settings.train_box)):
-        if value < 16 or value % 2:
-            hint = f": set an even crop_box below {box}" if settings.crop_box is None and name == "crop_box" else ""
-            raise InputError(f"prepare.{name}: {value} px: an even number of at least 16 is needed{hint}")
+        if value < _MIN_BOX or value % 2:
+            raise InputError(f"prepare.{name}: {value} px: an even number of at least {_MIN_BOX} is needed")
     if crop > box:
         raise InputError(f"prepare.crop_box: {crop} px is larger than the images' box of {box} px")
-    if box % 2:
-        raise InputError(f"images of an odd box ({box} px) are not supported: extract them again with an even box")
     train = min(settings.train_box, crop)
     if train < settings.train_box:
         log.info(
@@ -256,25 +344,28 @@ def select_particles(particles: Particles, settings: PrepareSettings) -> tuple[P
 
 @dataclass(frozen=True)
 class ShellSums:
-    """Per image and shell: sums over the full Fourier plane of |X|^2, Re(X P*), |P|^2; and pixels per shell."""
+    """Per image and shell: sums over the full Fourier plane of |X|^2, Re(X P*), |P|^2, and the number of pixels."""
 
     image: np.ndarray  # (m, shells) float64
     cross: np.ndarray
     predicted: np.ndarray
-    pixels: np.ndarray  # (shells,)
+    pixels: (
+        np.ndarray
+    )  # fewer, down to none, near and beyond Nyquist of an image that was resampled from coarser pixels
 
     def subset(self, rows: np.ndarray) -> ShellSums:
-        return ShellSums(self.image[rows], self.cross[rows], self.predicted[rows], self.pixels)
+        return ShellSums(self.image[rows], self.cross[rows], self.predicted[rows], self.pixels[rows])
 
 
 def measure_noise(
-    particles: Particles, stacks: Stacks, pixel_size_A: float, density: np.ndarray, mask: np.ndarray
+    particles: Particles, stacks: Stacks, box: int, pixel_size_A: float, density: np.ndarray, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Noise spectrum and scale of each optics group.
 
-    Parameters: ``density`` (N, N, N) consensus times soft mask on the images' grid, ``mask`` (N, N, N) bool.
-    Returns ``sigma`` (groups, N//2), the noise's standard deviation per shell of the orthonormal FFT of the raw
-    images, and ``image_scale`` (groups,). Raises InputError where the images show no trace of the consensus.
+    Parameters: ``density`` (N, N, N) consensus times soft mask on the images' common grid of N = ``box`` pixels,
+    ``mask`` (N, N, N) bool. Returns ``sigma`` (groups, N//2), the noise's standard deviation per shell of the
+    orthonormal FFT of the images on that grid, and ``image_scale`` (groups,), negative where contrast is inverted.
+    Raises InputError where the images show no trace of the consensus.
     """
     rng = np.random.default_rng(_SEED)
     num_groups = len(particles.optics)
@@ -283,11 +374,11 @@ def measure_noise(
         members = np.flatnonzero(particles.optics_index == group)
         samples.append(np.sort(rng.permutation(members)[: max(_MIN_SAMPLE, min(_SAMPLE, 8 * _SAMPLE // num_groups))]))
     rows = np.concatenate(samples)
-    sums = _compare(particles, stacks, pixel_size_A, density, mask, rows)
+    sums = _compare(particles, stacks, box, pixel_size_A, density, mask, rows)
     group_of_row = particles.optics_index[rows]
     large = np.array([len(sample) >= _MIN_SAMPLE for sample in samples])
-    sigma, image_scale = np.empty((num_groups, len(sums.pixels))), np.empty(num_groups)
-    band = _scale_band(stacks.box, pixel_size_A)
+    sigma, image_scale = np.empty((num_groups, box // 2)), np.empty(num_groups)
+    band = _scale_band(box, pixel_size_A)
     for group in range(num_groups):
         members = group_of_row == group if large[group] else ~large[group_of_row]
         sigma[group], image_scale[group], error = noise_and_scale(sums.subset(members), band)
@@ -295,19 +386,25 @@ def measure_noise(
             "optics group %s: image scale %.4g +- %.2g, noise sigma %.4g (low shells) to %.4g (high), from %d images",
             particles.optics[group].name, image_scale[group], error, sigma[group, 1], sigma[group, -1], members.sum(),
         )  # fmt: skip
-        if image_scale[group] < _MIN_SIGNIFICANCE * error:
+        if abs(image_scale[group]) < _MIN_SIGNIFICANCE * error:
             raise InputError(
                 f"{particles.source_path}: the images of optics group {particles.optics[group].name} do not match "
-                "projections of the consensus (contrast inverted? other map or poses?)"
+                f"projections of the consensus (scale {image_scale[group]:.3g} +- {error:.2g}): other map, poses or "
+                "half of the images?"
             )
     return sigma, image_scale
 
 
 def _compare(
-    particles: Particles, stacks: Stacks, pixel_size_A: float, density: np.ndarray, mask: np.ndarray, rows: np.ndarray
+    particles: Particles,
+    stacks: Stacks,
+    box: int,
+    pixel_size_A: float,
+    density: np.ndarray,
+    mask: np.ndarray,
+    rows: np.ndarray,
 ) -> ShellSums:
     """Shell sums of the raw images at ``rows`` against unscaled predictions from the consensus."""
-    box = stacks.box
     groups = len(particles.optics)
     flat = np.ones((groups, box // 2))
     source = FullImages(stacks, particles, box, pixel_size_A, np.ones(groups), flat, box, pixel_size_A)
@@ -336,8 +433,10 @@ def _compare(
             )
         )
     image, cross, prediction = (np.concatenate(part) for part in zip(*parts, strict=True))
-    pixels = torch.zeros(box // 2).index_add_(0, shell, weight).double().numpy()
-    return ShellSums(image, cross, prediction, pixels)
+    bands = np.minimum(source.sides_px, box)
+    inside = (shell_radius(box).ravel()[None] < torch.as_tensor(bands / 2)[:, None]).float()[:, None]
+    pixels = np.concatenate([shell_sums(group_inside) for group_inside in inside])
+    return ShellSums(image, cross, prediction, pixels[particles.optics_index[rows]])
 
 
 def _scale_band(box: int, pixel_size_A: float) -> np.ndarray:
@@ -352,7 +451,7 @@ def noise_and_scale(sums: ShellSums, band: np.ndarray) -> tuple[np.ndarray, floa
     Images whose residual power lies far outside the others' (five robust deviations) don't count.
     """
     keep = np.ones(len(sums.image), bool)
-    power = sums.image.sum(0) / (len(keep) * sums.pixels)
+    power = _noise_power(sums.image, sums.pixels)
     scale = information = 0.0
     for _ in range(4):
         weight = np.where(band, 1.0 / power, 0.0)
@@ -362,8 +461,18 @@ def noise_and_scale(sums: ShellSums, band: np.ndarray) -> tuple[np.ndarray, floa
         total = residual.sum(1)
         spread = 1.4826 * np.median(np.abs(total - np.median(total)))
         keep = np.abs(total - np.median(total)) <= 5 * spread + 1e-6 * np.median(total)
-        power = smooth_power(residual[keep].mean(0) / sums.pixels, len(total[keep]) * sums.pixels)
+        samples = sums.pixels[keep].sum(0)
+        power = smooth_power(_noise_power(residual[keep], sums.pixels[keep]), samples)
     return np.sqrt(power), scale, information**-0.5
+
+
+def _noise_power(power: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """(shells,) mean power per pixel from sums (m, shells); a shell without pixels gets that of the last one before."""
+    count = pixels.sum(0)
+    last = int(np.flatnonzero(count)[-1])
+    mean = power.sum(0) / np.maximum(count, 1.0)
+    mean[last + 1 :] = mean[last]
+    return mean
 
 
 def smooth_power(power: np.ndarray, samples: np.ndarray) -> np.ndarray:
@@ -377,7 +486,7 @@ def smooth_power(power: np.ndarray, samples: np.ndarray) -> np.ndarray:
             window = slice(max(1, shell - reach), shell + reach + 1)
             if samples[window].sum() >= _SHELL_SAMPLES:
                 break
-        smoothed[shell] = np.average(power[window], weights=samples[window])
+        smoothed[shell] = np.average(power[window], weights=np.maximum(samples[window], 1e-6))
     return np.maximum(smoothed, 1e-6 * np.median(smoothed))
 
 
@@ -388,7 +497,11 @@ def write_training_stack(source: FullImages, path: Path, train_box: int) -> None
     with atomic_path(path) as temporary, new_image_stack(temporary, len(source), train_box, pixel_size_A) as stack:
         for start in tqdm(range(0, len(source), step), desc="training images", unit="chunk", disable=None):
             rows = np.arange(start, min(start + step, len(source)))
-            stack.data[rows[0] : rows[-1] + 1] = centred_irfft2(fourier_crop(source.whitened(rows), train_box)).numpy()
+            stack.data[rows[0] : rows[-1] + 1] = _training_images(source, rows, train_box)
+
+
+def _training_images(source: FullImages, rows: np.ndarray, train_box: int) -> np.ndarray:
+    return centred_irfft2(fourier_resample(source.whitened(rows), train_box)).numpy()
 
 
 def _write_maps(
@@ -409,25 +522,33 @@ def _write_maps(
     write_map(out / "mask.mrc", resample_mask(soft_mask, train_box), train_pixel_size_A, like)
 
 
-def _write_particles(path: Path, particles: Particles, train_box: int, train_pixel_size_A: float) -> None:
-    """particles.star: training images with poses and CTFs, and where each came from."""
+def _write_particles(path: Path, particles: Particles, optics: tuple[OpticsGroup, ...], rotations: np.ndarray) -> None:
+    """particles.star: training images with poses and CTFs, and where each came from.
+
+    Each particle has a row for every one of ``rotations`` (m, 3, 3), all of the same image and half-set: a map that
+    looks the same turned by g is seen by an image of pose R under R g too.
+    """
     from flexlib.particles.star import relion_tables, write_star
 
-    count = len(particles)
+    count, copies = len(particles), len(rotations)
+    expanded = particles.subset(np.repeat(np.arange(count), copies))
     training = replace(
-        particles,
-        optics=tuple(replace(group, box=train_box, pixel_size_A=train_pixel_size_A) for group in particles.optics),
-        contrast_sign=np.ones(count),
-        stack_index=np.zeros(count, np.int32),
-        image_index=np.arange(count),
+        expanded,
+        rotation=(particles.rotation[:, None] @ rotations).reshape(-1, 3, 3),
+        optics=optics,
+        contrast_sign=np.ones(count * copies),
+        stack_index=np.zeros(count * copies, np.int32),
+        image_index=np.repeat(np.arange(count), copies),
     )
     blocks = relion_tables(training, [TRAIN_STACK])
     table = blocks["particles"]
     stacks = [str(stack.absolute()) for stack in particles.stack_paths]
     table["flexImageName"] = [
         f"{index + 1:06d}@{stacks[stack]}"
-        for index, stack in zip(particles.image_index, particles.stack_index, strict=True)
+        for index, stack in zip(expanded.image_index, expanded.stack_index, strict=True)
     ]
-    table["flexInputRow"] = particles.source_row
-    table["flexInputSign"] = particles.contrast_sign.astype(int)
+    table["flexInputRow"] = expanded.source_row
+    table["flexInputSign"] = expanded.contrast_sign.astype(int)
+    if copies > 1:
+        table["flexSymmetryCopy"] = np.tile(np.arange(copies), count)
     write_star(blocks, path)

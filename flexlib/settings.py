@@ -58,7 +58,7 @@ class MeshSettings:
     min_rigidity_weight: float = 0.5
     stiffen_low_density: bool = False
     rigidity_weights: Path | None = None
-    custom: Path | None = None
+    custom: Literal["surface"] | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,6 @@ SECTIONS: dict[str, type] = {
 
 # Keys of the config that are not written yet, with the values they may have until they are
 UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "prepare": {"symmetry": ("C1",)},
-    "mesh": {
-        "segmentation": (None,),
-        "connections": (None,),
-        "rigid_segments": ([],),
-        "rigidity_weights": (None,),
-        "custom": (None,),
-    },
     "train": {"latent_init": ("spectral", "random"), "init_from": (None,)},
 }
 

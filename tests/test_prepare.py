@@ -173,7 +173,7 @@ def residual_power(source, folder, scale=1.0):
 
 def test_noise_and_scale_are_recovered(prepared):
     summary = read_json(prepared / "prepared.json")
-    np.testing.assert_allclose(summary["image_scale"], SCALES, rtol=0.02)
+    np.testing.assert_allclose([group["image_scale"] for group in summary["optics_groups"]], SCALES, rtol=0.02)
     with (prepared / "noise.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == BOX  # 24 shells of the full box for each of two groups
@@ -359,7 +359,8 @@ def test_train_box_no_smaller_than_the_images(dataset, tmp_path, caplog):
         ({"crop_box": 64}, "prepare.crop_box: 64 px is larger than the images' box of 48"),
         ({"crop_box": 41}, "prepare.crop_box: 41 px: an even number"),
         ({"train_box": 33}, "prepare.train_box: 33 px: an even number"),
-        ({"symmetry": "C2"}, "prepare.symmetry: C2"),
+        ({"symmetry": "C2"}, r"prepare.symmetry: C2: the consensus .* does not have this symmetry .* \(correlation"),
+        ({"symmetry": "I5"}, "prepare.symmetry: 'I5' is no point group"),
         ({"min_scale": 5.0}, "prepare.min_scale: 5 leaves 0 particles"),
         ({"max_particles": 1}, "prepare.max_particles: 1"),
     ],
@@ -370,13 +371,29 @@ def test_settings_errors(dataset, tmp_path, settings, message):
     assert not list(tmp_path.iterdir()), "nothing is written before the checks"
 
 
-def test_inverted_contrast_is_told(dataset, tmp_path):
+def test_inverted_contrast_is_told_and_turned(dataset, prepared, tmp_path, caplog):
+    """One optics group of the wrong sign: one line, and the same training images and transfer functions."""
     table = np.load(dataset / "particles.cs")
-    table["blob/sign"] = 1
+    table["blob/sign"][table["ctf/exp_group_id"] == 1] = 1
     with (dataset / "inverted.cs").open("wb") as file:
         np.save(file, table)
-    with pytest.raises(InputError, match=r"do not match projections of the consensus \(contrast inverted"):
-        prepare(dataset, tmp_path, particles="inverted.cs")
+    prepare(dataset, tmp_path, particles="inverted.cs", crop_box=40, train_box=32)
+    told = [record.message for record in caplog.records if "correlate negatively" in record.message]
+    assert len(told) == 1 and "optics group exposureGroup1 correlate" in told[0]
+    for open_images in (open_training_images, open_full_images):
+        right, turned = (open_images(folder).batch(np.arange(60)) for folder in (prepared, tmp_path))
+        torch.testing.assert_close(turned.images, right.images)
+        torch.testing.assert_close(turned.transfer, right.transfer)
+
+
+def test_images_of_something_else_are_told(dataset, tmp_path):
+    table = np.load(dataset / "particles.cs")
+    table["alignments3D/pose"] = Rotation.random(COUNT, rng=np.random.default_rng(8)).as_rotvec()
+    table["alignments3D/shift"] += 9
+    with (dataset / "wrong.cs").open("wb") as file:
+        np.save(file, table)
+    with pytest.raises(InputError, match=r"optics group exposureGroup[01] do not match projections of the consensus"):
+        prepare(dataset, tmp_path, particles="wrong.cs")
 
 
 def test_broken_pixels_are_told(dataset, tmp_path):

@@ -58,5 +58,5 @@ def test_icosahedral_settings_differ():
 def test_names():
     assert len(symmetry_rotations("d3")) == 6 and len(symmetry_rotations(" c12 ")) == 12
     for name in ("C0", "I5", "Oh", "C3v", "", "D", "7", "C1000"):
-        with pytest.raises(InputError, match="prepare.symmetry: .* is no point group"):
+        with pytest.raises(InputError, match=r"prepare.symmetry: .* is no point group"):
             symmetry_rotations(name)

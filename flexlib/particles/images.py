@@ -42,7 +42,9 @@ class ImageBatch:
     rows: np.ndarray  # (b,) int64, rows of the image source
     images: torch.Tensor  # (b, N, N//2+1) complex64, whitened, orthonormal rfft2, phase origin at pixel N//2
     transfer: torch.Tensor  # (b, N, N//2+1) float32 (complex64 with odd aberrations)
-    rotation: torch.Tensor  # (b, 3, 3) float32, view = rotation @ volume (times any magnification matrix, transposed)
+    # (b, 3, 3) float32, view = rotation @ volume; times the image's magnification: RELION's matrix transposed, and the
+    # ratio of the source's pixel size to the image's own where optics groups differ
+    rotation: torch.Tensor
     origin_px: torch.Tensor  # (b, 2) float32, subtract from view positions
 
 
@@ -52,7 +54,7 @@ class ImageSource(Protocol):
     box: int
     pixel_size_A: float
     half_set: np.ndarray  # (n,) int8, 0 or 1
-    particles: Particles  # their pixel size and box are this source's
+    particles: Particles  # box of this source; pixel size too, or (groups resampled from others) very nearly so
 
     def __len__(self) -> int: ...
 
@@ -114,12 +116,20 @@ def centred_irfft2(spectra: torch.Tensor) -> torch.Tensor:
     return torch.fft.irfft2(spectra * _centre_phase(box, str(spectra.device)), s=(box, box), norm="ortho")
 
 
-def fourier_crop(spectra: torch.Tensor, box: int) -> torch.Tensor:
-    """The (b, box, box//2+1) coefficients of a smaller even box; coefficients at |k| >= box/2 are set to zero."""
-    half = box // 2
-    if spectra.shape[-2] != box:
-        spectra = torch.cat([spectra[:, :half, : half + 1], spectra[:, -half:, : half + 1]], 1)
-    return spectra * (plane_weight(box) > 0).to(spectra.device)
+def fourier_resample(spectra: torch.Tensor, box: int) -> torch.Tensor:
+    """The (b, box, box//2+1) coefficients of images of another even box and the same extent.
+
+    Coefficients are carried over unchanged (of the orthonormal FFT, phase origin at the centre); those at or beyond the
+    Nyquist of the smaller of the two boxes are zero.
+    """
+    old = spectra.shape[-2]
+    half = min(old, box) // 2
+    if old != box:
+        resampled = spectra.new_zeros((len(spectra), box, box // 2 + 1))
+        for rows in (slice(0, half), slice(-half, None)):
+            resampled[:, rows, : half + 1] = spectra[:, rows, : half + 1]
+        spectra = resampled
+    return spectra * (shell_radius(box) < half).to(spectra.device)
 
 
 def shell_radius(box: int) -> torch.Tensor:

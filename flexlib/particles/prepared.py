@@ -16,12 +16,12 @@ import mrcfile
 import numpy as np
 import torch
 
-from flexlib.ctf import ctf_images
+from flexlib.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
 from flexlib.errors import InputError
 from flexlib.files import atomic_path, read_json
-from flexlib.particles.images import ImageBatch, centred_rfft2, plane_weight, shell_radius
+from flexlib.particles.images import ImageBatch, centred_rfft2, fourier_resample, shell_radius
 from flexlib.particles.stack import StackHeader, Stacks, open_stacks, read_stack_header
-from flexlib.particles.table import Particles
+from flexlib.particles.table import OpticsGroup, Particles
 
 PARTICLES = "particles.star"
 TRAIN_STACK = "train.mrcs"
@@ -40,39 +40,48 @@ class PreparedImages:
         particles: Particles,
         box: int,
         pixel_size_A: float,
+        sides_px: np.ndarray,
         image_scale: np.ndarray,
         sigma: np.ndarray,
         full_box: int,
         full_pixel_size_A: float,
     ) -> None:
-        """``image_scale`` (groups,) and ``sigma`` (groups, full_box//2) per optics group and shell of the full box."""
+        """Arrays are per optics group, whose pixel size and box in ``particles`` are those of the images served.
+
+        ``sides_px`` (groups,) side of the real-space crop in the group's original pixels (see ``crop_sides``);
+        ``image_scale`` (groups,); ``sigma`` (groups, full_box//2) by shell of the full box.
+        """
         self.particles = particles
         self.box = box
         self.pixel_size_A = pixel_size_A
         self.half_set = particles.half_set
         self._sigma, self._full = sigma, (full_box, full_pixel_size_A)
-        side = box * pixel_size_A / full_pixel_size_A  # the real-space crop, in original pixels
-        gain = image_scale[particles.optics_index] * (pixel_size_A / full_pixel_size_A) ** 3 / side
+        self._band_px = np.minimum(sides_px, box)  # images hold nothing beyond the Nyquist of a box so large
+        gain = (image_scale / sides_px)[particles.optics_index] * (pixel_size_A / full_pixel_size_A) ** 3
         if particles.particle_scale is not None:
             gain = gain * particles.particle_scale
         self._gain = gain.astype(np.float32)
-        self._rotation = view_rotations(particles).astype(np.float32)
-        self._origin_px = (particles.origin_A / pixel_size_A).astype(np.float32)
+        # a group's own pixel size may differ from the nominal one: its images are then seen at another magnification
+        magnification = np.array([pixel_size_A / group.pixel_size_A for group in particles.optics])
+        enlarged = magnification[particles.optics_index]
+        self._rotation = (view_rotations(particles) * enlarged[:, None, None]).astype(np.float32)
+        self._origin_px = (particles.origin_A * enlarged[:, None] / pixel_size_A).astype(np.float32)
         self._filters = lru_cache(maxsize=4)(self._make_filters)
-        self._inside = lru_cache(maxsize=4)(lambda device: (plane_weight(box) > 0).to(device))
 
     def __len__(self) -> int:
         return len(self.particles)
 
     def _make_filters(self, device: str) -> torch.Tensor:
-        """(groups, box, box//2+1) float32: 1 / sigma, 0 for |k| >= box/2."""
+        """(groups, box, box//2+1) float32: 1 / sigma, 0 beyond Nyquist."""
         full_box, full_pixel_size_A = self._full
-        shell = shell_radius(self.box).numpy() * (full_box * full_pixel_size_A) / (self.box * self.pixel_size_A)
+        radius = shell_radius(self.box).numpy()
+        shell = radius * (full_box * full_pixel_size_A) / (self.box * self.pixel_size_A)
         sigma = np.stack([np.interp(shell, np.arange(len(line)), line) for line in self._sigma])
-        return torch.as_tensor(1.0 / sigma, dtype=torch.float32, device=device) * self._inside(device)
+        inside = radius < self._band_px[:, None, None] / 2
+        return torch.as_tensor(inside / sigma, dtype=torch.float32, device=device)
 
     def _filter_of(self, rows: np.ndarray, device: torch.device | str) -> torch.Tensor:
-        """1 / sigma for each row: (b or 1, box, box//2+1)."""
+        """1 / sigma for each row, 0 beyond Nyquist: (b or 1, box, box//2+1)."""
         filters = self._filters(str(device))
         if len(filters) == 1:
             return filters
@@ -84,7 +93,7 @@ class PreparedImages:
 
     def transfer(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """(b, box, box//2+1): what a projection of the map is multiplied with; see ``images.py``."""
-        transfer = ctf_images(self.particles, rows, self.box, self.pixel_size_A, device)
+        transfer = ctf_images(self.particles, rows, self.box, None, device)
         transfer *= torch.as_tensor(self._gain[rows], device=device)[:, None, None]
         transfer *= self._filter_of(rows, device)
         return transfer
@@ -114,18 +123,52 @@ class TrainingImages(PreparedImages):
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         images = torch.from_numpy(self._stack[self.particles.image_index[rows]])
-        return centred_rfft2(images.to(device)) * self._inside(str(device))
+        return centred_rfft2(images.to(device)) * (self._filter_of(rows, device) > 0)
 
 
 class FullImages(PreparedImages):
-    """The original images, read, cropped in real space and whitened on the fly."""
+    """The original images, read, cropped in real space, resampled where pixel sizes differ, and whitened on the fly."""
 
-    def __init__(self, stacks: Stacks, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self,
+        stacks: Stacks,
+        particles: Particles,
+        box: int,
+        pixel_size_A: float,
+        image_scale: np.ndarray,
+        sigma: np.ndarray,
+        full_box: int,
+        full_pixel_size_A: float,
+    ) -> None:
+        """``particles`` with their original optics groups, ``box`` and ``pixel_size_A`` as wanted; else as above."""
         self._stacks = stacks
+        self._original = without_odd_aberrations(particles)
+        self.sides_px = crop_sides(particles.optics, box, pixel_size_A)
+        served = replace(particles, optics=resampled_optics(particles.optics, self.sides_px, box))
+        super().__init__(
+            served, box, pixel_size_A, self.sides_px, image_scale, sigma, full_box, full_pixel_size_A
+        )  # fmt: skip
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
-        images = self._stacks.read(self.particles, rows, self.box)
+        rows = np.asarray(rows)
+        group_of_row = self.particles.optics_index[rows]
+        spectra = torch.empty((len(rows), self.box, self.box // 2 + 1), dtype=torch.complex64, device=device)
+        for side in np.unique(self.sides_px[group_of_row]):
+            members = np.flatnonzero(self.sides_px[group_of_row] == side)
+            images = self._read(rows[members], int(side), device)
+            spectra[torch.as_tensor(members, device=device)] = fourier_resample(centred_rfft2(images), self.box)
+        return spectra * self._filter_of(rows, device)
+
+    def _read(self, rows: np.ndarray, side: int, device: torch.device | str) -> torch.Tensor:
+        """(b, side, side) images in white contrast, as recorded."""
+        images = np.empty((len(rows), side, side), np.float32)
+        group_of_row = self._original.optics_index[rows]
+        for group in np.unique(group_of_row):
+            members = np.flatnonzero(group_of_row == group)
+            applied = self._original.optics[group].ctf_applied
+            images[members] = self._as_recorded(rows[members], side) if applied else self._stacks.read(
+                self._original, rows[members], side
+            )  # fmt: skip
         if not np.isfinite(images).all():
             bad = int(rows[np.argmax(~np.isfinite(images).all((1, 2)))])
             column = self.particles.extra.get("image_column", "rlnImageName")
@@ -135,8 +178,34 @@ class FullImages(PreparedImages):
                 "holds values that are not finite"
             )
         sign = torch.as_tensor(self.particles.contrast_sign[rows], dtype=torch.float32, device=device)
-        spectra = centred_rfft2(torch.from_numpy(images).to(device) * sign[:, None, None])
-        return spectra * self._filter_of(rows, device)
+        return torch.from_numpy(images).to(device) * sign[:, None, None]
+
+    def _as_recorded(self, rows: np.ndarray, side: int) -> np.ndarray:
+        """(b, side, side) images of one optics group, freed of the CTF that was applied to the whole box."""
+        group = self._original.optics[self._original.optics_index[rows[0]]]
+        images = torch.from_numpy(self._stacks.read(self._original, rows))
+        undo = undo_applied_ctf(ctf_images(self._original, rows, group.box), group.ctf_applied)
+        whole = torch.fft.irfft2(torch.fft.rfft2(images) * undo, s=(group.box, group.box)).numpy()
+        start = group.box // 2 - side // 2
+        return whole[:, start : start + side, start : start + side]
+
+
+def crop_sides(optics: tuple[OpticsGroup, ...], box: int, pixel_size_A: float) -> np.ndarray:
+    """(groups,) even side, in each group's own pixels, of a real-space crop as wide as ``box * pixel_size_A``.
+
+    Rounding and the images' edge keep it from being exactly so wide; whatever it is, frequencies are counted from it
+    (``resampled_optics``), so nothing is approximated.
+    """
+    sides = [2 * round(box * pixel_size_A / group.pixel_size_A / 2) for group in optics]
+    return np.array([min(side, group.box // 2 * 2) for side, group in zip(sides, optics, strict=True)])
+
+
+def resampled_optics(optics: tuple[OpticsGroup, ...], sides_px: np.ndarray, box: int) -> tuple[OpticsGroup, ...]:
+    """Optics groups after a crop to ``sides_px`` and Fourier resampling to ``box``: exact pixel sizes, CTF undone."""
+    return tuple(
+        replace(group, box=box, pixel_size_A=group.pixel_size_A * int(side) / box, ctf_applied="")
+        for group, side in zip(optics, sides_px, strict=True)
+    )
 
 
 def view_rotations(particles: Particles) -> np.ndarray:
@@ -155,20 +224,20 @@ def open_training_images(particles_dir: str | Path) -> TrainingImages:
     folder = Path(particles_dir)
     summary, particles, _ = _read_prepared(folder)
     header = read_stack_header(folder / TRAIN_STACK)
-    if (header.num_images, header.box) != (len(particles), summary["train_box"]):
+    expected = (summary["num_particles"], summary["train_box"])
+    if (header.num_images, header.box) != expected or len(particles) != summary["num_rows"]:
         raise InputError(
-            f"{folder / TRAIN_STACK}: {header.num_images} images of {header.box} px, but {PARTICLES} has "
-            f"{len(particles)} rows of {summary['train_box']} px: run prepare again"
+            f"{folder / TRAIN_STACK}: {header.num_images} images of {header.box} px for {len(particles)} rows of "
+            f"{PARTICLES}, but {SUMMARY} tells of {expected[0]} of {expected[1]} px for {summary['num_rows']}: "
+            "run prepare again"
         )
     return TrainingImages(
         header,
         particles,
         summary["train_box"],
         summary["train_pixel_size_A"],
-        np.array(summary["image_scale"]),
-        read_noise(folder / NOISE),
-        summary["full_box"],
-        summary["full_pixel_size_A"],
+        np.array([group["side_px"] for group in summary["optics_groups"]]),
+        *_noise_and_scale(folder, summary),
     )
 
 
@@ -185,24 +254,26 @@ def open_full_images(particles_dir: str | Path) -> FullImages:
         image_index=names[0].to_numpy().astype(np.int64) - 1,
         contrast_sign=table["flexInputSign"].to_numpy(np.float64),
         optics=tuple(
-            replace(group, pixel_size_A=summary["full_pixel_size_A"], box=summary["full_box"])
-            for group in particles.optics
+            replace(
+                group,
+                pixel_size_A=original["input_pixel_size_A"],
+                box=original["input_box"],
+                ctf_applied=original["ctf_applied"],
+            )
+            for group, original in zip(particles.optics, summary["optics_groups"], strict=True)
         ),
         extra={"image_column": "flexImageName"},
     )
     stacks, particles = open_stacks(particles)
-    box = summary["crop_box"]
-    particles = replace(particles, optics=tuple(replace(group, box=box) for group in particles.optics))
     return FullImages(
-        stacks,
-        particles,
-        box,
-        summary["full_pixel_size_A"],
-        np.array(summary["image_scale"]),
-        read_noise(folder / NOISE),
-        summary["full_box"],
-        summary["full_pixel_size_A"],
+        stacks, particles, summary["crop_box"], summary["full_pixel_size_A"], *_noise_and_scale(folder, summary)
     )
+
+
+def _noise_and_scale(folder: Path, summary: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int, float]:
+    """What was measured: image_scale, sigma and the full box and pixel size they refer to."""
+    image_scale = np.array([group["image_scale"] for group in summary["optics_groups"]])
+    return image_scale, read_noise(folder / NOISE), summary["full_box"], summary["full_pixel_size_A"]
 
 
 def _read_prepared(folder: Path) -> tuple[dict[str, Any], Particles, Any]:

@@ -1,14 +1,18 @@
 """MRC image stacks, memory-mapped: only the slices asked for are read.
 
-RELION and other programs write stacks whose headers lack a machine stamp, a map id or a pixel size: these are read with
-a warning. The shape and the data type must be right, and the file long enough for what its header says.
+Read are .mrc and .mrcs files of square images in modes 0 (int8, or uint8 where IMOD's stamp says so), 1 (int16),
+2 (float32), 6 (uint16) and 12 (float16), of either byte order. RELION and other programs write headers without a
+machine stamp, a map id or a pixel size: these are read with one warning (the pixel size always is the metadata's).
+The shape and the data type must be right, and the file long enough for what its header says.
+
+Sources: the MRC2014 format (https://www.ccpem.ac.uk/mrc-format/mrc2014/), IMOD's description of its header
+(https://bio3d.colorado.edu/imod/doc/mrc_format.txt: ``imodStamp``, ``imodFlags``).
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +25,12 @@ from flexlib.particles.table import Particles
 
 log = logging.getLogger(__name__)
 
-_TYPES = ("int8", "int16", "float16", "float32", "uint16")  # MRC modes 0, 1, 12, 2, 6
+_TYPES = {0: "int8", 1: "int16", 2: "float32", 6: "uint16", 12: "float16"}  # by MRC mode
+_OTHER_TYPES = {3: "complex int16", 4: "complex64", 101: "4-bit integers"}
+_HEADER = mrcfile.dtypes.HEADER_DTYPE
+_IMOD_STAMP_AT, _IMOD_STAMP, _IMOD_SIGNED = 152, 1146047817, 1  # byte offset, value, and the flag in the word after it
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MAX_SIDE = 2**16  # a larger number of columns means the other byte order
 _OPEN_STACKS = 64
 
 
@@ -45,51 +54,85 @@ class StackHeader:
 def read_stack_header(path: Path) -> StackHeader:
     """Read and check the header of an MRC stack of square images.
 
-    Raises InputError where the file is no MRC file, has another data type than ``_TYPES``, or ends too early.
+    Raises InputError where the file is compressed, is no MRC file, has a data type other than ``_TYPES``, or ends too
+    early.
     """
     try:
-        with warnings.catch_warnings(record=True) as complaints:
-            warnings.simplefilter("always")
-            with mrcfile.open(path, header_only=True, permissive=True) as file:
-                header = file.header
-        dtype = mrcfile.utils.dtype_from_mode(int(header.mode)).newbyteorder(header.mode.dtype.byteorder)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a readable MRC stack ({' '.join(str(error).split())})") from error
-    if dtype.name not in _TYPES:
-        raise InputError(f"{path}: data of type {dtype.name} are not supported, only {', '.join(_TYPES)}")
-    nx, ny, nz = int(header.nx), int(header.ny), int(header.nz)
-    if nx != ny or nx <= 0 or nz <= 0:
+        with path.open("rb") as file:
+            raw = file.read(_HEADER.itemsize)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    for magic, name in _COMPRESSED.items():
+        if raw.startswith(magic):
+            raise InputError(f"{path}: compressed with {name}: unpack it first, images are read where they lie")
+    if len(raw) < _HEADER.itemsize:
+        raise InputError(f"{path}: not a readable MRC stack ({len(raw)} bytes, shorter than an MRC header)")
+    for layout in (_HEADER.newbyteorder("<"), _HEADER.newbyteorder(">")):
+        header = np.frombuffer(raw, layout)[0]
+        nx, ny, nz, mode = (int(header[name]) for name in ("nx", "ny", "nz", "mode"))
+        if 0 < nx < _MAX_SIDE and 0 <= mode < _MAX_SIDE:
+            break
+    else:
+        raise InputError(f"{path}: not a readable MRC stack (its header makes no sense in either byte order)")
+    if mode not in _TYPES:
+        known = ", ".join(_TYPES.values())
+        data_type = _OTHER_TYPES.get(mode, "unknown")
+        raise InputError(f"{path}: data of type {data_type} are not supported (mode {mode}), only {known}")
+    if nx != ny or nz <= 0:
         raise InputError(f"{path}: images of {nx} x {ny} pixels, {nz} of them: square images are needed")
-    offset = 1024 + max(0, int(header.nsymbt))
+    order = header.dtype["mode"].byteorder
+    dtype = np.dtype(_TYPES[mode]).newbyteorder(order)
+    stamp, flags = np.frombuffer(raw, np.dtype("i4").newbyteorder(order), 2, _IMOD_STAMP_AT)
+    if mode == 0 and stamp == _IMOD_STAMP and not flags & _IMOD_SIGNED:
+        dtype = np.dtype(np.uint8)
+    offset = _HEADER.itemsize + max(0, int(header["nsymbt"]))
     wanted, size = offset + nx * ny * nz * dtype.itemsize, path.stat().st_size
     if size < wanted:
         raise InputError(f"{path}: truncated: {size} bytes, its header tells of {wanted} ({nz} images of {nx} x {ny})")
-    return StackHeader(path, nz, nx, dtype, offset, "; ".join(str(complaint.message) for complaint in complaints))
+    return StackHeader(path, nz, nx, dtype, offset, _complaint(header))
+
+
+def _complaint(header: np.void) -> str:
+    """What a strict reader would mind about a readable header."""
+    odd = []
+    if header["map"].strip(b"\0 ") != b"MAP":
+        odd.append("no map id")
+    if not header["machst"].any():
+        odd.append("no machine stamp")
+    if not header["cella"]["x"] > 0:
+        odd.append("no pixel size (the metadata's is used)")
+    return ", ".join(odd)
 
 
 @dataclass(frozen=True)
 class Stacks:
     """The image stacks of a particle set; safe to read from several threads."""
 
-    headers: tuple[StackHeader, ...]
-    box: int
+    headers: tuple[StackHeader | None, ...]  # None where no particle is in the stack
 
-    def read(self, particles: Particles, rows: np.ndarray, crop_box: int | None = None) -> np.ndarray:
-        """The images of ``particles`` at ``rows``: (b, c, c) float32, c = ``crop_box`` or the whole box.
+    def read(self, particles: Particles, rows: np.ndarray, side: int | None = None) -> np.ndarray:
+        """The images of ``particles`` at ``rows``, all of one box: (b, c, c) float32, c = ``side`` or the whole box.
 
         A crop keeps the centre: pixel ``box//2`` becomes ``c//2``. Contrast is as stored.
         """
-        side = self.box if crop_box is None else crop_box
-        start = self.box // 2 - side // 2
-        inner = slice(start, start + side)
-        result = np.empty((len(rows), side, side), np.float32)
         stack_of_row, slices = particles.stack_index[rows], particles.image_index[rows]
+        if side is None:
+            side = self._header(stack_of_row[0]).box
+        result = np.empty((len(rows), side, side), np.float32)
         for stack in np.unique(stack_of_row):
             members = np.flatnonzero(stack_of_row == stack)
-            images = _open(self.headers[stack])
+            header = self._header(stack)
+            start = header.box // 2 - side // 2
+            inner = slice(start, start + side)
+            images = _open(header)
             for member, index in zip(members, slices[members], strict=True):
                 result[member] = images[index, inner, inner]
         return result
+
+    def _header(self, stack: int) -> StackHeader:
+        header = self.headers[stack]
+        assert header is not None, "no particle was in this stack when the stacks were opened"
+        return header
 
 
 _lock = threading.Lock()
@@ -127,9 +170,8 @@ def open_stacks(particles: Particles) -> tuple[Stacks, Particles]:
             raise InputError(f"{particles.describe_row(row, column)}: {error}") from error
     odd = [header for header in headers if header is not None and header.complaint]
     if odd:
-        log.warning(
-            "%d of %d stacks have odd headers, such as %s: %s", len(odd), len(used), odd[0].path, odd[0].complaint
-        )
+        kinds = "; ".join(sorted({header.complaint for header in odd}))
+        log.warning("%d of %d stacks have odd headers, such as %s: %s", len(odd), len(used), odd[0].path, kinds)
     lengths = np.array([0 if header is None else header.num_images for header in headers])
     outside = (particles.image_index < 0) | (particles.image_index >= lengths[particles.stack_index])
     if outside.any():
@@ -140,27 +182,33 @@ def open_stacks(particles: Particles) -> tuple[Stacks, Particles]:
             f"{lengths[stack]}: {particles.stack_paths[stack]}"
         )
     boxes = np.array([0 if header is None else header.box for header in headers])
-    box = int(boxes[particles.stack_index[0]])
-    _check_boxes(particles, boxes, box, column)
-    optics = tuple(replace(group, box=box) for group in particles.optics)
-    return Stacks(tuple(headers), box), replace(particles, optics=optics)  # type: ignore[arg-type]
+    box_of_group = _boxes_of_groups(particles, boxes[particles.stack_index], column)
+    optics = tuple(replace(group, box=box_of_group[index]) for index, group in enumerate(particles.optics))
+    return Stacks(tuple(headers)), replace(particles, optics=optics)
 
 
-def _check_boxes(particles: Particles, boxes: np.ndarray, box: int, column: str) -> None:
-    other = boxes[particles.stack_index] != box
-    if other.any():
-        row = int(np.argmax(other))
-        stack = particles.stack_index[row]
-        raise InputError(
-            f"{particles.describe_row(row, column)}: images of {boxes[stack]} px, others of {box} px: "
-            f"{particles.stack_paths[stack]}"
-        )
-    declared = np.array([group.box for group in particles.optics])[particles.optics_index]
-    wrong = (declared != 0) & (declared != box)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        name = "rlnImageSize" if column == "rlnImageName" else "blob/shape"
-        raise InputError(
-            f"{particles.describe_row(row, name)}: {declared[row]} px, but the images have {box} px: "
-            f"{particles.stack_paths[particles.stack_index[row]]}"
-        )
+def _boxes_of_groups(particles: Particles, box_of_row: np.ndarray, column: str) -> list[int]:
+    """The box of each optics group's images, which must be one, and the one that the metadata state if they do.
+
+    ``box_of_row`` (n,) the box of each particle's stack. A group without particles keeps its stated box.
+    """
+    result = [group.box for group in particles.optics]
+    for index, group in enumerate(particles.optics):
+        members = np.flatnonzero(particles.optics_index == index)
+        if not len(members):
+            continue
+        boxes = box_of_row[members]
+        result[index] = int(boxes[0])
+        if (boxes != boxes[0]).any():
+            row = members[np.argmax(boxes != boxes[0])]
+            raise InputError(
+                f"{particles.describe_row(row, column)}: images of {box_of_row[row]} px, others of {boxes[0]} px "
+                f"in the same optics group ({group.name}): {particles.stack_paths[particles.stack_index[row]]}"
+            )
+        if group.box not in (0, boxes[0]):
+            name = "rlnImageSize" if column != "blob/path" else "blob/shape"
+            raise InputError(
+                f"{particles.describe_row(members[0], name)}: {group.box} px, but the images have {boxes[0]} px: "
+                f"{particles.stack_paths[particles.stack_index[members[0]]]}"
+            )
+    return result

@@ -21,7 +21,8 @@ class OpticsGroup:
     """What a group of particles shares: microscope and sampling.
 
     ``odd_zernike``/``even_zernike`` follow RELION's order and units (rad A^n); ``magnification_matrix`` is RELION's
-    (2, 2) MagMat; ``beam_tilt_mrad`` is (x, y). Source: RELION ``metadata_label.h``, ``obs_model.cpp``.
+    (2, 2) MagMat; ``beam_tilt_mrad`` is (x, y); ``ctf_applied`` is what was done to the images beforehand: "" nothing,
+    "phase_flipped" or "premultiplied" (with their CTF). Source: RELION ``metadata_label.h``, ``obs_model.cpp``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class OpticsGroup:
     odd_zernike: tuple[float, ...] = ()
     even_zernike: tuple[float, ...] = ()
     magnification_matrix: tuple[tuple[float, float], tuple[float, float]] = ((1.0, 0.0), (0.0, 1.0))
+    ctf_applied: str = ""
 
 
 @dataclass(frozen=True)
