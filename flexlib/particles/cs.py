@@ -1,4 +1,4 @@
-"""CryoSPARC .cs files: NumPy structured arrays, joined with their passthrough file on ``uid``.
+"""CryoSPARC .cs files as ``Particles``, joined with their passthrough file on ``uid`` (layout: ``cs_file.py``).
 
 Sources: the public ``cryosparc-tools`` (fields and types); conversions checked against pyem's and cryoDRGN's results
 (docs/conventions.md). Higher-order aberrations are turned into RELION's Zernike coefficients.
@@ -13,67 +13,92 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
+from flexlib.particles.cs_file import CsFile, read_cs_file
 from flexlib.particles.table import OpticsGroup, Particles, checked_numbers, find_image_file
 
 log = logging.getLogger(__name__)
 
-_COMPRESSED = b"\x95CSDAT"
+
+class _Fields:
+    """The columns of a .cs file, and those that only its passthrough file has, matched on uid."""
+
+    def __init__(self, path: Path, passthrough: Path | None) -> None:
+        self.path, self.main = path, read_cs_file(path)
+        self.uid = _uids(self.main) if "uid" in self.main.names else None
+        self.other: CsFile | None = None
+        if passthrough is not None:
+            self.other = read_cs_file(passthrough)
+            self.rows = matching_rows(self._required_uid(), _uids(self.other), path, passthrough)
+
+    def _required_uid(self) -> np.ndarray:
+        if self.uid is None:
+            raise InputError(f"{self.path}: column uid is missing: passthrough files are joined on it")
+        return self.uid
+
+    def __len__(self) -> int:
+        return len(self.main)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.main.names or (self.other is not None and name in self.other.names)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """(n, ...) values; texts as bytes. Raises InputError where no file has the column."""
+        if name in self.main.names:
+            return self.main.column(name)
+        if self.other is not None and name in self.other.names:
+            return self.other.column(name)[self.rows]
+        raise InputError(f"{self.path}: column {name} is missing (is it in a passthrough file?)")
+
+    def numbers(self, name: str, default: float | None = None) -> np.ndarray:
+        """(n, ...) float64; ``default`` where no file has the column, InputError if there is none."""
+        if default is not None and name not in self:
+            return np.full(len(self), default)
+        where = name if self.other is None or name in self.main.names else f"{name} (of {self.other.path})"
+        return checked_numbers(self[name], self.path, where)
 
 
-def read_fields(path: Path) -> dict[str, np.ndarray]:
-    """The columns of one .cs file by name. Raises InputError where it is not a plain structured array."""
-    if not path.is_file():
-        raise InputError(f"{path}: CryoSPARC file not found")
-    with path.open("rb") as file:
-        if file.read(len(_COMPRESSED)) == _COMPRESSED:
-            raise InputError(
-                f"{path}: compressed CryoSPARC dataset: save it with cryosparc-tools as format NUMPY first"
-            )
-    try:
-        table = np.load(path, allow_pickle=False, max_header_size=2**30)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a readable CryoSPARC .cs file ({' '.join(str(error).split())})") from error
-    if table.dtype.names is None or len(table) == 0:
-        raise InputError(f"{path}: no particle rows in this .cs file")
-    return {name: table[name] for name in table.dtype.names}
+def _uids(table: CsFile) -> np.ndarray:
+    """(n,) uint64, each once. Raises InputError, naming the rows, where one comes twice."""
+    if "uid" not in table.names:
+        raise InputError(f"{table.path}: column uid is missing")
+    uid = table.column("uid")
+    if uid.dtype.kind not in "iu" or uid.ndim != 1:
+        raise InputError(f"{table.path}: column uid: {uid.dtype} {uid.shape[1:]} is not one whole number a row")
+    order = np.argsort(uid, kind="stable")
+    again = np.flatnonzero(np.diff(uid[order]) == 0)
+    if len(again):
+        at = again[np.argmin(order[again + 1])]
+        raise InputError(
+            f"{table.path}: row {order[at + 1] + 1}, column uid: {uid[order[at]]} stands in row {order[at] + 1} already"
+        )
+    return uid.astype(np.uint64)
 
 
-def _join(fields: dict[str, np.ndarray], path: Path, passthrough: Path) -> dict[str, np.ndarray]:
-    """Add the columns that only ``passthrough`` has, matched on uid."""
-    other = read_fields(passthrough)
-    for name, file in ((fields, path), (other, passthrough)):
-        if "uid" not in name:
-            raise InputError(f"{file}: column uid is missing")
-    order = np.argsort(other["uid"], kind="stable")
-    position = np.minimum(np.searchsorted(other["uid"][order], fields["uid"]), len(order) - 1)
+def matching_rows(uid: np.ndarray, others: np.ndarray, path: Path, other_path: Path) -> np.ndarray:
+    """(n,) the row of ``others`` that has each of ``uid``. Raises InputError, naming the first, where one is absent."""
+    order = np.argsort(others, kind="stable")
+    position = np.minimum(np.searchsorted(others[order], uid), len(order) - 1)
     match = order[position]
-    absent = other["uid"][match] != fields["uid"]
+    absent = others[match] != uid
     if absent.any():
         row = int(np.argmax(absent))
-        raise InputError(f"{path}: row {row + 1}, column uid: {fields['uid'][row]} is not in passthrough {passthrough}")
-    return fields | {name: values[match] for name, values in other.items() if name not in fields}
+        raise InputError(
+            f"{path}: row {row + 1}, column uid: {uid[row]} is not in {other_path} ({int(absent.sum())} of {len(uid)} "
+            "particles are not)"
+        )
+    return match
 
 
 def read_cs(path: Path, passthrough: Path | None = None, image_root: Path | None = None) -> Particles:
     """Particles of a CryoSPARC file; see ``read.read_particles``."""
-    fields = read_fields(path)
-    if passthrough is not None:
-        fields = _join(fields, path, passthrough)
-    count = len(next(iter(fields.values())))
-
-    def numbers(name: str, default: float | None = None) -> np.ndarray:
-        if name not in fields:
-            if default is None:
-                raise InputError(f"{path}: column {name} is missing (is it in a passthrough file?)")
-            return np.full(count, default)
-        return checked_numbers(fields[name], path, name)
-
+    fields = _Fields(path, passthrough)
+    count, numbers = len(fields), fields.numbers
     pose = numbers("alignments3D/pose")
-    origin_A = numbers("alignments3D/shift") * _alignment_pixel_size(fields, numbers)[:, None]
+    origin_A = numbers("alignments3D/shift") * _alignment_pixel_size(fields)[:, None]
     if "ctf/shift_A" in fields:
         origin_A = origin_A - numbers("ctf/shift_A")
-    optics, optics_index = _optics_groups(fields, numbers, path)
-    names, stack_index = np.unique(_text(fields, "blob/path", path), return_inverse=True)
+    optics, optics_index = _optics_groups(fields, path)
+    names, stack_index = _image_names(fields)
     return Particles(
         optics=optics,
         optics_index=optics_index,
@@ -87,14 +112,14 @@ def read_cs(path: Path, passthrough: Path | None = None, image_root: Path | None
         ctf_scale=numbers("ctf/scale", 1.0),
         half_set=_half_sets(numbers("alignments3D/split"), path) if "alignments3D/split" in fields else _none(count),
         contrast_sign=_signs(numbers("blob/sign"), path),
-        stack_paths=tuple(find_image_file(str(name), path, image_root) for name in names),
-        stack_index=stack_index.astype(np.int32),
+        stack_paths=tuple(find_image_file(name, path, image_root) for name in names),
+        stack_index=stack_index,
         image_index=numbers("blob/idx").astype(np.int64),
         source_path=path,
         source_row=np.arange(count),
-        uid=fields["uid"].astype(np.uint64) if "uid" in fields else None,
+        uid=fields.uid,
         particle_scale=numbers("alignments3D/alpha") if "alignments3D/alpha" in fields else None,
-        extra={"stack_names": tuple(str(name) for name in names), "image_column": "blob/path"},
+        extra={"stack_names": names, "image_column": "blob/path"},
     )
 
 
@@ -102,16 +127,24 @@ def _none(count: int) -> np.ndarray:
     return np.full(count, -1, np.int8)
 
 
-def _alignment_pixel_size(fields, numbers) -> np.ndarray:
+def _alignment_pixel_size(fields: _Fields) -> np.ndarray:
     """(n,) A: shifts are in pixels of the grid that was aligned, which may be coarser than the images."""
-    return numbers("alignments3D/psize_A" if "alignments3D/psize_A" in fields else "blob/psize_A")
+    return fields.numbers("alignments3D/psize_A" if "alignments3D/psize_A" in fields else "blob/psize_A")
 
 
-def _text(fields: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
-    if name not in fields:
-        raise InputError(f"{path}: column {name} is missing (is it in a passthrough file?)")
-    values = fields[name]
-    return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values.astype(str)
+def _image_names(fields: _Fields) -> tuple[tuple[str, ...], np.ndarray]:
+    """Distinct stack names, sorted, and (n,) int32 stack of each particle."""
+    paths = fields["blob/path"]
+    if paths.dtype.kind != "S":
+        raise InputError(f"{fields.path}: column blob/path holds no texts")
+    runs = np.flatnonzero(np.append(True, paths[1:] != paths[:-1]))  # neighbours mostly share a stack
+    names, index = np.unique(paths[runs], return_inverse=True)
+    lengths = np.diff(np.append(runs, len(paths)))
+    if (empty := names[index] == b"").any():
+        row = int(runs[np.argmax(empty)])
+        raise InputError(f"{fields.path}: row {row + 1}, column blob/path: no image file is named")
+    decoded = tuple(name.decode("utf-8", "surrogateescape") for name in names.tolist())
+    return decoded, np.repeat(index, lengths).astype(np.int32)
 
 
 def _half_sets(split: np.ndarray, path: Path) -> np.ndarray:
@@ -132,8 +165,9 @@ def _signs(sign: np.ndarray, path: Path) -> np.ndarray:
     return sign
 
 
-def _optics_groups(fields, numbers, path: Path) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
+def _optics_groups(fields: _Fields, path: Path) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
     """Particles that agree in exposure group, microscope and aberrations; (n,) int32 index."""
+    numbers = fields.numbers
     pixel_size_A = numbers("blob/psize_A")
     if (pixel_size_A <= 0).any():
         raise InputError(f"{path}: row {int(np.argmax(pixel_size_A <= 0)) + 1}, column blob/psize_A: must be positive")
@@ -155,12 +189,24 @@ def _optics_groups(fields, numbers, path: Path) -> tuple[tuple[OpticsGroup, ...]
         vector("ctf/tetra_A", 4),
         vector("ctf/anisomag", 4),
     ]
-    values, index = np.unique(np.concatenate(parts, 1), axis=0, return_inverse=True)
+    values, index = _distinct_rows(np.concatenate(parts, 1))
     if (values[:, 6:] != 0).any():
         log.warning(
             "%s: higher-order aberrations are applied as CryoSPARC's formulae say; their signs are unverified", path
         )
-    return tuple(_optics_group(row) for row in values), index.reshape(-1).astype(np.int32)
+    return tuple(_optics_group(row) for row in values), index.astype(np.int32)
+
+
+def _distinct_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct rows of a (n, m) array, in order, and (n,) which one each row is; quick where there are few."""
+    index = np.zeros(len(table), np.int64)
+    for column in table.T:
+        if (column == column[0]).all():
+            continue
+        _, codes = np.unique(column, return_inverse=True)
+        _, index = np.unique(index * (int(codes.max()) + 1) + codes, return_inverse=True)
+    _, first = np.unique(index, return_index=True)
+    return table[first], index
 
 
 def _optics_group(row: np.ndarray) -> OpticsGroup:

@@ -6,7 +6,6 @@ Files and columns: docs/architecture.md; the data model: ``flexlib/particles/ima
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +19,17 @@ from flexlib.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
 from flexlib.errors import InputError
 from flexlib.files import atomic_path, read_json
 from flexlib.particles.images import ImageBatch, centred_rfft2, fourier_resample, shell_radius
+from flexlib.particles.latents_io import write_latents_star
 from flexlib.particles.stack import StackHeader, Stacks, open_stacks, read_stack_header
 from flexlib.particles.table import OpticsGroup, Particles
+
+__all__ = [
+    "FullImages",
+    "TrainingImages",
+    "open_full_images",
+    "open_training_images",
+    "write_latents_star",
+]
 
 PARTICLES = "particles.star"
 TRAIN_STACK = "train.mrcs"
@@ -302,58 +310,6 @@ def read_noise(path: str | Path) -> np.ndarray:
     columns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1, 3), ndmin=2)
     groups = int(columns[:, 0].max())
     return columns[:, 2].reshape(groups, -1)
-
-
-def write_latents_star(
-    particles_dir: str | Path,
-    latents: np.ndarray,
-    path: str | Path,
-    extra: Mapping[str, np.ndarray] | None = None,
-) -> None:
-    """Write every particle of prepare's input file with its latent coordinates.
-
-    Rows and columns are those of the input, in its order, values as they were written there (a .cs is converted to
-    RELION's columns, with ``flexUid``); ``flexLatent1..K`` are added, and the columns of ``extra``. Parameters:
-    ``latents`` (n, K) and each of ``extra`` (n,), in the order of the prepared particles; input rows that prepare
-    dropped get ``nan``. Raises InputError where the input file is gone or has changed its length.
-    """
-    folder = Path(particles_dir)
-    summary, _, prepared = _read_prepared(folder)
-    rows = prepared["flexInputRow"].to_numpy(np.int64)
-    if latents.shape[0] != len(rows):
-        raise ValueError(f"latents of {latents.shape[0]} particles for {len(rows)} prepared ones")
-    blocks, block = _input_tables(summary)
-    table = blocks[block]
-    if len(table) != summary["num_input"]:
-        raise InputError(
-            f"{summary['particles']}: {len(table)} particles, but prepare read {summary['num_input']}: run it again"
-        )
-    columns = {f"flexLatent{k + 1}": latents[:, k] for k in range(latents.shape[1])} | dict(extra or {})
-    for name, values in columns.items():
-        full = np.full(len(table), np.nan)
-        full[rows] = values
-        table[name] = full
-    from flexlib.particles.star import write_star
-
-    write_star(blocks, path)
-
-
-def _input_tables(summary: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The blocks of prepare's input as STAR tables, and which one holds the particles."""
-    from flexlib.particles.read import read_particles
-    from flexlib.particles.star import read_tables, relion_tables
-
-    path = Path(summary["particles"])
-    if not path.is_file():
-        raise InputError(f"{path}: the particle file that prepare read is gone")
-    if path.suffix == ".star":
-        tables = read_tables(path, as_text=True)
-        return tables.blocks, tables.particles_block
-    particles = read_particles(path, summary["passthrough"], summary["image_root"])
-    blocks = relion_tables(particles)
-    if particles.uid is not None:
-        blocks["particles"]["flexUid"] = particles.uid
-    return blocks, "particles"
 
 
 def new_image_stack(path: Path, num_images: int, box: int, pixel_size_A: float) -> mrcfile.mrcmemmap.MrcMemmap:

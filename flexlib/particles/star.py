@@ -9,20 +9,23 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import starfile
 from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
+from flexlib.particles.star_text import StarText, read_star_text
 from flexlib.particles.table import OpticsGroup, Particles, checked_numbers, find_image_file
 
 log = logging.getLogger(__name__)
+
+_CHUNK_ROWS = 50_000
 
 _PIXEL_SIZE = ("rlnImagePixelSize", "rlnMicrographPixelSize", "rlnMicrographOriginalPixelSize", "rlnPixelSize")
 _MAGNIFICATION_MATRIX = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
@@ -45,6 +48,31 @@ _OPTICS = (
 )
 
 
+# The particle table's columns that mean something here; of a large table only these are turned into numbers
+_PARTICLE = (
+    *_OPTICS,
+    "rlnImageName",
+    "rlnOpticsGroup",
+    "rlnAngleRot",
+    "rlnAngleTilt",
+    "rlnAnglePsi",
+    "rlnOriginX",
+    "rlnOriginY",
+    "rlnOriginXAngst",
+    "rlnOriginYAngst",
+    "rlnDefocusU",
+    "rlnDefocusV",
+    "rlnDefocusAngle",
+    "rlnPhaseShift",
+    "rlnCtfBfactor",
+    "rlnCtfScalefactor",
+    "rlnRandomSubset",
+    "flexContrastSign",
+    "flexScale",
+)
+_TEXT = ("rlnImageName", "rlnOpticsGroupName", "rlnOddZernike", "rlnEvenZernike", "flexImageName")
+
+
 @dataclass(frozen=True)
 class StarTables:
     """The blocks of a particle STAR file: all of them by name, and which one holds the particles."""
@@ -62,37 +90,26 @@ class StarTables:
         return self.blocks.get("optics")
 
 
-def read_tables(path: Path, as_text: bool = False) -> StarTables:
-    """Read all blocks of a STAR file; ``as_text`` keeps every value as it is written.
+def read_tables(path: Path, columns: Sequence[str] | None = None) -> StarTables:
+    """Read all blocks of a STAR file, of the particle table only ``columns`` (default: all).
 
     Raises InputError where the file isn't STAR or has no table with ``rlnImageName``.
     """
-    text_columns = _column_names(path) if as_text else ["rlnImageName", "rlnOpticsGroupName"]
-    try:
-        raw = starfile.read(path, always_dict=True, parse_as_string=text_columns)
-    except Exception as error:  # starfile and pandas raise many kinds on a malformed file
-        raise InputError(f"{path}: not a readable STAR file ({' '.join(str(error).split())})") from error
-    blocks = {
-        name: block if isinstance(block, pd.DataFrame) else pd.DataFrame([block])
-        for name, block in raw.items()
-        if block is not None
-    }
-    for name in ("particles", *blocks):
-        if name in blocks and "rlnImageName" in blocks[name]:
-            if len(blocks[name]) == 0:
-                raise InputError(f"{path}: the particle table data_{name} has no rows")
-            return StarTables(path, blocks, name)
-    raise InputError(f"{path}: no particle table: no block has the column rlnImageName")
+    return _parse(read_star_text(path), columns)
 
 
-def _column_names(path: Path) -> list[str]:
-    with path.open() as lines:
-        return [line.split()[0][1:] for line in lines if line.startswith("_")]
+def _parse(text: StarText, columns: Sequence[str] | None) -> StarTables:
+    particles = text.particles
+    blocks = {}
+    for table in (particles, *text.tables):
+        if table.block not in blocks:
+            blocks[table.block] = text.frame(table, columns if table is particles else None, _TEXT)
+    return StarTables(text.path, blocks, particles.block)
 
 
 def read_star(path: Path, image_root: Path | None = None) -> Particles:
     """Particles of a RELION STAR file; see ``read.read_particles``."""
-    return particles_from_tables(read_tables(path), image_root)
+    return particles_from_tables(read_tables(path, _PARTICLE), image_root)
 
 
 def particles_from_tables(tables: StarTables, image_root: Path | None = None) -> Particles:
@@ -159,10 +176,12 @@ class _Columns:
         return row
 
     def has(self, name: str) -> bool:
-        return name in self.table or name in self.optics
+        return self.in_optics(name) or name in self.table
 
     def in_optics(self, name: str) -> bool:
         """Optics columns are taken from the optics table first, all others from the particle table first."""
+        if name not in _PARTICLE:
+            raise KeyError(f"{name} is not among the columns that are read: see _PARTICLE")
         return name in self.optics and (name in _OPTICS or name not in self.table)
 
     def value(self, name: str, row: int) -> Any:
@@ -225,8 +244,7 @@ def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
             raise InputError(f"{columns.path}: row {row + 1}, column {name}: {value:g} must be positive")
         return value
 
-    if number("rlnCtfDataAreCtfPremultiplied", 0) or number("rlnCtfDataArePhaseFlipped", 0):
-        raise InputError(f"{columns.path}: row {row + 1}: CTF-premultiplied or phase-flipped images are not supported")
+    flipped = "phase_flipped" if number("rlnCtfDataArePhaseFlipped", 0) else ""
     for name in _PIXEL_SIZE:
         if columns.has(name):
             pixel_size_A = positive(name)
@@ -250,6 +268,7 @@ def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
         odd_zernike=_zernike(columns, "rlnOddZernike", row),
         even_zernike=_zernike(columns, "rlnEvenZernike", row),
         magnification_matrix=((m00, m01), (m10, m11)),
+        ctf_applied="premultiplied" if number("rlnCtfDataAreCtfPremultiplied", 0) else flipped,
     )
 
 
@@ -287,18 +306,19 @@ def _half_sets(columns: _Columns) -> np.ndarray:
 
 def _image_names(tables: StarTables) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Distinct stack names, (n,) int32 stack of each particle, (n,) int64 0-based slice, from ``000001@path``."""
-    names = tables.particles["rlnImageName"].astype(str)
-    parts = names.str.partition("@")
-    plain = (parts[1] == "").to_numpy()  # a single image without a slice number
-    slices = pd.to_numeric(parts[0].where(~plain, "1"), errors="coerce").to_numpy(np.float64)
-    bad = ~(slices >= 1) | (slices % 1 != 0) | names.isin(["", "nan"]).to_numpy()
+    names = tables.particles["rlnImageName"].tolist()
+    parts = [name.partition("@") for name in names]  # a name without @ is a single image without a slice number
+    slices = pd.to_numeric(pd.Series([part[0] if part[1] else "1" for part in parts]), errors="coerce").to_numpy()
+    stacks = np.array([part[2] if part[1] else part[0] for part in parts], object)
+    bad = ~(slices >= 1) | (slices % 1 != 0) | (stacks == "")
     if bad.any():
         row = int(np.argmax(bad))
         raise InputError(
-            f"{tables.path}: row {row + 1}, column rlnImageName: {names.iloc[row]} is not slice@stack, slices from 1"
+            f"{tables.path}: row {row + 1}, column rlnImageName: {names[row] or 'an empty name'} is not slice@stack, "
+            "slices from 1"
         )
-    index, stacks = pd.factorize(parts[2].where(~plain, parts[0]))
-    return [str(name) for name in stacks], index.astype(np.int32), slices.astype(np.int64) - 1
+    index, distinct = pd.factorize(stacks)
+    return [str(name) for name in distinct], index.astype(np.int32), slices.astype(np.int64) - 1
 
 
 def relion_tables(particles: Particles, stack_names: list[str] | None = None) -> dict[str, pd.DataFrame]:
@@ -374,7 +394,31 @@ def _bracketed(values: tuple[float, ...]) -> str:
     return "[" + ",".join(f"{value:.12g}" for value in values or (0.0,)) + "]"
 
 
-def write_star(blocks: dict[str, pd.DataFrame], path: str | Path) -> None:
-    """Write the blocks as a STAR file, atomically; numbers with 9 significant digits, missing ones as ``nan``."""
-    with atomic_path(path) as temporary:
-        starfile.write(blocks, temporary, float_format="%.9g", na_rep="nan", sep="\t")
+def write_star(blocks: Mapping[str, pd.DataFrame], path: str | Path) -> None:
+    """Write the blocks as loops of a STAR file, atomically; numbers with 9 significant digits, missing ones ``nan``."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        if "optics" in blocks:
+            file.write("\n# version 30001\n")  # RELION 3.1's layout, read by all later versions
+        for name, frame in blocks.items():
+            file.write(f"\ndata_{name}\n\nloop_\n")
+            file.writelines(f"_{label} #{number}\n" for number, label in enumerate(frame, 1))
+            for first in range(0, len(frame), _CHUNK_ROWS):
+                rows = frame.iloc[first : first + _CHUNK_ROWS]
+                columns = [star_values(rows[label].to_numpy()) for label in frame]
+                file.writelines("\t".join(values) + "\n" for values in zip(*columns, strict=True))
+            file.write("\n")
+
+
+def star_values(values: np.ndarray) -> list[str]:
+    """(n,) numbers or texts as they stand in a STAR file: 9 significant digits, quotes where a text needs them."""
+    if values.dtype.kind in "iub":
+        return list(map(str, values.astype(np.uint64 if values.dtype.kind == "u" else np.int64).tolist()))
+    if values.dtype.kind == "f":
+        return list(map("%.9g".__mod__, values.tolist()))
+    return [_quoted(str(value)) for value in values.tolist()]
+
+
+def _quoted(text: str) -> str:
+    if text and not text.startswith(("#", '"', "'", "_")) and not any(map(str.isspace, text)):
+        return text
+    return f"'{text}'" if '"' in text else f'"{text}"'
