@@ -38,41 +38,94 @@ class Map:
         """Voxels along each axis."""
         return self.data.shape[0]
 
+    @property
+    def corner_A(self) -> tuple[float, float, float]:
+        """(x, y, z) of the first voxel in the header's frame."""
+        return map_corner_A(self.origin_A, self.nstart, (self.pixel_size_A,) * 3)
+
 
 def read_map(path: str | os.PathLike[str]) -> Map:
     """Read an MRC/CCP4 map; stored axis orders other than (z, y, x) are transposed.
 
     Raises ``InputError`` unless the file holds one finite, cubic volume of even side with equal, positive voxel sizes.
     """
-    path = Path(path)
+    stored = _read_mrc(Path(path))
+    shape, voxel_A = stored.data.shape, stored.voxel_A
+    if len(shape) != 3 or len(set(shape)) != 1 or shape[0] % 2:
+        raise InputError(f"{path}: a cubic map of even side is needed, its shape (z, y, x) is {shape}")
+    if min(voxel_A) <= 0 or max(voxel_A) - min(voxel_A) > 1e-3 * max(voxel_A):
+        raise InputError(f"{path}: equal, positive voxel sizes are needed, the header has {list(voxel_A)} A")
+    data = stored.data.astype(np.float32, copy=False)
+    if not np.isfinite(data).all():
+        raise InputError(f"{path}: holds values that are not finite")
+    return Map(data, float(np.mean(voxel_A)), stored.origin_A, stored.nstart)
+
+
+@dataclass(frozen=True)
+class LabelGrid:
+    """Whole numbers on a grid of any shape, and where it lies in space."""
+
+    labels: np.ndarray  # (nz, ny, nx) int32
+    voxel_A: tuple[float, float, float]  # voxel size along x, y, z
+    corner_A: tuple[float, float, float]  # (x, y, z) of the first voxel, as the file's header places it
+
+
+def read_label_map(path: str | os.PathLike[str]) -> LabelGrid:
+    """Read an MRC file that holds a whole number per voxel, in any of MRC's number types, at any box.
+
+    Raises ``InputError`` where it is no volume, has values that are not whole numbers, or no voxel size.
+    """
+    stored = _read_mrc(Path(path))
+    if stored.data.ndim != 3:
+        raise InputError(f"{path}: a volume of labels is needed, its shape is {stored.data.shape}")
+    if min(stored.voxel_A) <= 0:
+        raise InputError(f"{path}: the header has no voxel size: set it, labels are placed by it")
+    if not np.isfinite(stored.data).all() or (np.abs(stored.data - np.rint(stored.data)) > 1e-3).any():
+        raise InputError(f"{path}: labels are whole numbers, this map has others: it may be a density map")
+    labels = np.rint(stored.data).astype(np.int32)
+    return LabelGrid(labels, stored.voxel_A, map_corner_A(stored.origin_A, stored.nstart, stored.voxel_A))
+
+
+def map_corner_A(
+    origin_A: tuple[float, ...], nstart: tuple[int, ...], voxel_A: tuple[float, ...]
+) -> tuple[float, float, float]:
+    """(x, y, z) of a map's first voxel in A: the header's ORIGIN, or where that is zero NSTART (as ChimeraX does)."""
+    corner = origin_A if any(origin_A) else [start * size for start, size in zip(nstart, voxel_A, strict=True)]
+    return (float(corner[0]), float(corner[1]), float(corner[2]))
+
+
+@dataclass(frozen=True)
+class _StoredMap:
+    """An MRC file's content: data (z, y, x) in the file's number type; the rest in the order x, y, z."""
+
+    data: np.ndarray
+    voxel_A: tuple[float, float, float]
+    origin_A: tuple[float, float, float]
+    nstart: tuple[int, int, int]
+
+
+def _read_mrc(path: Path) -> _StoredMap:
+    """Read an MRC file of any shape, axes brought to (z, y, x)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with mrcfile.open(path, permissive=True) as file:
-                data, header, voxel = file.data, file.header, file.voxel_size
-                if data is None:
+                if file.data is None:
                     raise InputError(f"{path}: not a readable MRC map")
-                data = np.array(data, dtype=np.float32)
+                data, header, voxel = np.array(file.data), file.header, file.voxel_size
                 stored_axes = [int(header.mapc), int(header.mapr), int(header.maps)]
-                stored_start = [int(header.nxstart), int(header.nystart), int(header.nzstart)]
+                start = [int(header.nxstart), int(header.nystart), int(header.nzstart)]
                 origin_A = (float(header.origin.x), float(header.origin.y), float(header.origin.z))
-                voxel_A = [float(voxel[axis]) for axis in "xyz"]
+                voxel_A = (float(voxel.x), float(voxel.y), float(voxel.z))
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a readable MRC map ({error})") from error
-    if data.ndim != 3 or len(set(data.shape)) != 1 or data.shape[0] % 2:
-        raise InputError(f"{path}: a cubic map of even side is needed, its shape (z, y, x) is {data.shape}")
-    if min(voxel_A) <= 0 or max(voxel_A) - min(voxel_A) > 1e-3 * max(voxel_A):
-        raise InputError(f"{path}: equal, positive voxel sizes are needed, the header has {voxel_A} A")
-    if not np.isfinite(data).all():
-        raise InputError(f"{path}: holds values that are not finite")
-    start = stored_start
-    if sorted(stored_axes) == [1, 2, 3] and stored_axes != [1, 2, 3]:
+    if data.ndim == 3 and sorted(stored_axes) == [1, 2, 3] and stored_axes != [1, 2, 3]:
         section_first = stored_axes[::-1]  # axis (1 x, 2 y, 3 z) of each array dimension
         data = np.ascontiguousarray(data.transpose([section_first.index(axis) for axis in (3, 2, 1)]))
-        start = [stored_start[stored_axes.index(axis)] for axis in (1, 2, 3)]
-    return Map(data, float(np.mean(voxel_A)), origin_A, (start[0], start[1], start[2]))
+        start = [start[stored_axes.index(axis)] for axis in (1, 2, 3)]
+    return _StoredMap(data, voxel_A, origin_A, (start[0], start[1], start[2]))
 
 
 def write_map(

@@ -19,13 +19,13 @@ from flexlib.mesh.lattice import BccLattice, bcc_mesh
 from flexlib.mesh.rigidity import (
     RigidityTensors,
     deformation_gradients,
-    density_rigidity,
     mesh_rigidity,
     nearest_rotations,
     rigidity_energy,
 )
 from flexlib.mesh.tetmesh import TetraMesh, single_cell_mesh
 from flexlib.mesh.voxels import covered, tetra_index_map, voxelise
+from flexlib.mesh.weights import density_rigidity
 from flexlib.settings import MeshSettings
 
 PIXEL_SIZE_A = 3.0
@@ -408,7 +408,7 @@ def test_stage_writes_mesh_index_map_and_quality(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [MeshSettings(segmentation="s.seg"), MeshSettings(rigid_segments=(1,)), MeshSettings(cells=0)],
+    [MeshSettings(connections="0>1"), MeshSettings(rigid_segments=(1,)), MeshSettings(cells=0)],
 )
 def test_stage_refuses_what_it_cannot_do(tmp_path, settings):
     prepared_maps(tmp_path)

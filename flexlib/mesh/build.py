@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,85 +14,146 @@ from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
 from flexlib.files import write_json
-from flexlib.maps import lowpass_map, read_map, write_map
+from flexlib.maps import Map, lowpass_map, read_map, write_map
+from flexlib.mesh.chimerax import write_chimerax
+from flexlib.mesh.custom import read_custom_mesh
 from flexlib.mesh.io import write_mesh
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.mesh.rigidity import barycentric_gradients, density_rigidity
+from flexlib.mesh.rigidity import barycentric_gradients
+from flexlib.mesh.segments import load_segmentation
+from flexlib.mesh.surface import surface_mesh
 from flexlib.mesh.tetmesh import MeshVoxels, TetraMesh
-from flexlib.mesh.voxels import covered, tetra_index_map, voxelise
+from flexlib.mesh.voxels import tetra_index_map, voxelise
+from flexlib.mesh.weights import rigidity_weights
 from flexlib.settings import MeshSettings
 
 logger = logging.getLogger(__name__)
 
-_NOT_YET = ("segmentation", "connections", "rigid_segments", "rigidity_weights", "custom")
+_INSIDE = 1e-5  # barycentric weight by which a voxel may miss its cell for rounding
 
 
 def build_mesh(particles_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], settings: MeshSettings) -> None:
     """Build the mesh of a prepared data set.
 
-    Reads ``consensus.mrc`` and ``mask.mrc`` of ``particles_dir``; writes ``mesh.vtu``, ``tetra_index.mrc`` (cell of
-    each voxel at the training box, -1 outside) and ``mesh_quality.json`` to ``out_dir``. Raises ``InputError``.
+    Reads ``consensus.mrc`` and ``mask.mrc`` of ``particles_dir`` and the files that the settings name; writes
+    ``mesh.vtu``, ``tetra_index.mrc`` (cell of each voxel at the training box, -1 outside), ``mesh_quality.json`` and,
+    for ChimeraX, ``mesh.cxc`` with ``mesh_segments.bild`` and ``mesh_rigidity.bild`` to ``out_dir``. Raises
+    ``InputError``.
     """
-    for name in _NOT_YET:
-        if getattr(settings, name):
-            raise InputError(f"mesh.{name}: not supported yet")
-    if settings.cells < 1:
-        raise InputError(f"mesh.cells: must be a positive number of cells across the box, not {settings.cells}")
-    consensus = read_map(Path(particles_dir) / "consensus.mrc")
-    soft_mask = read_map(Path(particles_dir) / "mask.mrc")
+    _check(settings)
+    particles_dir, out_dir = Path(particles_dir), Path(out_dir)
+    consensus = read_map(particles_dir / "consensus.mrc")
+    soft_mask = read_map(particles_dir / "mask.mrc")
     if soft_mask.box != consensus.box:
-        raise InputError(f"{Path(particles_dir) / 'mask.mrc'}: box {soft_mask.box} is not that of consensus.mrc")
-    mask = soft_mask.data > 0
-    pixel_size_A = consensus.pixel_size_A
-    density = lowpass_map(consensus.data, pixel_size_A, settings.lowpass_A)
-    mesh, voxels = mesh_from_density(density, mask, pixel_size_A, settings)
+        raise InputError(f"{particles_dir / 'mask.mrc'}: box {soft_mask.box} is not that of consensus.mrc")
+    mesh, voxels = make_mesh(consensus, soft_mask.data > 0, settings)
 
-    out_dir = Path(out_dir)
     write_mesh(out_dir / "mesh.vtu", mesh)
     # MRC has no 32-bit integers: 16-bit where they are enough, else float32, exact up to 2^24
     index_type = np.int16 if len(mesh.cells) <= np.iinfo(np.int16).max else np.float32
-    write_map(out_dir / "tetra_index.mrc", tetra_index_map(voxels), pixel_size_A, like=consensus, dtype=index_type)
-    uncovered = int(mask.sum() - covered(mesh, mask, pixel_size_A).sum())
-    quality = mesh_quality(mesh, voxels, uncovered)
-    write_json(out_dir / "mesh_quality.json", quality)
-    logger.info(
-        "mesh: %d vertices, %d cells, %d voxels", quality["num_vertices"], quality["num_cells"], quality["num_voxels"]
+    write_map(
+        out_dir / "tetra_index.mrc", tetra_index_map(voxels), consensus.pixel_size_A, like=consensus, dtype=index_type
     )
+    write_chimerax(out_dir, mesh, consensus, particles_dir / "consensus.mrc")
+    quality = mesh_quality(mesh, voxels)
+    write_json(out_dir / "mesh_quality.json", quality)
+    for line in quality_lines(quality):
+        logger.info("%s", line)
 
 
-def mesh_from_density(
-    density: np.ndarray, mask: np.ndarray, pixel_size_A: float, settings: MeshSettings
-) -> tuple[TetraMesh, MeshVoxels]:
-    """BCC mesh over ``mask`` (N, N, N) bool with rigidity weights from the low-passed ``density`` (N, N, N)."""
-    cell_size_A = mask.shape[0] * pixel_size_A / settings.cells
-    bare = bcc_mesh(mask, pixel_size_A, cell_size_A)
+def _check(settings: MeshSettings) -> None:
+    if settings.cells < 1:
+        raise InputError(f"mesh.cells: must be a positive number of cells across the box, not {settings.cells}")
+    if settings.connections is not None and settings.segmentation is None:
+        raise InputError("mesh.connections: there is nothing to connect without mesh.segmentation")
+    if isinstance(settings.custom, Path) and settings.segmentation is not None:
+        raise InputError(
+            "mesh.segmentation: a mesh from a file (mesh.custom) brings its own segments; give one of them"
+        )
+
+
+def make_mesh(consensus: Map, mask: np.ndarray, settings: MeshSettings) -> tuple[TetraMesh, MeshVoxels]:
+    """The mesh over ``mask`` (N, N, N) bool as the settings ask for it, and the mask's voxels in it.
+
+    Raises ``InputError``.
+    """
+    pixel_size_A = consensus.pixel_size_A
+    cell_size_A = consensus.box * pixel_size_A / settings.cells
+    own_weights = False
+    if isinstance(settings.custom, Path):
+        bare, own_weights = read_custom_mesh(settings.custom, consensus, mask, cell_size_A)
+    else:
+        segmentation = None
+        if settings.segmentation is not None:
+            segmentation = load_segmentation(settings.segmentation, consensus, mask, settings.connections)
+        build = surface_mesh if settings.custom == "surface" else bcc_mesh
+        bare = build(mask, pixel_size_A, cell_size_A, segmentation)
     voxels = voxelise(bare, mask, pixel_size_A)
-    rigidity = density_rigidity(voxels, density, settings.min_rigidity_weight, settings.stiffen_low_density)
-    return TetraMesh(bare.vertices_A, bare.cells, rigidity, bare.segment), voxels
+    if own_weights and settings.rigidity_weights is None and not settings.rigid_segments:
+        return bare, voxels
+    density = lowpass_map(consensus.data, pixel_size_A, settings.lowpass_A)
+    start = bare.rigidity if own_weights else None
+    return replace(bare, rigidity=rigidity_weights(bare, voxels, density, consensus, settings, start)), voxels
 
 
-def mesh_quality(mesh: TetraMesh, voxels: MeshVoxels, uncovered_voxels: int = 0) -> dict[str, Any]:
-    """What to look at before trusting a mesh: sizes, shapes, voxels per cell; volumes in A^3, angles in degrees."""
-    volumes = mesh.cell_volumes_A3()
-    angles = dihedral_angles_deg(mesh)
-    count = np.bincount(voxels.cell, minlength=len(mesh.cells))
+def mesh_quality(mesh: TetraMesh, voxels: MeshVoxels) -> dict[str, Any]:
+    """What to look at before trusting a mesh: sizes, shapes, voxels per cell; volumes in A^3, angles in degrees.
+
+    ``segments`` lists the same for each segment where there are several.
+    """
+    ids = np.unique(mesh.segment)
+    quality = _quality(mesh, voxels, np.ones(len(mesh.cells), bool))
+    quality["num_vertices"] = len(mesh.vertices_A)
+    quality["num_bodies"] = count_bodies(mesh)
+    quality["num_segments"] = len(ids)
+    if len(ids) > 1:
+        quality["segments"] = [{"segment": int(one), **_quality(mesh, voxels, mesh.segment == one)} for one in ids]
+    return quality
+
+
+def _quality(mesh: TetraMesh, voxels: MeshVoxels, chosen: np.ndarray) -> dict[str, Any]:
+    """The figures of the ``chosen`` (nc,) cells."""
+    volumes, angles = mesh.cell_volumes_A3()[chosen], dihedral_angles_deg(mesh)[chosen]
+    count = np.bincount(voxels.cell, minlength=len(mesh.cells))[chosen]
+    outside = (voxels.bary.min(1) < -_INSIDE) & chosen[voxels.cell]
+    rigidity = mesh.rigidity[chosen]
     return {
-        "num_vertices": len(mesh.vertices_A),
-        "num_cells": len(mesh.cells),
-        "num_bodies": count_bodies(mesh),
-        "num_voxels": len(voxels),
-        "uncovered_voxels": uncovered_voxels,
+        "num_cells": int(chosen.sum()),
+        "num_voxels": int(count.sum()),
+        "uncovered_voxels": int(outside.sum()),
         "volume_total_A3": float(volumes.sum()),
         "cell_volume_min_A3": float(volumes.min()),
+        "cell_volume_median_A3": float(np.median(volumes)),
         "cell_volume_max_A3": float(volumes.max()),
         "dihedral_min_deg": float(angles.min()),
+        "dihedral_median_of_min_deg": float(np.median(angles.min(1))),
         "dihedral_max_deg": float(angles.max()),
         "voxels_per_cell_min": int(count.min()),
         "voxels_per_cell_median": float(np.median(count)),
         "voxels_per_cell_max": int(count.max()),
-        "rigidity_min": float(mesh.rigidity.min()),
-        "rigidity_max": float(mesh.rigidity.max()),
+        "rigidity_min": float(rigidity.min()),
+        "rigidity_median": float(np.median(rigidity)),
+        "rigidity_max": float(rigidity.max()),
     }
+
+
+def quality_lines(quality: dict[str, Any]) -> list[str]:
+    """``mesh_quality`` in words, one line for the mesh and one per segment."""
+    lines = [
+        f"mesh: {quality['num_vertices']} vertices, {quality['num_bodies']} bodies that share no vertex; "
+        + _in_words(quality)
+    ]
+    lines += [f"segment {one['segment']}: {_in_words(one)}" for one in quality.get("segments", [])]
+    return lines
+
+
+def _in_words(q: dict[str, Any]) -> str:
+    return (
+        f"{q['num_cells']} cells of {q['cell_volume_min_A3']:.0f} to {q['cell_volume_max_A3']:.0f} A^3, "
+        f"dihedral angles {q['dihedral_min_deg']:.0f} to {q['dihedral_max_deg']:.0f} degrees, {q['num_voxels']} voxels "
+        f"({q['voxels_per_cell_median']:g} per cell, {q['uncovered_voxels']} outside their cells: extrapolated), "
+        f"rigidity {q['rigidity_min']:g} to {q['rigidity_max']:g}"
+    )
 
 
 def dihedral_angles_deg(mesh: TetraMesh) -> np.ndarray:

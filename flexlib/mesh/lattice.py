@@ -11,11 +11,14 @@ there is nothing to search.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
+from flexlib.mesh.segments import Segmentation
 from flexlib.mesh.tetmesh import TetraMesh
 
 
@@ -94,43 +97,102 @@ class BccLattice:
         return (flat[:, None] * 12 + np.arange(12)).ravel()
 
 
-def bcc_mesh(mask: np.ndarray, pixel_size_A: float, cell_size_A: float) -> TetraMesh:
-    """Mesh of the BCC cells that hold at least one mask voxel.
+def bcc_mesh(
+    mask: np.ndarray, pixel_size_A: float, cell_size_A: float, segmentation: Segmentation | None = None
+) -> TetraMesh:
+    """Mesh of the BCC cells that hold at least one mask voxel; with a segmentation, one sub-mesh per segment.
 
     Two kinds of empty cells are added. Where cells are about as small as voxels, those whose centroid lies in the
     mask: the mesh has no holes inside the mask. And the neighbours of a few cells that would hang on the rest by an
     edge or a vertex alone, about which they could turn freely: parts that touch share whole faces.
+
+    A segment's sub-mesh is made of the cells that hold its own voxels, so cells along a boundary exist once per
+    segment there. Where two segments are joined, the vertices that both sub-meshes have are one; where they are not,
+    each has its own, and the two move independently.
 
     Parameters
     ----------
     mask : (N, N, N) bool, the voxels to cover, soft edge included.
     pixel_size_A : float, voxel size of the mask in A.
     cell_size_A : float, cube edge h in A; the cells' volume is h^3 / 12.
+    segmentation : segments of the same grid and the pairs to join.
 
     Returns
     -------
-    TetraMesh with rigidity 1 and segment 0 everywhere, vertices and cells in the lattice's order (z, y, x).
+    TetraMesh with rigidity 1 everywhere, vertices and cells in the lattice's order (z, y, x) within a segment.
 
-    Raises ``InputError`` for an empty mask or a cell size that is not positive.
+    Raises ``InputError`` for an empty mask, a cell size that is not positive, or joined segments without a common cell.
     """
     mask = np.asarray(mask, dtype=bool)
     if cell_size_A <= 0:
         raise InputError(f"mesh: the cell size must be positive, not {cell_size_A:g} A")
     if not mask.any():
         raise InputError("mesh: the mask is empty")
-    box = mask.shape[0]
-    lattice = BccLattice(cell_size_A, (box + 2) * pixel_size_A)
-    tetra = np.unique(np.concatenate([np.unique(lattice.locate(part)) for part in _mask_points_A(mask, pixel_size_A)]))
-    if cell_size_A < 6 * pixel_size_A:
-        tetra = np.union1d(tetra, _tetras_by_centroid(lattice, mask, pixel_size_A))
-    tetra = _join_by_faces(lattice, tetra)
-    node, cells = np.unique(lattice.tetra_nodes(tetra), return_inverse=True)
+    lattice = BccLattice(cell_size_A, (mask.shape[0] + 2) * pixel_size_A)
+    if segmentation is None:
+        corner_node = lattice.tetra_nodes(_tetras_of_mask(lattice, mask, pixel_size_A))
+        segment = np.zeros(len(corner_node), np.int32)
+        node, cells = np.unique(corner_node, return_inverse=True)
+        return TetraMesh(
+            lattice.node_positions_A(node), cells.reshape(-1, 4).astype(np.int32), np.ones(len(segment)), segment
+        )
+    tetras = [_tetras_of_mask(lattice, mask & (segmentation.labels == one), pixel_size_A) for one in segmentation.ids]
+    segment = np.repeat(np.array(segmentation.ids, np.int32), [len(part) for part in tetras])
+    node, cells = fuse_submeshes(lattice.tetra_nodes(np.concatenate(tetras)), segment, segmentation.pairs)
     return TetraMesh(
-        vertices_A=lattice.node_positions_A(node),
-        cells=cells.reshape(-1, 4).astype(np.int32),
-        rigidity=np.ones(len(tetra)),
-        segment=np.zeros(len(tetra), dtype=np.int32),
+        lattice.node_positions_A(node),
+        cells,
+        np.ones(len(segment)),
+        segment,
+        segmentation.compact_labels(),
+        pixel_size_A,
     )
+
+
+def fuse_submeshes(
+    corner_node: np.ndarray, segment: np.ndarray, pairs: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give every segment vertices of its own, except where it is joined to another one.
+
+    Parameters
+    ----------
+    corner_node : (nc, 4) int64, the point of space (any number that names it) at each corner of each cell.
+    segment : (nc,) int, the segment of each cell.
+    pairs : segments to join: of the points that both have, each becomes one vertex.
+
+    Returns
+    -------
+    node : (nv,) int64, the point of space of each vertex.
+    cells : (nc, 4) int32 vertex indices.
+
+    Raises ``InputError`` where a pair has no point in common.
+    """
+    ids, rank = np.unique(segment, return_inverse=True)
+    points, point = np.unique(corner_node, return_inverse=True)
+    own, cells = np.unique(rank.reshape(-1, 1) * len(points) + point.reshape(-1, 4), return_inverse=True)
+    owner, place = own // len(points), own % len(points)
+    first, second = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for a, b in pairs:
+        in_a, in_b = (np.flatnonzero(owner == np.searchsorted(ids, one)) for one in (a, b))
+        common, at_a, at_b = np.intersect1d(place[in_a], place[in_b], assume_unique=True, return_indices=True)
+        if len(common) == 0:
+            raise InputError(f"mesh.connections: {a}>{b}: the two segments have no point of the mesh in common")
+        first.append(in_a[at_a])
+        second.append(in_b[at_b])
+    joints = np.concatenate(first), np.concatenate(second)
+    graph = coo_array((np.ones(len(joints[0])), joints), (len(own), len(own)))
+    count, vertex = connected_components(graph, directed=False)
+    node = np.zeros(count, np.int64)
+    node[vertex] = points[place]
+    return node, vertex[cells].reshape(-1, 4).astype(np.int32)
+
+
+def _tetras_of_mask(lattice: BccLattice, mask: np.ndarray, pixel_size_A: float) -> np.ndarray:
+    """(nc,) tetras that hold voxels of ``mask``, and the empty ones that ``bcc_mesh`` adds; sorted."""
+    tetra = np.unique(np.concatenate([np.unique(lattice.locate(part)) for part in _mask_points_A(mask, pixel_size_A)]))
+    if lattice.cell_size_A < 6 * pixel_size_A:
+        tetra = np.union1d(tetra, _tetras_by_centroid(lattice, mask, pixel_size_A))
+    return _join_by_faces(lattice, tetra)
 
 
 def _join_by_faces(lattice: BccLattice, tetra: np.ndarray, max_rounds: int = 3) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How much a mesh resists deformation: weights per cell, and the energy of a deformation.
+"""How much a mesh resists deformation: the energy of a deformation (its weights per cell: ``weights.py``).
 
 The energy is 3DFlex's: the singular values of each cell's deformation gradient should be 1 (Punjani & Fleet,
 Nature Methods 2023). Rotations of a cell cost nothing; stretching, compressing and shearing it does.
@@ -11,50 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flexlib.mesh.tetmesh import MeshVoxels, TetraMesh
+from flexlib.mesh.tetmesh import TetraMesh
 
-_STIFF_PERIPHERY_WEIGHT = 3.0  # 3DFlex's weight for low-density periphery
-_PERIPHERY_RANGE = (0.1, 0.5)  # relative density of cells that count as non-empty periphery
-_ROBUST_MAXIMUM_PERCENTILE = 95.0
 _NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
 _DEGENERATE = 1e-3  # relative to |F|^3
 _CPU_CHUNK = 16384
-
-
-def density_rigidity(
-    voxels: MeshVoxels, density: np.ndarray, min_rigidity_weight: float = 0.5, stiffen_low_density: bool = False
-) -> np.ndarray:
-    """Rigidity weight of each cell: 1 where the map is densest, ``min_rigidity_weight`` in empty space.
-
-    The mean density of a cell, relative to the 95th percentile over cells, is mapped linearly to the weight.
-    ``stiffen_low_density`` raises non-empty cells of low density (a tenth to a half of that maximum) to 3.
-
-    Parameters: ``density`` (N, N, N) low-passed map at the voxels' box. Returns (nc,) float64.
-    """
-    num_cells = len(voxels.cells)
-    count = np.bincount(voxels.cell, minlength=num_cells)
-    total = np.bincount(voxels.cell, weights=density.ravel()[voxels.index], minlength=num_cells)
-    filled = count > 0
-    mean = np.zeros(num_cells)
-    mean[filled] = total[filled] / count[filled]
-    if not filled.all():  # cells smaller than a voxel: take the mean of the cells around their vertices
-        mean[~filled] = _mean_of_neighbours(voxels, mean, filled)[~filled]
-    maximum = np.percentile(mean, _ROBUST_MAXIMUM_PERCENTILE)
-    relative = np.clip(mean / maximum, 0.0, 1.0) if maximum > 0 else np.ones(num_cells)
-    weight = min_rigidity_weight + (1.0 - min_rigidity_weight) * relative
-    if stiffen_low_density:
-        weight[(relative > _PERIPHERY_RANGE[0]) & (relative < _PERIPHERY_RANGE[1])] = _STIFF_PERIPHERY_WEIGHT
-    return weight
-
-
-def _mean_of_neighbours(voxels: MeshVoxels, value: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """(nc,) mean over a cell's vertices of the mean over the known cells at that vertex."""
-    flat = voxels.cells[known].ravel()
-    total = np.bincount(flat, weights=np.repeat(value[known], 4), minlength=voxels.num_vertices)
-    count = np.bincount(flat, minlength=voxels.num_vertices)
-    at_vertex = total / np.maximum(count, 1)
-    has = (count > 0)[voxels.cells]
-    return (at_vertex[voxels.cells] * has).sum(1) / np.maximum(has.sum(1), 1)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ _CANDIDATES = 16  # nearest cells tried for a voxel outside the mesh
 def voxelise(mesh: TetraMesh, mask: np.ndarray, pixel_size_A: float) -> MeshVoxels:
     """Assign every voxel of ``mask`` to a cell and compute its barycentric weights there.
 
-    A voxel outside every cell takes the nearest cell and extrapolating (partly negative) weights; ``covered`` tells
-    which those are, and their count is logged.
+    Where the mesh has a segment map, a voxel's cell is one of its own segment. A voxel outside every (such) cell takes
+    the nearest one and extrapolating (partly negative) weights; ``covered`` tells which those are, and their count is
+    logged.
 
     Parameters: ``mask`` (N, N, N) bool at any box; ``pixel_size_A`` its voxel size.
     Returns: voxels sorted by (cell, z, y, x). Raises ``InputError`` for an empty mask or cells without volume.
@@ -55,14 +56,26 @@ def _locate(mesh: TetraMesh, mask: np.ndarray, pixel_size_A: float) -> tuple[Mes
     box = mask.shape[0]
     base_px, inverse = _barycentric_maps(mesh, box, pixel_size_A)
     cell_of = np.full(mask.shape, -1, dtype=np.int32)
-    _assign_cells(mesh.vertices_A / pixel_size_A + box // 2, mesh.cells, base_px, inverse, mask, cell_of)
+    segments = mesh.segments_on_grid(box, pixel_size_A)
+    _assign_cells(
+        mesh.vertices_A / pixel_size_A + box // 2,
+        mesh.cells,
+        base_px,
+        inverse,
+        mask,
+        mesh.segment,
+        segments is not None,
+        np.zeros((1, 1, 1), np.int16) if segments is None else segments,
+        cell_of,
+    )
 
     index = np.flatnonzero(mask)
     cell = cell_of.ravel()[index]
     points_px = np.stack(np.unravel_index(index, mask.shape)[::-1], axis=1).astype(np.float64)
     outside = cell < 0
     if outside.any():
-        cell[outside] = _nearest_cell(mesh, points_px[outside], base_px, inverse, pixel_size_A)
+        wanted = None if segments is None else segments.ravel()[index[outside]]
+        cell[outside] = _nearest_own_cell(mesh, points_px[outside], wanted, base_px, inverse, pixel_size_A)
         logger.info("%d of %d mask voxels lie outside the mesh: extrapolated", int(outside.sum()), len(index))
 
     order = np.argsort(cell, kind="stable")
@@ -84,24 +97,44 @@ def _barycentrics(points_px: np.ndarray, cell: np.ndarray, base_px: np.ndarray, 
     chunk = 1 << 18
     for start in range(0, len(points_px), chunk):
         part = slice(start, start + chunk)
-        last = np.einsum("nij,nj->ni", inverse[cell[part]], points_px[part] - base_px[cell[part]])
-        bary[part, 1:] = last
-        bary[part, 0] = 1.0 - last.sum(1)
+        bary[part, 1:] = np.einsum("nij,nj->ni", inverse[cell[part]], points_px[part] - base_px[cell[part]])
+        # of the rounded weights: that their sum is 1 matters most, far from the box centre
+        bary[part, 0] = 1.0 - bary[part, 1:].sum(1, dtype=np.float64)
     return bary
 
 
-def _nearest_cell(
-    mesh: TetraMesh, points_px: np.ndarray, base_px: np.ndarray, inverse: np.ndarray, pixel_size_A: float
+def _nearest_own_cell(
+    mesh: TetraMesh,
+    points_px: np.ndarray,
+    segment: np.ndarray | None,
+    base_px: np.ndarray,
+    inverse: np.ndarray,
+    pixel_size_A: float,
 ) -> np.ndarray:
-    """(n,) int32: among the cells with the nearest centroids, the one that has to extrapolate least.
+    """(n,) int32: ``_nearest_cell`` of each point among the cells of its ``segment`` (n,), or of all where None."""
+    centre = base_px[0] - mesh.vertices_A[mesh.cells[0, 0]] / pixel_size_A  # the box centre, in voxels
+    centroid = mesh.vertices_A[mesh.cells].mean(1) / pixel_size_A + centre
+    every = np.arange(len(mesh.cells))
+    if segment is None:
+        return _nearest_cell(points_px, every, centroid, base_px, inverse)
+    cell = np.zeros(len(points_px), np.int32)
+    for one in np.unique(segment):
+        own = np.flatnonzero(mesh.segment == one)
+        chosen = segment == one
+        cell[chosen] = _nearest_cell(points_px[chosen], own if len(own) else every, centroid, base_px, inverse)
+    return cell
+
+
+def _nearest_cell(
+    points_px: np.ndarray, cells: np.ndarray, centroid_px: np.ndarray, base_px: np.ndarray, inverse: np.ndarray
+) -> np.ndarray:
+    """(n,) int32: of ``cells`` (m,) those with the nearest centroids, and of these the one that extrapolates least.
 
     The measure is how far the lowest barycentric weight is below zero.
     """
-    centroid = mesh.vertices_A[mesh.cells].mean(1) / pixel_size_A
-    centre = base_px[0] - mesh.vertices_A[mesh.cells[0, 0]] / pixel_size_A  # the box centre, in voxels
-    count = min(_CANDIDATES, len(centroid))
-    _, candidates = cKDTree(centroid).query(points_px - centre, k=count)
-    candidates = candidates.reshape(len(points_px), count)
+    count = min(_CANDIDATES, len(cells))
+    _, candidates = cKDTree(centroid_px[cells]).query(points_px, k=count)
+    candidates = cells[candidates.reshape(len(points_px), count)]
     best = np.zeros(len(points_px), dtype=np.int32)
     best_weight = np.full(len(points_px), -np.inf)
     for column in candidates.T:
@@ -113,8 +146,13 @@ def _nearest_cell(
 
 
 @numba.njit(cache=True)
-def _assign_cells(vertices_px, cells, base_px, inverse, mask, cell_of):  # pragma: no cover
-    """Write the lowest cell that holds each mask voxel into ``cell_of`` (z, y, x); voxels in no cell stay -1."""
+def _assign_cells(
+    vertices_px, cells, base_px, inverse, mask, segment_of_cell, use_segments, segment_of_voxel, cell_of
+):  # pragma: no cover
+    """Write the lowest cell that holds each mask voxel into ``cell_of`` (z, y, x); voxels in no cell stay -1.
+
+    With ``use_segments`` a cell takes voxels of its own segment only.
+    """
     box = mask.shape[0]
     low, high = np.empty(3, np.int64), np.empty(3, np.int64)
     for c in range(cells.shape[0]):
@@ -132,6 +170,8 @@ def _assign_cells(vertices_px, cells, base_px, inverse, mask, cell_of):  # pragm
                 dy = y - base_px[c, 1]
                 for x in range(low[0], high[0] + 1):
                     if not mask[z, y, x] or cell_of[z, y, x] >= 0:
+                        continue
+                    if use_segments and segment_of_voxel[z, y, x] != segment_of_cell[c]:
                         continue
                     dx = x - base_px[c, 0]
                     b1 = a[0, 0] * dx + a[0, 1] * dy + a[0, 2] * dz

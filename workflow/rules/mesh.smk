@@ -10,6 +10,8 @@ rule mesh:
         mesh=f"{MESH}/mesh.vtu",
         index=f"{MESH}/tetra_index.mrc",
         quality=f"{MESH}/mesh_quality.json",
+        chimerax=f"{MESH}/mesh.cxc",
+        bild=expand(f"{MESH}/mesh_{{name}}.bild", name=["segments", "rigidity"], allow_missing=True),
     log:
         f"{LOGS}/mesh/{MESH_PATTERN}.log",
     benchmark:

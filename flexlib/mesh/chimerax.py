@@ -1,0 +1,70 @@
+"""Shows a mesh and its map in ChimeraX: edges as a BILD file, coloured by segment and by rigidity, and a script."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from flexlib.files import atomic_path
+from flexlib.maps import Map
+from flexlib.mesh.tetmesh import TetraMesh, boundary_faces
+
+SEGMENT_COLOURS = ("#1f6fb4", "#d1731f", "#3a9a5b", "#a33f8f", "#8a6d3b", "#2aa5a0", "#c23b4a", "#6a63c4")
+_RAMP = np.array([[0.99, 0.89, 0.49], [0.25, 0.65, 0.55], [0.27, 0.15, 0.40]])  # soft to rigid
+
+
+def segment_colours(segment: np.ndarray) -> dict[int, str]:
+    """Segment -> colour, in ascending order of the segments."""
+    return {int(one): SEGMENT_COLOURS[i % len(SEGMENT_COLOURS)] for i, one in enumerate(np.unique(segment))}
+
+
+def write_chimerax(out_dir: str | os.PathLike[str], mesh: TetraMesh, consensus: Map, map_path: Path) -> None:
+    """Write ``mesh_segments.bild``, ``mesh_rigidity.bild`` and ``mesh.cxc``, which opens them over the map.
+
+    Points are in the frame of the map's header. ``map_path`` is named relative to ``out_dir``. Format: ChimeraX's BILD
+    (.color, .vector).
+    """
+    out_dir = Path(out_dir)
+    centre_A = np.array(consensus.corner_A) + consensus.box // 2 * consensus.pixel_size_A
+    points = mesh.vertices_A + centre_A
+    faces, owner = boundary_faces(mesh)
+    colours = segment_colours(mesh.segment)
+    by_segment = np.array([_rgb(colours[int(one)]) for one in mesh.segment[owner]])
+    low, high = mesh.rigidity.min(), mesh.rigidity.max()
+    part = np.log(mesh.rigidity[owner] / low) / np.log(high / low) if high > low else np.ones(len(owner))
+    by_rigidity = np.stack([np.interp(part, (0, 0.5, 1), _RAMP[:, band]) for band in range(3)], axis=1)
+    for name, colour in (("segments", by_segment), ("rigidity", by_rigidity)):
+        _write_bild(out_dir / f"mesh_{name}.bild", points, faces, colour)
+    with atomic_path(out_dir / "mesh.cxc") as temporary:
+        temporary.write_text(
+            "# the map and the mesh's outer edges, coloured by segment; model 3 is the same coloured by rigidity\n"
+            f"open {Path(os.path.relpath(map_path, out_dir)).as_posix()} id 1\n"
+            "open mesh_segments.bild id 2\n"
+            "open mesh_rigidity.bild id 3\n"
+            "volume #1 style surface color tan\n"
+            "transparency #1 40\n"
+            "hide #3 models\n"
+            "view\n"
+        )
+
+
+def _write_bild(path: Path, points: np.ndarray, faces: np.ndarray, colour: np.ndarray) -> None:
+    """One line per edge of the faces; an edge takes the colour of the first face that has it."""
+    ends = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [0, 2]]]), axis=1)
+    edges, first = np.unique(ends, axis=0, return_index=True)
+    shade = np.tile(np.round(colour, 2), (3, 1))[first]
+    order = np.lexsort(shade.T)
+    lines, previous = [], None
+    for edge, rgb in zip(edges[order], shade[order].tolist(), strict=True):
+        if rgb != previous:
+            lines.append(".color {:g} {:g} {:g}".format(*rgb))
+            previous = rgb
+        lines.append(".vector " + " ".join(f"{value:.2f}" for value in points[edge].ravel()))
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+def _rgb(colour: str) -> list[float]:
+    return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
