@@ -24,11 +24,11 @@ class _Fields:
 
     def __init__(self, path: Path, passthrough: Path | None) -> None:
         self.path, self.main = path, read_cs_file(path)
-        self.uid = _uids(self.main) if "uid" in self.main.names else None
+        self.uid = unique_uids(self.main) if "uid" in self.main.names else None
         self.other: CsFile | None = None
         if passthrough is not None:
             self.other = read_cs_file(passthrough)
-            self.rows = matching_rows(self._required_uid(), _uids(self.other), path, passthrough)
+            self.rows = matching_rows(self._required_uid(), unique_uids(self.other), path, passthrough)
 
     def _required_uid(self) -> np.ndarray:
         if self.uid is None:
@@ -57,7 +57,7 @@ class _Fields:
         return checked_numbers(self[name], self.path, where)
 
 
-def _uids(table: CsFile) -> np.ndarray:
+def unique_uids(table: CsFile) -> np.ndarray:
     """(n,) uint64, each once. Raises InputError, naming the rows, where one comes twice."""
     if "uid" not in table.names:
         raise InputError(f"{table.path}: column uid is missing")

@@ -84,7 +84,7 @@ class CsFile:
             file.write(_STREAM + _uint32(len(header)) + header)
             for name, values in self.stream.items():
                 data = np.ascontiguousarray(values).tobytes()
-                if name in self.header["compressed_fields"]:
+                if self.header["compression"] is not None and name in self.header["compressed_fields"]:
                     data = _compress(data, self.header["compression"])
                 file.write(_uint32(len(data)) + data)
             file.write(self.heap)
@@ -212,8 +212,8 @@ def _uint32(value: int) -> bytes:
     return value.to_bytes(4, "little")
 
 
-def write_group(path: str | Path, files: Sequence[CsFile], title: str) -> None:
-    """Write the .csg that describes ``files`` (beside it, of the same particles) for CryoSPARC's Import Result Group.
+def write_group(path: str | Path, files: Sequence[tuple[Path, CsFile]], title: str) -> None:
+    """Write the .csg that describes .cs files (beside it, of the same particles) for CryoSPARC's Import Result Group.
 
     Each prefix of a column name (``blob/``, ``ctf/``, ``components_mode_0/``, ...) is one result; a prefix in several
     files belongs to the first. Source: the .csg files that CryoSPARC exports.
@@ -221,10 +221,10 @@ def write_group(path: str | Path, files: Sequence[CsFile], title: str) -> None:
     import yaml
 
     results: dict[str, dict[str, Any]] = {}
-    for file in files:
+    for place, file in files:
         for prefix in dict.fromkeys(name.split("/")[0] for name in file.names if "/" in name):
             kind = next((kind for pattern, kind in _RESULT_KINDS.items() if re.fullmatch(pattern, prefix)), prefix)
-            about = {"metafile": f">{file.path.name}", "num_items": len(file), "type": f"particle.{kind}"}
+            about = {"metafile": f">{place.name}", "num_items": len(file), "type": f"particle.{kind}"}
             results.setdefault(prefix, about)
     group = {"description": title, "name": "particles", "title": title, "type": "particle"}
     with atomic_path(path) as temporary:

@@ -223,19 +223,23 @@ def write_latents_cs(particles_dir: str | Path, latents: np.ndarray, path: str |
     if where.path.suffix != ".cs" or where.uid is None:
         return False
     first = where.copy == 0
-    dims = latents.shape[1]
-    columns: list[tuple[str, str]] = [("uid", "<u8")]
-    for k in range(dims):
-        columns += [(f"components_mode_{k}/component", "<u4"), (f"components_mode_{k}/value", "<f4")]
-    records = np.zeros(int(first.sum()), columns)
-    records["uid"] = where.uid[first]
-    for k in range(dims):
-        records[f"components_mode_{k}/component"] = k
-        records[f"components_mode_{k}/value"] = latents[first, k]
-    table = CsFile(Path(path), records, {}, {})
+    table = components(where.uid[first], latents[first])
     table.write(path)
-    write_group(Path(path).with_suffix(".csg"), [table], "Latent coordinates of flexlib")
+    write_group(Path(path).with_suffix(".csg"), [(Path(path), table)], "Latent coordinates of flexlib")
     return True
+
+
+def components(uid: np.ndarray, latents: np.ndarray) -> CsFile:
+    """(n,) uid and (n, K) latents as CryoSPARC stores them; to be written under any name."""
+    columns: list[tuple[str, str]] = [("uid", "<u8")]
+    for k in range(latents.shape[1]):
+        columns += [(f"components_mode_{k}/component", "<u4"), (f"components_mode_{k}/value", "<f4")]
+    records = np.zeros(len(uid), columns)
+    records["uid"] = uid
+    for k in range(latents.shape[1]):
+        records[f"components_mode_{k}/component"] = k
+        records[f"components_mode_{k}/value"] = latents[:, k]
+    return CsFile(Path("latents.cs"), records, {}, {})
 
 
 # in -----------------------------------------------------------------------------------------------------------------

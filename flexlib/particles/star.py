@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
-from flexlib.particles.star_text import StarText, read_star_text
+from flexlib.particles.star_text import read_star_text
 from flexlib.particles.table import OpticsGroup, Particles, checked_numbers, find_image_file
 
 log = logging.getLogger(__name__)
@@ -75,36 +75,25 @@ _TEXT = ("rlnImageName", "rlnOpticsGroupName", "rlnOddZernike", "rlnEvenZernike"
 
 @dataclass(frozen=True)
 class StarTables:
-    """The blocks of a particle STAR file: all of them by name, and which one holds the particles."""
+    """The two tables of a particle STAR file; ``optics`` is None in RELION 3.0's layout."""
 
     path: Path
-    blocks: dict[str, pd.DataFrame]
-    particles_block: str
-
-    @property
-    def particles(self) -> pd.DataFrame:
-        return self.blocks[self.particles_block]
-
-    @property
-    def optics(self) -> pd.DataFrame | None:
-        return self.blocks.get("optics")
+    particles: pd.DataFrame
+    optics: pd.DataFrame | None
 
 
 def read_tables(path: Path, columns: Sequence[str] | None = None) -> StarTables:
-    """Read all blocks of a STAR file, of the particle table only ``columns`` (default: all).
+    """Read the particles, of which only ``columns`` (default: all), and the optics table of a STAR file.
 
     Raises InputError where the file isn't STAR or has no table with ``rlnImageName``.
     """
-    return _parse(read_star_text(path), columns)
-
-
-def _parse(text: StarText, columns: Sequence[str] | None) -> StarTables:
-    particles = text.particles
-    blocks = {}
-    for table in (particles, *text.tables):
-        if table.block not in blocks:
-            blocks[table.block] = text.frame(table, columns if table is particles else None, _TEXT)
-    return StarTables(text.path, blocks, particles.block)
+    text = read_star_text(path)
+    optics = text.table("optics")
+    return StarTables(
+        text.path,
+        text.frame(text.particles, columns, _TEXT),
+        None if optics is None else text.frame(optics, text=_TEXT),
+    )
 
 
 def read_star(path: Path, image_root: Path | None = None) -> Particles:
@@ -327,7 +316,8 @@ def relion_tables(particles: Particles, stack_names: list[str] | None = None) ->
     ``stack_names`` replaces the stacks' names as read. Particles without half-sets get no rlnRandomSubset; where
     contrast is not white or particles have scales of their own, ``flexContrastSign`` and ``flexScale`` say so.
     """
-    names = list(stack_names if stack_names is not None else particles.extra["stack_names"])
+    given = stack_names if stack_names is not None else particles.extra["stack_names"]
+    names = [f"{name}:mrcs" if name.endswith(".mrc") else name for name in given]  # else RELION takes it for a map
     rot, tilt, psi = _euler_angles(particles.rotation).T
     table = pd.DataFrame(
         {

@@ -25,7 +25,8 @@ from flexlib.files import atomic_path
 
 _BLANK = np.zeros(256, bool)
 _BLANK[list(b" \t\r\n\f\v")] = True
-_TOKEN = re.compile(rb'"([^"\r\n]*)"(?=\s|$)|\'([^\'\r\n]*)\'(?=\s|$)|(#.*)|(\S+)')
+# a quote ends a value only where a blank follows it
+_TOKEN = re.compile(rb'"([^\r\n]*?)"(?=\s|$)|\'([^\r\n]*?)\'(?=\s|$)|(#.*)|(\S+)')
 _CHUNK_ROWS = 50_000
 _CHUNK_BYTES = 2**24
 _NAN = ["nan", "NaN", "NAN", "-nan"]

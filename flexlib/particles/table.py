@@ -7,6 +7,7 @@ angles are radians, lengths Angstrom; white density is positive once ``contrast_
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,15 +126,16 @@ def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> 
     """Where an image stack named in a metadata file lies.
 
     A relative name is looked up in ``image_root`` if given, else in the metadata file's folder and then in each of its
-    parents. A leading ``>`` (CryoSPARC export) is dropped. A file found nowhere gets the first place searched: whether
-    it exists is asked later, by ``stack.open_stacks``.
+    parents. A leading ``>`` (CryoSPARC export) and RELION's ``:mrcs`` at the end are dropped, and where there is no
+    such file, .mrc and .mrcs stand for each other (RELION wants stacks to end in .mrcs, CryoSPARC writes .mrc). A file
+    found nowhere gets the first place searched: whether it exists is asked later, by ``stack.open_stacks``.
     """
-    relative = Path(name.removeprefix(">"))
-    if relative.is_absolute():
-        return relative
+    plain = Path(re.sub(r":mrcs?$", "", name.removeprefix(">")))
     folder = metadata_path.absolute().parent
     roots = [Path(image_root).absolute()] if image_root is not None else [folder, *folder.parents]
-    for root in roots:
-        if (root / relative).is_file():
-            return root / relative
-    return roots[0] / relative
+    other_suffix = {".mrc": ".mrcs", ".mrcs": ".mrc"}.get(plain.suffix)
+    for candidate in (plain, *([plain.with_suffix(other_suffix)] if other_suffix else [])):
+        for root in roots:  # of an absolute candidate the root does not matter
+            if (root / candidate).is_file():
+                return root / candidate
+    return roots[0] / plain

@@ -1,0 +1,328 @@
+"""Particles of a latent region, written as a subset of the user's own file: ``python -m flexlib.select``.
+
+A subset keeps the input's format and loses nothing: rows of a STAR file with every column, block and comment as they
+stood; records of a .cs file bit by bit, with those of its passthrough file, and a .csg that CryoSPARC imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from flexlib.errors import InputError
+from flexlib.files import read_json
+from flexlib.particles.cs import matching_rows, unique_uids
+from flexlib.particles.cs_file import read_cs_file, write_group
+from flexlib.particles.latents_io import components, latent_columns
+from flexlib.particles.star_text import StarText, TextTable, read_star_text
+
+log = logging.getLogger(__name__)
+
+_SEED = 0
+_ROW_COLUMNS = ("flexInputRow", "flexUid", "rlnImageName")  # by what a list of particles may name them
+
+
+@dataclass(frozen=True)
+class LatentTable:
+    """A latents.star: m rows, the (m, K) latents, and the file that prepare read (None where it is not known)."""
+
+    text: StarText
+    table: TextTable
+    columns: pd.DataFrame  # what regions are defined in, and what names particles
+    latents: np.ndarray  # (m, K) float64, nan for particles that prepare dropped
+    input_row: np.ndarray  # (m,) int64, 0-based row of the input file
+    input_path: Path | None = None
+    passthrough: Path | None = None
+
+    def dimension(self, name: str) -> np.ndarray:
+        """(m,) values of a latent dimension (1 to K) or of any numeric column by its name."""
+        key = f"flexLatent{name}" if name.isdigit() else name
+        if key not in self.table.labels:
+            known = ", ".join(latent_columns(self.table.labels))
+            raise InputError(f"{self.text.path}: no latent dimension or column {name!r}: there are {known}")
+        values = self.text.frame(self.table, [key])[key]
+        if not pd.api.types.is_numeric_dtype(values):
+            raise InputError(f"{self.text.path}: column {key} is not numeric")
+        return values.to_numpy(np.float64)
+
+
+def read_latent_table(
+    source: str | Path, input_path: str | Path | None = None, passthrough: str | Path | None = None
+) -> LatentTable:
+    """Open a training folder or a latents.star.
+
+    ``input_path`` and ``passthrough`` are the user's particle file; by default what ``prepared.json`` in a folder
+    ``particles`` beside the training names. Raises InputError where there are no latents.
+    """
+    source = Path(source)
+    path = source / "latents.star" if source.is_dir() else source
+    if not path.is_file():
+        raise InputError(f"{path}: latents not found")
+    text = read_star_text(path)
+    table = text.particles
+    names = latent_columns(table.labels)
+    if not names:
+        raise InputError(f"{path}: no latents: column flexLatent1 is missing")
+    columns = text.frame(table, (*names, *_ROW_COLUMNS), ("rlnImageName",))
+    latents = columns[names].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    rows = columns["flexInputRow"].to_numpy(np.int64) if "flexInputRow" in columns else np.arange(len(columns))
+    if input_path is None and (found := _prepared_json(path)) is not None:
+        summary = read_json(found)
+        input_path, passthrough = summary["particles"], passthrough or summary["passthrough"]
+        if len(np.unique(rows)) != summary["num_input"]:
+            raise InputError(f"{path}: {len(columns)} rows, but {found} tells of {summary['num_input']} particles")
+    return LatentTable(
+        text,
+        table,
+        columns.assign(flexInputRow=rows),
+        latents,
+        rows,
+        None if input_path is None else Path(input_path),
+        None if passthrough is None else Path(passthrough),
+    )
+
+
+def _prepared_json(path: Path) -> Path | None:
+    candidates = [parent / "particles" / "prepared.json" for parent in path.absolute().parents]
+    return next((found for found in candidates if found.is_file()), None)
+
+
+# regions: each gives the (m,) bool of rows inside; rows without latents are never inside -----------------------------
+
+
+def in_box(latents: LatentTable, limits: Sequence[str]) -> np.ndarray:
+    """Rows within every ``DIM=MIN:MAX`` (ends included, either may be left out). Raises InputError on bad limits."""
+    inside = np.isfinite(latents.latents).all(1)
+    for limit in limits:
+        match = re.fullmatch(r"([^=]+)=([^:]*):([^:]*)", limit)
+        if match is None:
+            raise InputError(f"--box: {limit!r} is not DIM=MIN:MAX, such as 1=-0.5:0.5")
+        values = latents.dimension(match[1])
+        low = _number(match[2], "--box") if match[2] else -np.inf
+        high = _number(match[3], "--box") if match[3] else np.inf
+        inside &= (values >= low) & (values <= high)
+    return inside
+
+
+def in_polygon(latents: LatentTable, outline: str) -> np.ndarray:
+    """Rows inside ``DIM,DIM: x,y x,y x,y ...`` (even-odd rule). Raises InputError on a bad outline."""
+    match = re.fullmatch(r"\s*([^,:]+),([^,:]+):(.*)", outline)
+    corners = [part.split(",") for part in match[3].split()] if match else []
+    if match is None or len(corners) < 3 or any(len(corner) != 2 for corner in corners):
+        raise InputError(f"--polygon: {outline!r} is not 'DIM,DIM: x,y x,y x,y' with three corners or more")
+    points = np.array([[_number(value, "--polygon") for value in corner] for corner in corners])
+    x, y = latents.dimension(match[1].strip()), latents.dimension(match[2].strip())
+    inside = np.zeros(len(x), bool)
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0), strict=True):
+        if y0 != y1:  # count the sides that a ray towards +x crosses
+            inside ^= ((y >= y0) != (y >= y1)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return inside & np.isfinite(latents.latents).all(1)
+
+
+def nearest(latents: LatentTable, wanted: str) -> np.ndarray:
+    """The k rows nearest to a point, ``K:z1,z2,...`` (Euclidean, all dimensions). Raises InputError on a bad one."""
+    count, _, coordinates = wanted.partition(":")
+    point = [_number(value, "--nearest") for value in coordinates.split(",")] if coordinates else []
+    dims = latents.latents.shape[1]
+    if not count.isdigit() or int(count) < 1 or len(point) != dims:
+        raise InputError(f"--nearest: {wanted!r} is not K:z1,z2,... with {dims} coordinates")
+    distance = np.linalg.norm(latents.latents - point, axis=1)
+    known = int(np.isfinite(distance).sum())
+    if int(count) > known:
+        raise InputError(f"--nearest: {count} particles wanted, but only {known} have latents")
+    inside = np.zeros(len(distance), bool)
+    inside[np.argsort(distance, kind="stable")[: int(count)]] = True  # nan sorts last
+    return inside
+
+
+def in_cluster(latents: LatentTable, wanted: str) -> np.ndarray:
+    """The rows of k-means cluster ``I/N``; clusters count from 1 along the first latent dimension. Seeded."""
+    from scipy.cluster.vq import ClusterError, kmeans2
+
+    match = re.fullmatch(r"(\d+)/(\d+)", wanted)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"--cluster: {wanted!r} is not I/N, such as 2/5 for the second of five")
+    chosen, count = int(match[1]), int(match[2])
+    known = np.flatnonzero(np.isfinite(latents.latents).all(1))
+    if count > len(known):
+        raise InputError(f"--cluster: {count} clusters of {len(known)} particles")
+    try:
+        centres, label = kmeans2(latents.latents[known], count, 50, minit="++", missing="raise", seed=_SEED)
+    except ClusterError as error:
+        raise InputError(f"--cluster: these particles do not fall into {count} clusters") from error
+    order = np.lexsort(centres.T[::-1])
+    for number, at in enumerate(order, 1):
+        where = ", ".join(f"{value:.3g}" for value in centres[at])
+        log.info("cluster %d/%d at (%s): %d particles", number, count, where, int((label == at).sum()))
+    inside = np.zeros(len(latents.latents), bool)
+    inside[known[label == order[chosen - 1]]] = True
+    return inside
+
+
+def in_list(latents: LatentTable, path: str | Path) -> np.ndarray:
+    """Rows that a CSV names, by ``flexInputRow`` (from 0), ``flexUid`` (or ``uid``) or ``rlnImageName``.
+
+    The first line names the columns, as in the report's download. Raises InputError where a particle is not known.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--rows: {path} not found")
+    with path.open(newline="", errors="replace") as file:
+        lines = list(csv.DictReader(file))
+    named = {"flexUid" if name == "uid" else name: name for name in (lines[0] if lines else {}) if name}
+    key = next((name for name in _ROW_COLUMNS if name in named), None)
+    if key is None:
+        raise InputError(f"--rows: {path}: the first line must name a column {', '.join(_ROW_COLUMNS[:-1])} or uid")
+    if key not in latents.columns:
+        raise InputError(f"--rows: {path}: column {key}, which {latents.text.path} does not have")
+    own = [str(value) for value in latents.columns[key].tolist()]
+    inside, known = np.zeros(len(own), bool), {value: True for value in own}
+    wanted = {}
+    for number, line in enumerate(lines, 2):
+        value = (line[named[key]] or "").strip()
+        if value not in known:
+            raise InputError(f"--rows: {path}: line {number}, column {named[key]}: no particle {value!r}")
+        wanted[value] = True
+    inside[[row for row, value in enumerate(own) if value in wanted]] = True
+    return inside
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise InputError(f"{option}: {text!r} is not a number")
+    return value
+
+
+# writing -------------------------------------------------------------------------------------------------------------
+
+
+def write_subset(latents: LatentTable, inside: np.ndarray, path: str | Path, with_latents: bool = False) -> int:
+    """Write the chosen particles, in input order; returns how many.
+
+    Parameters
+    ----------
+    inside
+        (m,) bool over the rows of latents.star.
+    path
+        Ends in .star or .cs. A .cs input gives its own records in a .cs (with ``<name>_passthrough.cs`` where there is
+        a passthrough file, and ``<name>.csg``), or in a .star the rows of latents.star in RELION's columns. A STAR
+        input gives its own rows.
+    with_latents
+        Keep the columns that flexlib added (rows of latents.star, with symmetry a row for each copy); for a .cs, write
+        ``<name>_latents.cs`` too.
+
+    Raises
+    ------
+    InputError
+        Nothing chosen, a format that the input cannot give, or an input file that is gone.
+    """
+    path = Path(path)
+    if not inside.any():
+        raise InputError("no particle lies in that region")
+    sources = [file for file in (latents.text.path, latents.input_path, latents.passthrough) if file is not None]
+    if any(path.absolute() == file.absolute() for file in sources):
+        raise InputError(f"{path}: is the file that particles are chosen from: give another name")
+    rows = np.unique(latents.input_row[inside])
+    if path.suffix == ".cs":
+        return _write_cs(latents, inside, path, with_latents)
+    if path.suffix != ".star":
+        raise InputError(f"{path}: a subset is written as .star or .cs")
+    if with_latents or latents.input_path is None or latents.input_path.suffix != ".star":
+        chosen = np.flatnonzero(inside)
+        latents.text.write(path, latents.table, chosen)
+        return len(chosen)
+    if not latents.input_path.is_file():
+        raise InputError(f"{latents.input_path}: the particle file that prepare read is gone: give it as --input")
+    text = read_star_text(latents.input_path)
+    if len(text.particles) <= rows[-1]:
+        raise InputError(f"{latents.input_path}: {len(text.particles)} rows, but row {rows[-1] + 1} is wanted")
+    text.write(path, text.particles, rows)
+    return len(rows)
+
+
+def _write_cs(latents: LatentTable, inside: np.ndarray, path: Path, with_latents: bool) -> int:
+    if latents.input_path is None or latents.input_path.suffix != ".cs":
+        raise InputError(f"{path}: the input is not a .cs file: name a .star, or give the .cs as --input")
+    table = read_cs_file(latents.input_path)
+    uid = unique_uids(table)
+    if "flexUid" in latents.columns:
+        own = latents.columns["flexUid"].to_numpy(np.uint64)
+    elif len(table) > latents.input_row.max():
+        own = uid[latents.input_row]
+    else:
+        raise InputError(f"{latents.input_path}: {len(table)} rows, fewer than {latents.text.path} has particles")
+    rows = np.unique(matching_rows(own, uid, latents.text.path, latents.input_path)[inside])
+    chosen = [(path, table.take(rows))]
+    if latents.passthrough is not None:
+        other = read_cs_file(latents.passthrough)
+        match = matching_rows(uid[rows], unique_uids(other), latents.input_path, latents.passthrough)
+        chosen.append((path.with_name(f"{path.stem}_passthrough.cs"), other.take(match)))
+    if with_latents:
+        first = inside & ~pd.Series(latents.input_row).where(inside).duplicated().to_numpy()
+        part = path.with_name(f"{path.stem}_latents.cs")
+        chosen.append((part, components(own[first], latents.latents[first])))
+    for place, file in chosen:
+        file.write(place)
+    write_group(path.with_suffix(".csg"), chosen, f"Particles chosen by flexlib: {len(rows)} of {len(table)}")
+    return len(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``flex-select``; returns the exit status (1 after a mistake, told in one line)."""
+    parser = argparse.ArgumentParser(
+        prog="flex-select", description="Write the particles of a region of latent space as a subset of their own file."
+    )
+    parser.add_argument("source", type=Path, help="a training folder (train/cells~C/...) or a latents.star")
+    parser.add_argument("--out", type=Path, required=True, help="file to write: .star, or .cs where the input is a .cs")
+    region = parser.add_mutually_exclusive_group(required=True)
+    region.add_argument("--box", nargs="+", metavar="DIM=MIN:MAX", help="limits, such as 1=-0.5:0.5 2=0:")
+    region.add_argument("--polygon", metavar="'DIM,DIM: x,y ...'", help="an outline in two dimensions")
+    region.add_argument("--nearest", metavar="K:z1,z2,...", help="the K particles nearest to a point")
+    region.add_argument("--cluster", metavar="I/N", help="k-means cluster I of N")
+    region.add_argument(
+        "--rows", type=Path, metavar="CSV", help=f"particles listed by {', '.join(_ROW_COLUMNS)} or uid"
+    )
+    parser.add_argument("--invert", action="store_true", help="write the particles outside the region instead")
+    parser.add_argument("--latents", action="store_true", help="write the latent coordinates too")
+    parser.add_argument("--input", type=Path, help="the particle file that was trained on, where it has moved")
+    parser.add_argument("--passthrough", type=Path, help="its passthrough .cs")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        latents = read_latent_table(options.source, options.input, options.passthrough)
+        inside = _inside(latents, options)
+        if options.invert:
+            inside = ~inside & np.isfinite(latents.latents).all(1)
+        count = write_subset(latents, inside, options.out, options.latents)
+    except InputError as error:
+        print(f"flex-select: {error}", file=sys.stderr)
+        return 1
+    log.info("%s: %d of %d particles", options.out, count, len(np.unique(latents.input_row)))
+    return 0
+
+
+def _inside(latents: LatentTable, options: argparse.Namespace) -> np.ndarray:
+    if options.box:
+        return in_box(latents, options.box)
+    if options.polygon:
+        return in_polygon(latents, options.polygon)
+    if options.nearest:
+        return nearest(latents, options.nearest)
+    return in_cluster(latents, options.cluster) if options.cluster else in_list(latents, options.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
