@@ -293,12 +293,38 @@ def clamp() -> Phantom:
     return assembly.finish("clamp", [(pivot, y, 0.35, 0.0)])
 
 
+def slider() -> Phantom:
+    """Two layers of helix bundles and beta domains that lie flat on each other and slide past each other, uncoupled.
+
+    The lower layer is still; the upper one, two fifths of the mass, turns by +-0.13 rad about the normal of their
+    contact, at a pivot 75 A outside the molecule's middle: nearly a translation of +-10 A along x in the plane of
+    contact. No chain connects the two, as with subunits that ratchet.
+    """
+    generator = np.random.default_rng(3)
+    assembly = _Assembly(1)
+    x, y, z = np.eye(3)
+    for place in (-1.0, 0.0, 1.0):
+        flat = helix_bundle(generator, 8, 30)
+        assembly.add(_place(flat, x + 0.1 * place * y, z, 2 * place * x + 30 * place * y - 16 * z, 0.4 * place))
+    assembly.add(_place(beta_sandwich(generator), x, y, -38 * x + 14 * y - 39 * z, 0.8))
+    for place in (-1.0, 1.0):
+        flat = helix_bundle(generator, 8, 28)
+        assembly.add(_place(flat, x - 0.15 * place * y, z, -2 * place * x + 16 * place * y + 16 * z, 0.3 * place), 0)
+    assembly.add(_place(beta_sandwich(generator), y, x, 26 * x + 2 * y + 39 * z, 0.2), 0)
+    return assembly.finish("slider", [(-75.0 * y, z, 0.13, 0.0)])
+
+
 def rigid() -> Phantom:
     """The antibody at rest, without motion."""
     return replace(antibody(), name="rigid", hinges=())
 
 
-PHANTOMS: dict[str, Callable[[], Phantom]] = {"antibody": antibody, "clamp": clamp, "rigid": rigid}
+PHANTOMS: dict[str, Callable[[], Phantom]] = {
+    "antibody": antibody,
+    "clamp": clamp,
+    "slider": slider,
+    "rigid": rigid,
+}
 
 
 def make_phantom(name: str) -> Phantom:

@@ -17,7 +17,7 @@ from PIL import Image
 from flexlib.report import sections, write_report, write_summary_figure
 from flexlib.report.facts import neighbour_r2
 from flexlib.report.morph import Gallery
-from flexlib.report.pictures import boundary_faces, cell_sections
+from flexlib.report.pictures import cell_sections
 from flexlib.report.results import Results
 from flexlib.report.surface import isosurface, quarter_turn, render_surface
 
@@ -192,11 +192,12 @@ def test_isosurface_lies_where_the_density_crosses() -> None:
 
 def test_sections_and_surface_of_a_mesh() -> None:
     from flexlib.mesh.lattice import bcc_mesh
+    from flexlib.mesh.tetmesh import boundary_faces
 
     mask = np.zeros((16, 16, 16), bool)
     mask[4:12, 4:12, 4:12] = True
     mesh = bcc_mesh(mask, 4.0, 16.0)
-    faces = boundary_faces(mesh)
+    faces, _ = boundary_faces(mesh)
     corner = mesh.vertices_A[faces]
     area = np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0])
     outward = np.sign(np.einsum("fi,fi->f", area, corner.mean(1) - mesh.vertices_A.mean(0)))
@@ -205,6 +206,31 @@ def test_sections_and_surface_of_a_mesh() -> None:
     polygons, cells = cell_sections(mesh, axis=2)
     assert len(polygons) == len(cells) > 0
     assert {len(polygon) for polygon in polygons} <= {3, 4}
+
+
+def test_a_segmented_mesh_is_shown_by_segment() -> None:
+    """A table row, a colour and a surface per segment, and a second picture."""
+    from types import SimpleNamespace
+
+    from flexlib.mesh.build import mesh_quality
+    from flexlib.mesh.lattice import bcc_mesh
+    from flexlib.mesh.segments import Segmentation
+    from flexlib.mesh.voxels import voxelise
+    from flexlib.report.scenes import mesh_view
+    from flexlib.report.sections import mesh_section
+
+    mask = np.zeros((16, 16, 16), bool)
+    mask[4:12, 4:12, 4:12] = True
+    labels = np.where(np.arange(16) < 8, 3, 7) * np.ones((16, 16, 16), int)
+    mesh = bcc_mesh(mask, 4.0, 16.0, Segmentation(labels, (3, 7), ()))
+    quality = mesh_quality(mesh, voxelise(mesh, mask, 4.0))
+    html = mesh_section(SimpleNamespace(mesh=mesh, mesh_quality=quality, consensus=None))
+    assert html.count("The segments cut by the central planes") == 1
+    assert all(f"<td>{one}</td>" in html for one in (3, 7))
+    traces = mesh_view(mesh, None).data
+    assert [trace.name for trace in traces] == ["segment 3", "segment 7"]
+    assert len({trace.line.color for trace in traces}) == 2
+    assert max(traces[0].x[~np.isnan(traces[0].x)]) < max(traces[1].x[~np.isnan(traces[1].x)])
 
 
 def test_neighbour_score_tells_signal_from_noise() -> None:

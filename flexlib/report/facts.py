@@ -13,9 +13,10 @@ from flexlib.sweep import SweepPoint
 _QUALITY = {
     "num_vertices": ("vertices", ""),
     "num_cells": ("cells", ""),
+    "num_segments": ("segments", ""),
     "num_bodies": ("separate bodies", ""),
     "num_voxels": ("voxels in the mask", ""),
-    "uncovered_voxels": ("mask voxels outside every cell", ""),
+    "uncovered_voxels": ("mask voxels outside their cells", ""),
     "volume_total_A3": ("volume of all cells", "Å³"),
     "cell_volume_min_A3": ("smallest cell", "Å³"),
     "cell_volume_max_A3": ("largest cell", "Å³"),
@@ -284,7 +285,21 @@ def mesh_table(quality: dict) -> str:
         for key, (label, unit) in _QUALITY.items()
         if key in quality
     ]
-    return table(("mesh", ""), rows)
+    segments = [
+        (
+            str(one["segment"]),
+            number(one["num_cells"], 7),
+            number(one["num_voxels"], 7),
+            number(one["uncovered_voxels"], 7),
+            number(one["rigidity_median"], 3),
+        )
+        for one in quality.get("segments", [])
+    ]
+    if not segments:
+        return table(("mesh", ""), rows)
+    return table(("mesh", ""), rows) + table(
+        ("segment", "cells", "voxels", "outside their cells", "median rigidity"), segments
+    )
 
 
 def sweep_table(sweep: pd.DataFrame) -> str:

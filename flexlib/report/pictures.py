@@ -6,10 +6,13 @@ import io
 
 import numpy as np
 from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 from flexlib.maps import Map
+from flexlib.mesh.chimerax import segment_colours
 from flexlib.mesh.tetmesh import TetraMesh
 
 INK, MUTED, GRID = "#1d2733", "#5b6875", "#dfe4ea"
@@ -187,18 +190,14 @@ def cell_sections(mesh: TetraMesh, axis: int) -> tuple[list[np.ndarray], np.ndar
     return polygons, crossed
 
 
-def boundary_faces(mesh: TetraMesh) -> np.ndarray:
-    """(nf, 3) vertex indices of the faces that belong to one cell only."""
-    faces = np.concatenate([mesh.cells[:, list(corners)] for corners in ((1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2))])
-    _, first, count = np.unique(np.sort(faces, axis=1), axis=0, return_index=True, return_counts=True)
-    return faces[first[count == 1]]
-
-
-def mesh_sections(mesh: TetraMesh, consensus: Map | None) -> bytes:
-    """Cells cut by the three central planes over the density, coloured by rigidity weight."""
+def mesh_sections(mesh: TetraMesh, consensus: Map | None, by_segment: bool = False) -> bytes:
+    """Cells cut by the three central planes over the density, coloured by rigidity weight or by segment."""
     figure = new_figure(9.6, 3.1)
     grid = figure.subplots(1, 3)
     limits = (min(mesh.rigidity.min(), 0.999), max(mesh.rigidity.max(), 1.0))
+    # weights of 20 beside weights of 1 need a logarithmic scale to show both
+    scale = LogNorm(*limits) if limits[1] > 5 * limits[0] else Normalize(*limits)
+    colours = segment_colours(mesh.segment)
     reach = np.abs(mesh.vertices_A).max() * 1.03
     cells = None
     for array_axis, axes in enumerate(grid):
@@ -217,9 +216,11 @@ def mesh_sections(mesh: TetraMesh, consensus: Map | None) -> bytes:
             )
         polygons, index = cell_sections(mesh, 2 - array_axis)
         if polygons:
-            cells = PolyCollection(polygons, cmap="viridis_r", alpha=0.38, edgecolors="none")
-            cells.set_array(mesh.rigidity[index])
-            cells.set_clim(*limits)
+            cells = PolyCollection(polygons, cmap="viridis_r", norm=scale, alpha=0.38, edgecolors="none")
+            if by_segment:
+                cells.set_facecolor([colours[int(one)] for one in mesh.segment[index]])
+            else:
+                cells.set_array(mesh.rigidity[index])
             axes.add_collection(cells)
             axes.add_collection(LineCollection([np.vstack([p, p[:1]]) for p in polygons], colors=INK, linewidths=0.35))
         axes.set_xlim(-reach, reach)
@@ -228,6 +229,9 @@ def mesh_sections(mesh: TetraMesh, consensus: Map | None) -> bytes:
         axes.set_title(f"{'zyx'[array_axis]} = 0")
         axes.set_xlabel(f"{_AXES[array_axis][0]} (Å)")
         axes.set_ylabel(f"{_AXES[array_axis][1]} (Å)")
-    if cells is not None:
+    if by_segment:
+        keys = [Patch(color=colour, alpha=0.6, label=str(one)) for one, colour in colours.items()]
+        figure.legend(handles=keys, title="segment", loc="outside right center", frameon=False)
+    elif cells is not None:
         figure.colorbar(cells, ax=grid, shrink=0.8, label="rigidity weight", aspect=30)
     return png(figure, 130)

@@ -6,10 +6,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from flexlib.maps import Map, fourier_crop_map
-from flexlib.mesh.tetmesh import TetraMesh
+from flexlib.mesh.chimerax import segment_colours
+from flexlib.mesh.tetmesh import TetraMesh, boundary_faces
 from flexlib.report import surface
 from flexlib.report.morph import Morph
-from flexlib.report.pictures import boundary_faces
 from flexlib.report.plots import styled
 
 _BARE_AXIS = {"visible": False, "showbackground": False}
@@ -46,10 +46,7 @@ def _surface_trace(vertices: np.ndarray, faces: np.ndarray, colour: str = "#7fa9
 
 
 def mesh_view(mesh: TetraMesh, consensus: Map | None) -> go.Figure:
-    """The mesh's outer surface as wires around the density's isosurface, to be turned by hand."""
-    edges = _surface_edges(mesh)
-    gaps = np.full((len(edges), 1, 3), np.nan)
-    points = np.concatenate([mesh.vertices_A[edges], gaps], axis=1).reshape(-1, 3).astype(np.float32)
+    """The segments' surfaces as wires around the density's isosurface, to be turned by hand."""
     figure = go.Figure()
     if consensus is not None:
         smooth = fourier_crop_map(consensus.data, min(consensus.box, 96))
@@ -57,23 +54,31 @@ def mesh_view(mesh: TetraMesh, consensus: Map | None) -> go.Figure:
         figure.add_trace(
             _surface_trace(*surface.isosurface(smooth, scale, 0.6 * surface.display_level(smooth), 16000), "#e0b878")
         )
-    figure.add_scatter3d(
-        x=points[:, 0],
-        y=points[:, 1],
-        z=points[:, 2],
-        mode="lines",
-        line={"color": "rgba(31,111,180,0.55)", "width": 1.5},
-        hoverinfo="skip",
-        connectgaps=False,
-    )
+    colours = segment_colours(mesh.segment)
+    for segment, colour in colours.items():
+        edges = _surface_edges(mesh, segment)
+        gaps = np.full((len(edges), 1, 3), np.nan)
+        points = np.concatenate([mesh.vertices_A[edges], gaps], axis=1).reshape(-1, 3).astype(np.float32)
+        figure.add_scatter3d(
+            x=points[:, 0],
+            y=points[:, 1],
+            z=points[:, 2],
+            mode="lines",
+            line={"color": colour, "width": 1.5},
+            opacity=0.55,
+            name=f"segment {segment}",
+            hoverinfo="name" if len(colours) > 1 else "skip",
+            connectgaps=False,
+        )
     reach = float(np.abs(mesh.vertices_A).max()) * 1.02
     styled(figure, 480, scene=_scene(reach), showlegend=False)
     return figure.update_layout(margin={"l": 0, "r": 0, "t": 0, "b": 0})
 
 
-def _surface_edges(mesh: TetraMesh) -> np.ndarray:
-    """(ne, 2) vertex indices of the edges of the mesh's outer surface."""
-    faces = boundary_faces(mesh)
+def _surface_edges(mesh: TetraMesh, segment: int) -> np.ndarray:
+    """(ne, 2) vertex indices of the edges of a segment's outer surface."""
+    faces, owner = boundary_faces(mesh)
+    faces = faces[mesh.segment[owner] == segment]
     return np.unique(np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [0, 2]]]), axis=1), axis=0)
 
 

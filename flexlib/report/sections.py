@@ -76,7 +76,8 @@ def mesh_section(results: Results) -> str:
         plot(
             scenes.mesh_view(mesh, results.consensus),
             "mesh-view",
-            "<b>The mesh's surface</b> (blue) around the consensus density (sand). Drag to turn, scroll to zoom.",
+            "<b>The mesh's surface</b>, one colour per segment, around the consensus density (sand). Drag to turn, "
+            "scroll to zoom.",
         ),
         "<div>" + facts.mesh_table(quality) + "</div>" if quality else missing("mesh_quality.json is not there."),
     )
@@ -87,6 +88,14 @@ def mesh_section(results: Results) -> str:
         "weight: a cell with weight 1 resists stretching most, emptier cells give way so that domains can part. Cells "
         "should be smaller than the parts that move, and larger than the detail that should stay rigid.",
     )
+    if len(np.unique(mesh.segment)) > 1:
+        sections += image(
+            pictures.mesh_sections(mesh, results.consensus, by_segment=True),
+            "The segments cut by the central planes",
+            "<b>The same by segment.</b> Where two colours meet, cells overlap: each segment has cells of its own "
+            "there. Joined segments share the vertices, others slide past each other and separate freely; nothing "
+            "keeps them from running into each other.",
+        )
     return lead + drawn + sections
 
 
