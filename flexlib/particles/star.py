@@ -190,7 +190,8 @@ class _Columns:
         values = self.get(name)
         if values is None:
             if default is None:
-                raise InputError(f"{self.path}: column {name} is missing")
+                hint = ": particles need the poses of a refinement" if name.startswith("rlnAngle") else ""
+                raise InputError(f"{self.path}: column {name} is missing{hint}")
             return np.broadcast_to(np.asarray(default, np.float64), len(self.table)).copy()
         return checked_numbers(values, self.path, name)
 
