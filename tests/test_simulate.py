@@ -259,6 +259,19 @@ def test_clamp_moves_a_third_of_its_mass():
     assert (phantom.mass * phantom.hinges[0].weight).sum() / phantom.mass.sum() == pytest.approx(1 / 3, abs=0.05)
 
 
+def test_slider_slides_in_its_plane_of_contact():
+    """The upper layer stays above the lower one, touches it throughout, and moves along it, not away."""
+    phantom = make_phantom("slider")
+    moving = phantom.hinges[0].weight > 0
+    assert moving.mean() == pytest.approx(0.41, abs=0.03)
+    for state in phantom.states_rad():
+        moved = phantom.positions_A(state)[0]
+        shift = (moved - phantom.atoms_A)[moving]
+        assert np.abs(shift[:, 2]).max() < 1e-9 and 8 < np.abs(shift[:, 0].mean()) < 11
+        distance = cKDTree(moved[~moving]).query(moved[moving])[0]
+        assert distance.min() > 3.8 and (distance < 15).mean() > 0.15
+
+
 def test_phantom_from_pdb_moves_the_named_chain(tmp_path):
     path = tmp_path / "two.pdb"
     rows = [("A", 0.0), ("A", 4.0), ("B", 40.0), ("B", 44.0)]
