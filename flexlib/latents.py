@@ -1,47 +1,25 @@
-"""Where latents come from: the spectral start, and Gauss-Newton inference of single particles.
+"""Latents of single particles: the likelihood of an image, Gauss-Newton inference, and the search for lost ones.
 
-The spectral start reads the motion off the residual images in one pass, before any network exists. At zero
-displacement the force of particle i on the mesh, projected on smooth displacement fields, is ``s_i = H_i a_i + e_i``
-with ``a_i`` the particle's (small) displacement and ``Cov(e_i) = H_i``, the Fisher information. With white noise in
-place of the residuals the same pass gives ``mean H``. In the coordinates where that is the identity, directions
-whose variance stands above the noise edge are motion; their scores start the latents.
+A particle's latents are found by Levenberg-Marquardt steps with the exact gradient and a Gauss-Newton matrix (the
+Fisher information) from K forward derivatives. Where the objective has several valleys, the search starts in each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from flexlib.particles.images import ImageBatch
-from flexlib.projection.op import VoxelTensors, project, view_vertices
+from flexlib.canonical import shell_index
+from flexlib.particles.images import ImageBatch, fourier_resample
+from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
 
-
-@dataclass(frozen=True)
-class SpectralStart:
-    """Result of ``spectral_start``: eigenvalues in units of the noise, scores and the fields they belong to."""
-
-    eigenvalues: np.ndarray  # (m,) descending; 1 is pure noise
-    noise_edge: float  # largest eigenvalue that pure noise is expected to give
-    suggested_dims: int  # see ``suggest_dims``
-    latents: np.ndarray  # (n, K) float32, unit variance
-    directions: np.ndarray  # (K, m) coefficients of the basis per unit latent
-    scores: np.ndarray  # (n, m) float32, whitened, leading first
-
-
-def suggest_dims(eigenvalues: np.ndarray, noise_edge: float, most: int = 10) -> int:
-    """Number of leading eigenvalues (descending, noise = 1) before the deepest drop; 0 if none leaves the noise.
-
-    All that stand above the noise edge would be too many: a motion too large to be linear has harmonics of its own,
-    which follow the true dimensions after a drop.
-    """
-    above = min(int((eigenvalues > noise_edge).sum()), most)
-    if above == 0:
-        return 0
-    signal = np.maximum(eigenvalues[: above + 1], noise_edge) - 1.0
-    return int(np.argmax(signal[:-1] / signal[1:])) + 1 if len(signal) > above else above
+_MOST_CENTRES = 24
+_VALLEYS_APART = 0.5  # latent units
+_WORTH_TRYING_NATS = 30.0  # a centre may be this much worse than where a particle is: it has not been descended yet
+_UNDECIDED_NATS = 3.0  # valleys this close in the coarse view are decided in the full one
 
 
 @dataclass(frozen=True)
@@ -91,78 +69,36 @@ class _HalfSquaredResidual(torch.autograd.Function):
         return -weighted * transfer.conj() * grad_loss[:, None, None], None, None
 
 
-def field_forces(
-    operator: Operator, values: torch.Tensor, batch: ImageBatch, basis_A: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forces on the displacement fields at rest: of the residual images, and of white noise in their place.
+@dataclass(frozen=True)
+class CoarseView:
+    """The same model at half the box: where shells up to a quarter of it are enough, at a fraction of the work."""
 
-    ``basis_A`` (m, nv, 3). Returns two (b, m) tensors, minus the gradient of the loss by the field's coefficient.
-    """
-    vertices = view_vertices(operator.vertices_A, batch.rotation, batch.origin_px, operator.pixel_size_A)
-    vertices = vertices.detach().requires_grad_()
-    slices = project(values, vertices, operator.voxels, operator.kernel, operator.oversampling)
-    predicted = batch.transfer * slices
-    box = batch.images.shape[1]
-    noise = torch.fft.rfft2(torch.randn((len(batch.rows), box, box), device=values.device), norm="ortho")
-    forces = []
-    for residual, keep in ((batch.images - predicted.detach(), True), (noise, False)):
-        (gradient,) = torch.autograd.grad(
-            (weight * (residual.real * predicted.real + residual.imag * predicted.imag)).sum(),
-            vertices,
-            retain_graph=keep,
+    operator: Operator
+    fine: VoxelTensors
+
+    def values(self, values: torch.Tensor) -> torch.Tensor:
+        """The map's values (nvox,) at the coarse voxels: its Fourier transform, cropped."""
+        box, half = self.operator.voxels.box, self.operator.voxels.box // 2
+        spectrum = torch.fft.rfftn(scatter_volume(values, self.fine))[..., : half + 1]
+        spectrum = torch.cat([spectrum[:half], spectrum[-half:]], 0)
+        spectrum = torch.cat([spectrum[:, :half], spectrum[:, -half:]], 1)
+        spectrum = spectrum * (shell_index(box, values.device) < half)
+        return gather_volume(torch.fft.irfftn(spectrum, s=(box,) * 3) / 8.0, self.operator.voxels)
+
+    def batch(self, batch: ImageBatch) -> ImageBatch:
+        """The images, transfer functions and shifts at the coarse box; a voxel is worth eight fine ones."""
+        box = self.operator.voxels.box
+        return ImageBatch(
+            batch.rows,
+            fourier_resample(batch.images, box),
+            8.0 * fourier_resample(batch.transfer, box),
+            batch.rotation,
+            batch.origin_px / 2,
         )
-        spatial = gradient @ batch.rotation[:, :2] / operator.pixel_size_A  # (b, nv, 3), back in the volume's frame
-        forces.append(spatial.flatten(1) @ basis_A.flatten(1).T)
-    return forces[0], forces[1]
 
-
-def spectral_start(
-    operator: Operator,
-    values: torch.Tensor,
-    batches: Iterable[ImageBatch],
-    basis_A: torch.Tensor,
-    weight: torch.Tensor,
-    latent_dims: int,
-    prior_precision: torch.Tensor,
-    progress: Callable[[int], None] | None = None,
-) -> SpectralStart:
-    """One pass over the particles (see the module's text); streams any number of them, keeping (n, m) scores.
-
-    ``values`` (nvox,) the rigid map; ``basis_A`` (m, nv, 3); ``weight`` the band; ``prior_precision`` (m,) of the
-    fields' coefficients, from the rigidity, so that directions the images hardly see stay small.
-    """
-    residual_forces, noise_forces = [], []
-    for batch in batches:
-        residual, noise = field_forces(operator, values, batch, basis_A, weight)
-        residual_forces.append(residual)
-        noise_forces.append(noise)
-        if progress is not None:
-            progress(len(batch.rows))
-    force = torch.cat(residual_forces).double()
-    noise_force = torch.cat(noise_forces).double()
-    force = force - force.mean(0)
-    num = len(force)
-    information = noise_force.T @ noise_force / num
-    # fields that the images hardly see are left out instead of being blown up by the whitening
-    spread, axes = torch.linalg.eigh(information)
-    seen = spread > spread[-1] * 1e-6
-    whitener = axes[:, seen] / spread[seen].sqrt()
-    white = force @ whitener
-    variance, directions = torch.linalg.eigh(white.T @ white / num)
-    variance, directions = variance.flip(0), directions.flip(1)
-    edge = float((1.0 + np.sqrt(int(seen.sum()) / num)) ** 2 * 1.02)
-    scores = white @ directions
-    latents = scores[:, :latent_dims] / variance[:latent_dims].sqrt()
-    # the displacement per unit latent: mean force = H a, solved with the rigidity as a prior on a
-    fields = torch.linalg.solve(information + torch.diag(prior_precision.double()), force.T @ latents / num).T
-    return SpectralStart(
-        variance.numpy(),
-        edge,
-        suggest_dims(variance.numpy(), edge),
-        latents.float().numpy(),
-        fields.float().numpy(),
-        scores.float().numpy(),
-    )
+    def weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A (box, box//2+1) weight of Fourier pixels, cropped."""
+        return fourier_resample(weight[None], self.operator.voxels.box)[0]
 
 
 def friedel_halves(box: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,11 +113,67 @@ def friedel_halves(box: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Latents of some particles by Gauss-Newton, with what the images say of their precision."""
+    """Latents of some particles with what the images say of their precision."""
 
     latents: torch.Tensor  # (b, K)
-    precision: torch.Tensor  # (b, K, K) Fisher information of the images plus the unit prior
-    loss: torch.Tensor  # (b,) nats at ``latents``, without the prior
+    precision: torch.Tensor  # (b, K, K) Fisher information of the images plus the prior's
+    objective: torch.Tensor  # (b,) nats at ``latents``, prior included
+
+
+@dataclass(frozen=True)
+class LatentPrior:
+    """Minus the log of the prior on latents, in nats: ``strength * sum |z|^power / power``, summed over the dims.
+
+    The default is the unit normal that standardised latents have. 3DFlex's is ``lambda |z|^4``
+    (``LatentPrior(4 * lambda, 4.0)``, up to its own unit of lambda).
+    """
+
+    strength: float = 1.0
+    power: float = 2.0
+
+    def energy(self, latents: torch.Tensor) -> torch.Tensor:
+        """(b, K) to (b,)."""
+        return self.strength / self.power * (latents.abs() ** self.power).sum(1)
+
+    def gradient(self, latents: torch.Tensor) -> torch.Tensor:
+        """(b, K) to (b, K)."""
+        return self.strength * latents.abs() ** (self.power - 1.0) * torch.sign(latents)
+
+    def curvature(self, latents: torch.Tensor) -> torch.Tensor:
+        """(b, K) to (b, K, K), positive definite."""
+        bend = self.strength * (self.power - 1.0) * latents.abs() ** (self.power - 2.0)
+        return torch.diag_embed(bend + 1e-3 * self.strength)
+
+
+@torch.no_grad()
+def fisher_information(
+    operator: Operator,
+    flow: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    batch: ImageBatch,
+    weight: torch.Tensor,
+    latents: torch.Tensor,
+    probe: float = 0.05,
+) -> torch.Tensor:
+    """(b, K, K) information of the images on their latents (b, K), by K forward differences of step ``probe``."""
+    base = operator.slices(values, batch, flow(latents))
+    slopes = []
+    for axis in range(latents.shape[1]):
+        moved = latents.clone()
+        moved[:, axis] += probe
+        slopes.append((operator.slices(values, batch, flow(moved)) - base) / probe)
+    scaled = batch.transfer * weight.sqrt()
+    tangent = torch.view_as_real(torch.stack(slopes, 1) * scaled[:, None]).flatten(2)
+    return tangent @ tangent.transpose(1, 2)
+
+
+def _objective_and_gradient(operator, flow, values, batch, weight, latents, prior):
+    """(b,) nats with the prior, and their gradient (b, K)."""
+    with torch.enable_grad():
+        moving = latents.detach().requires_grad_()
+        loss = log_likelihood_loss(operator, values.detach(), batch, flow(moving), weight)
+        (gradient,) = torch.autograd.grad(loss.sum(), moving)
+    return loss.detach() + prior.energy(latents), gradient + prior.gradient(latents)
 
 
 @torch.no_grad()
@@ -193,48 +185,121 @@ def infer_latents(
     weight: torch.Tensor,
     start: torch.Tensor,
     steps: int = 3,
-    probe: float = 0.05,
-    prior: float = 1.0,
+    prior: LatentPrior = LatentPrior(),
+    information: torch.Tensor | None = None,
 ) -> Posterior:
-    """Maximum a posteriori latents under a normal prior, by Levenberg-Marquardt with K forward derivatives a step.
+    """Maximum a posteriori latents by Levenberg-Marquardt: exact gradients, Gauss-Newton curvature from the start.
 
-    ``start`` (b, K); ``weight`` as in ``log_likelihood_loss``; ``probe`` the finite-difference step in latent units;
-    ``prior`` its precision. A step that raises a particle's loss is taken back and damped, so the result is never
-    worse than ``start``.
+    ``start`` (b, K); ``weight`` as in ``log_likelihood_loss``; ``information`` (b, K, K) at the start if it is known,
+    else it costs K + 1 projections. A step that raises a particle's objective is taken back and damped, so the result
+    is never worse than ``start``.
     """
+    if information is None:
+        information = fisher_information(operator, flow, values, batch, weight, start)
     latents = start.clone()
-    num, dims = latents.shape
-    eye = torch.eye(dims, device=latents.device)
-    damping = torch.full((num,), 1e-2, device=latents.device)
-    best = _linearise(operator, flow, values, batch, weight, latents, probe)
+    damping = torch.full((len(latents),), 1e-2, device=latents.device)
+    if steps:
+        objective, gradient = _objective_and_gradient(operator, flow, values, batch, weight, latents, prior)
+    else:
+        objective = log_likelihood_loss(operator, values, batch, flow(latents), weight) + prior.energy(latents)
     for _ in range(steps):
-        gradient = best[1] + prior * latents
-        hessian = best[2] + prior * eye
+        hessian = information + prior.curvature(latents)
         damped = hessian + damping[:, None, None] * torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
         step = torch.linalg.solve(damped, gradient[..., None])[..., 0]
-        step = step * (1.0 / step.norm(dim=1, keepdim=True).clamp(min=1.0))  # at most one unit
+        step = step / step.norm(dim=1, keepdim=True).clamp(min=1.0)  # at most one unit
         trial = latents - step
-        new = _linearise(operator, flow, values, batch, weight, trial, probe)
-        better = new[0] + 0.5 * prior * (trial**2).sum(1) <= best[0] + 0.5 * prior * (latents**2).sum(1)
+        new_objective, new_gradient = _objective_and_gradient(operator, flow, values, batch, weight, trial, prior)
+        better = new_objective <= objective
         latents = torch.where(better[:, None], trial, latents)
-        best = tuple(
-            torch.where(better.view(-1, *[1] * (old.dim() - 1)), fresh, old)
-            for fresh, old in zip(new, best, strict=True)
-        )
+        gradient = torch.where(better[:, None], new_gradient, gradient)
+        objective = torch.where(better, new_objective, objective)
         damping = torch.where(better, damping * 0.1, damping * 10.0)
-    return Posterior(latents, best[2] + prior * eye, best[0])
+    return Posterior(latents, information + prior.curvature(latents), objective)
 
 
-def _linearise(operator, flow, values, batch, weight, latents, probe):
-    """Loss (b,), its gradient (b, K) and Gauss-Newton matrix (b, K, K) at ``latents``, by forward differences."""
-    base = operator.slices(values, batch, flow(latents))
-    residual = batch.images - batch.transfer * base
-    tangents = []
-    for axis in range(latents.shape[1]):
-        moved = latents.clone()
-        moved[:, axis] += probe
-        tangents.append(batch.transfer * (operator.slices(values, batch, flow(moved)) - base) / probe)
-    tangent = torch.view_as_real(torch.stack(tangents, 1) * weight.sqrt()).flatten(2)
-    scaled = torch.view_as_real(residual * weight.sqrt()).flatten(1)
-    loss = 0.5 * (scaled**2).sum(1)
-    return loss, -(tangent @ scaled[..., None])[..., 0], tangent @ tangent.transpose(1, 2)
+@dataclass(frozen=True)
+class Search:
+    """Where to look for the latents of particles that may be lost in a wrong valley, and how wide."""
+
+    centres: torch.Tensor  # (m, K) starts that are tried for every particle
+    coarse: CoarseView | None  # the view in which they are tried; None is the full one
+
+
+@torch.no_grad()
+def search_latents(
+    operator: Operator,
+    flow: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    batch: ImageBatch,
+    weight: torch.Tensor,
+    current: torch.Tensor,
+    search: Search,
+    prior: LatentPrior = LatentPrior(),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Other valleys of the objective, for the particles that have one.
+
+    Every centre is tried for every particle. Where the best one is away from ``current`` (b, K) and not much worse,
+    both are descended. Returns the ends of those ways (b, K), elsewhere ``current``, and how much lower they lie
+    (b,), in nats of the search's view; minus infinity where there is no other valley.
+    """
+    if search.coarse is not None:
+        operator, batch, weight = search.coarse.operator, search.coarse.batch(batch), search.coarse.weight(weight)
+        values = search.coarse.values(values)
+
+    def objective(latents: torch.Tensor, displacements_A: torch.Tensor) -> torch.Tensor:
+        return log_likelihood_loss(operator, values, batch, displacements_A, weight) + prior.energy(latents)
+
+    here = objective(current, flow(current))
+    best, start = torch.full_like(here, torch.inf), current.clone()
+    for centre in search.centres:
+        tried = objective(centre.expand_as(current), flow(centre[None]).expand(len(current), -1, -1))
+        start = torch.where((tried < best)[:, None], centre, start)
+        best = torch.minimum(tried, best)
+    away = (start - current).norm(dim=1) > _VALLEYS_APART
+    rows = torch.nonzero(away & (best < here + _WORTH_TRYING_NATS))[:, 0]
+    found, lower = current.clone(), torch.full_like(here, -torch.inf)
+    if not len(rows):
+        return found, lower
+    some = batch.take(rows)
+    ends = [infer_latents(operator, flow, values, some, weight, z[rows], 4, prior) for z in (current, start)]
+    other = (ends[1].latents - ends[0].latents).norm(dim=1) > _VALLEYS_APART
+    found[rows] = torch.where(other[:, None], ends[1].latents, current[rows])
+    lower[rows] = torch.where(other, ends[0].objective - ends[1].objective, -torch.inf)
+    return found, lower
+
+
+@torch.no_grad()
+def infer_everywhere(
+    operator: Operator,
+    flow: Callable[[torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    batch: ImageBatch,
+    weight: torch.Tensor,
+    start: torch.Tensor,
+    steps: int,
+    search: Search,
+    prior: LatentPrior = LatentPrior(),
+) -> Posterior:
+    """``infer_latents`` from ``start``, and from any other valley that may be as deep: the lower end is returned."""
+    found, lower = search_latents(operator, flow, values, batch, weight, start, search, prior)
+    posterior = infer_latents(operator, flow, values, batch, weight, start, steps, prior)
+    rows = torch.nonzero(lower > -_UNDECIDED_NATS)[:, 0]
+    if len(rows):
+        other = infer_latents(operator, flow, values, batch.take(rows), weight, found[rows], steps, prior)
+        rows, better = rows[other.objective < posterior.objective[rows]], other.objective < posterior.objective[rows]
+        posterior.latents[rows] = other.latents[better]
+        posterior.precision[rows] = other.precision[better]
+        posterior.objective[rows] = other.objective[better]
+    return posterior
+
+
+def latent_centres(latents: np.ndarray, seed: int) -> np.ndarray:
+    """(m, K) k-means centres of (n, K) latents, about one a standard deviation: where ``search_latents`` starts."""
+    from scipy.cluster.vq import kmeans2
+
+    num, dims = latents.shape
+    generator = np.random.default_rng(seed)
+    sample = latents[generator.choice(num, min(num, 2000), replace=False)].astype(np.float64)
+    count = min(_MOST_CENTRES, 6 * dims, len(sample))
+    centres, _ = kmeans2(sample, count, minit="++", seed=generator)
+    return centres[np.isfinite(centres).all(1)].astype(np.float32)

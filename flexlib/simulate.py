@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mrcfile
@@ -34,6 +34,8 @@ _BATCH = 64
 _SCALE_PARTICLES = 256  # particles whose signal variance sets the density scale
 _MEAN_STATES = 48  # quantiles of each hinge angle that stand for the whole set in the mean map
 _PARTICLES_PER_MICROGRAPH = 100
+_LIMIT_PARTICLES = 512  # whose information on the hinge angles is averaged
+_LIMIT_STEP_RAD = 0.01
 _NOISE_CORNER = 0.05  # cycles/pixel below which coloured noise is flat
 
 
@@ -245,6 +247,35 @@ def _clean_transforms(
     return spectrum * _ctf(metadata, rows, optics, optics.box)
 
 
+def information_limit_r2(
+    phantom: Phantom, metadata: _Metadata, optics: _Optics, sigma_A: float, density_scale: float
+) -> np.ndarray:
+    """(d,) R^2 with which the hinge angles can be told from single images at best, given map, motion and white noise.
+
+    The Cramer-Rao bound: the information of an image on the angles is the squared change of its exact transform per
+    radian, over the unit variance of the noise; a hinge angle's variance is at least the inverse's diagonal. A prior
+    on the angles is not used, so an estimate that knows their distribution may do slightly better.
+    """
+    spread = metadata.angles_rad.var(axis=0)
+    box, dims = optics.box, metadata.angles_rad.shape[1]
+    weight = np.where(np.arange(box // 2 + 1) == 0, 1.0, 2.0) / box**2  # the full plane, orthonormal
+    bounds = []
+    for rows in _batches(min(len(metadata.angles_rad), _LIMIT_PARTICLES)):
+        slopes = []
+        for axis in range(dims):
+            ends = []
+            for sign in (0.5, -0.5):
+                moved = metadata.angles_rad.copy()
+                moved[:, axis] += sign * _LIMIT_STEP_RAD
+                turned = replace(metadata, angles_rad=moved)
+                ends.append(_clean_transforms(phantom, turned, rows, optics, sigma_A))
+            slopes.append(density_scale * (ends[0] - ends[1]) / _LIMIT_STEP_RAD)
+        slope = np.stack(slopes, 1)
+        information = np.einsum("bikx,bjkx,x->bij", slope, slope.conj(), weight).real
+        bounds.append(np.linalg.inv(information).diagonal(axis1=1, axis2=2))
+    return 1.0 - np.concatenate(bounds).mean(axis=0) / spread
+
+
 def _batches(count: int) -> Iterator[slice]:
     for first in range(0, count, _BATCH):
         yield slice(first, min(count, first + _BATCH))
@@ -401,8 +432,9 @@ def simulate_particles(
     Writes ``particles.star`` (RELION 3.1), ``particles.cs`` (CryoSPARC), ``particles.mrcs`` (float32, contrast white),
     ``consensus.mrc`` (a rigid reconstruction of the noisy images), ``truth_mean.mrc``, ``truth_state_*.mrc`` (exact,
     in the density units of a reconstruction from the images) and ``truth.npz`` (angles_rad (n, d), half (n,) 1 or 2,
-    states_rad (s, d), noise_sd, density_scale). The same arguments give the same files, whatever the thread count up
-    to rounding. Raises ``InputError`` for settings out of range or a phantom larger than the box.
+    states_rad (s, d), noise_sd, density_scale, and for white noise information_limit_r2 (d,)). The same arguments give
+    the same files, whatever the thread count up to rounding. Raises ``InputError`` for settings out of range or a
+    phantom larger than the box.
     """
     model = make_phantom(phantom) if isinstance(phantom, str) else phantom
     if num_particles < 2 or box < 16 or box % 2 or snr <= 0 or pixel_size_A <= 0:
@@ -446,6 +478,8 @@ def simulate_particles(
     for state in mean_states:
         mean_map += exact_map(state) / len(mean_states)
     write_map(folder / "truth_mean.mrc", mean_map, pixel_size_A)
+    flexible = bool(model.hinges) and noise_power_law == 0
+    limit = information_limit_r2(model, metadata, optics, gaussian_sigma_A, density_scale) if flexible else np.zeros(0)
     with atomic_path(folder / "truth.npz") as temporary:
         np.savez(
             temporary,
@@ -454,6 +488,7 @@ def simulate_particles(
             states_rad=states_rad,
             noise_sd=1.0,
             density_scale=density_scale,
+            information_limit_r2=limit,
         )
     return SimulationTruth(
         folder / "particles.star",

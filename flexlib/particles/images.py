@@ -47,6 +47,16 @@ class ImageBatch:
     rotation: torch.Tensor
     origin_px: torch.Tensor  # (b, 2) float32, subtract from view positions
 
+    def take(self, rows: torch.Tensor) -> ImageBatch:
+        """The part of the batch at ``rows`` ((m,) int)."""
+        return ImageBatch(
+            self.rows[rows.cpu().numpy()],
+            self.images[rows],
+            self.transfer[rows],
+            self.rotation[rows],
+            self.origin_px[rows],
+        )
+
 
 class ImageSource(Protocol):
     """Images at one box, streamed: the training images, or the full-size ones for reconstruction."""
