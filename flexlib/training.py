@@ -51,7 +51,8 @@ from flexlib.mesh.tetmesh import TetraMesh, single_cell_mesh
 from flexlib.mesh.voxels import voxelise
 from flexlib.model import MODEL_FILE, FlexModel, FlowGenerator, displacement_basis_A
 from flexlib.particles.images import plane_weight, read_ahead, shell_radius, split_batches
-from flexlib.particles.prepared import TrainingImages, open_training_images, write_latents_star
+from flexlib.particles.latents_io import write_latents_cs, write_latents_star
+from flexlib.particles.prepared import TrainingImages, open_training_images
 from flexlib.projection.op import VoxelTensors, gather_volume, scatter_volume
 from flexlib.runtime import tune_process
 from flexlib.settings import TrainSettings
@@ -628,7 +629,9 @@ def _write_results(particles_dir: Path, out_dir: Path, setup: Setup, state: Stat
     write_map(out_dir / "canonical.mrc", state.canonical.volume(), setup.source.pixel_size_A, like=setup.consensus)
     deviation = torch.linalg.inv(precision).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().cpu().numpy()
     errors = {f"flexLatentStdErr{k + 1}": deviation[:, k] for k in range(deviation.shape[1])}
-    write_latents_star(particles_dir, state.latents.cpu().numpy(), out_dir / "latents.star", extra=errors)
+    latents = state.latents.cpu().numpy()
+    write_latents_star(particles_dir, latents, out_dir / "latents.star", extra=errors)
+    write_latents_cs(particles_dir, latents, out_dir / "latents.cs")
     write_json(
         out_dir / "validation.json",
         {
