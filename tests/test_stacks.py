@@ -26,7 +26,7 @@ def write_mrc(
     count, ny, nx = shape or (COUNT, BOX, BOX)
     values = np.arange(count * ny * nx).reshape(count, ny, nx) % 250
     dtype = np.dtype(dtype or MODES.get(mode, "f4"))
-    data = values.astype(np.int8 if dtype == np.int8 else dtype)
+    data = values.astype(dtype)
     header = bytearray(1024)
     struct.pack_into(f"{order}10i", header, 0, nx, ny, count, mode, 0, 0, 0, nx, ny, count)
     struct.pack_into(f"{order}3f", header, 40, *(pixel_size_A * side for side in (nx, ny, count)))
@@ -37,7 +37,7 @@ def write_mrc(
     if stamp:
         header[208:216] = b"MAP " + (b"\x44\x44\0\0" if order == "<" else b"\x11\x11\0\0")
     path.write_bytes(bytes(header) + bytes(extended) + data.astype(dtype.newbyteorder(order)).tobytes())
-    return data.astype(np.float32)
+    return data.real.astype(np.float32)
 
 
 def star_of(folder, names, groups=None, optics=None):
