@@ -296,8 +296,8 @@ def clamp() -> Phantom:
 def slider() -> Phantom:
     """Two layers of helix bundles and beta domains that lie flat on each other and slide past each other, uncoupled.
 
-    The lower layer is still; the upper one, two fifths of the mass, turns by +-0.13 rad about the normal of their
-    contact, at a pivot 75 A outside the molecule's middle: nearly a translation of +-10 A along x in the plane of
+    The lower layer is still; the upper one, two fifths of the mass, turns by +-0.22 rad about the normal of their
+    contact, at a pivot 75 A outside the molecule's middle: nearly a translation of +-16 A along x in the plane of
     contact. No chain connects the two, as with subunits that ratchet.
     """
     generator = np.random.default_rng(3)
@@ -311,7 +311,7 @@ def slider() -> Phantom:
         flat = helix_bundle(generator, 8, 28)
         assembly.add(_place(flat, x - 0.15 * place * y, z, -2 * place * x + 16 * place * y + 16 * z, 0.3 * place), 0)
     assembly.add(_place(beta_sandwich(generator), y, x, 26 * x + 2 * y + 39 * z, 0.2), 0)
-    return assembly.finish("slider", [(-75.0 * y, z, 0.13, 0.0)])
+    return assembly.finish("slider", [(-75.0 * y, z, 0.22, 0.0)])
 
 
 def rigid() -> Phantom:

@@ -42,7 +42,7 @@ from flexlib.particles.prepared import (
     SUMMARY,
     TRAIN_STACK,
     FullImages,
-    new_image_stack,
+    ImageStackWriter,
     resampled_optics,
     write_noise,
 )
@@ -494,10 +494,10 @@ def write_training_stack(source: FullImages, path: Path, train_box: int) -> None
     """Whiten, Fourier-crop and write all images of ``source``, chunk by chunk, as a float32 stack."""
     pixel_size_A = source.pixel_size_A * source.box / train_box
     step = max(1, _CHUNK_PIXELS // source.box**2)
-    with atomic_path(path) as temporary, new_image_stack(temporary, len(source), train_box, pixel_size_A) as stack:
+    with atomic_path(path) as temporary, ImageStackWriter(temporary, len(source), train_box, pixel_size_A) as stack:
         for start in tqdm(range(0, len(source), step), desc="training images", unit="chunk", disable=None):
             rows = np.arange(start, min(start + step, len(source)))
-            stack.data[rows[0] : rows[-1] + 1] = _training_images(source, rows, train_box)
+            stack.append(_training_images(source, rows, train_box))
 
 
 def _training_images(source: FullImages, rows: np.ndarray, train_box: int) -> np.ndarray:

@@ -37,11 +37,16 @@ class LatentTable:
 
     text: StarText
     table: TextTable
-    columns: pd.DataFrame  # what regions are defined in, and what names particles
+    columns: pd.DataFrame  # latents, flexInputRow, and flexUid where there is one
     latents: np.ndarray  # (m, K) float64, nan for particles that prepare dropped
     input_row: np.ndarray  # (m,) int64, 0-based row of the input file
     input_path: Path | None = None
     passthrough: Path | None = None
+
+    def named(self, column: str) -> pd.Series:
+        """(m,) values of a column."""
+        known = column in self.columns
+        return self.columns[column] if known else self.text.frame(self.table, [column], ("rlnImageName",))[column]
 
     def dimension(self, name: str) -> np.ndarray:
         """(m,) values of a latent dimension (1 to K) or of any numeric column by its name."""
@@ -49,7 +54,7 @@ class LatentTable:
         if key not in self.table.labels:
             known = ", ".join(latent_columns(self.table.labels))
             raise InputError(f"{self.text.path}: no latent dimension or column {name!r}: there are {known}")
-        values = self.text.frame(self.table, [key])[key]
+        values = self.named(key)
         if not pd.api.types.is_numeric_dtype(values):
             raise InputError(f"{self.text.path}: column {key} is not numeric")
         return values.to_numpy(np.float64)
@@ -72,7 +77,7 @@ def read_latent_table(
     names = latent_columns(table.labels)
     if not names:
         raise InputError(f"{path}: no latents: column flexLatent1 is missing")
-    columns = text.frame(table, (*names, *_ROW_COLUMNS), ("rlnImageName",))
+    columns = text.frame(table, (*names, "flexInputRow", "flexUid"))
     latents = columns[names].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     rows = columns["flexInputRow"].to_numpy(np.int64) if "flexInputRow" in columns else np.arange(len(columns))
     if input_path is None and (found := _prepared_json(path)) is not None:
@@ -182,9 +187,9 @@ def in_list(latents: LatentTable, path: str | Path) -> np.ndarray:
     key = next((name for name in _ROW_COLUMNS if name in named), None)
     if key is None:
         raise InputError(f"--rows: {path}: the first line must name a column {', '.join(_ROW_COLUMNS[:-1])} or uid")
-    if key not in latents.columns:
+    if key not in latents.columns and key not in latents.table.labels:
         raise InputError(f"--rows: {path}: column {key}, which {latents.text.path} does not have")
-    own = [str(value) for value in latents.columns[key].tolist()]
+    own = [str(value) for value in latents.named(key).tolist()]
     inside, known = np.zeros(len(own), bool), {value: True for value in own}
     wanted = {}
     for number, line in enumerate(lines, 2):

@@ -11,6 +11,7 @@ import torch
 from flexlib.errors import InputError
 from flexlib.maps import LabelGrid, Map, write_map
 from flexlib.mesh.build import build_mesh, count_bodies, make_mesh
+from flexlib.mesh.connections import parse_connections
 from flexlib.mesh.elastic import elastic_modes, free_motions, rigid_motions, vertex_masses
 from flexlib.mesh.io import read_mesh, write_mesh
 from flexlib.mesh.lattice import bcc_mesh
@@ -21,7 +22,6 @@ from flexlib.mesh.segments import (
     fill_box,
     labels_on_grid,
     load_segmentation,
-    parse_connections,
     read_segments,
     touching_pairs,
 )

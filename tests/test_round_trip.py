@@ -280,6 +280,12 @@ def test_symmetry_copies_have_rows_of_their_own(star, tmp_path):
     np.testing.assert_allclose(table.loc[kept, "rlnAngleTilt"], np.arange(2 * len(KEPT)) + 0.25)
     np.testing.assert_allclose(table.loc[~kept, "rlnAngleRot"], 10.0 * table.loc[~kept, "flexInputRow"])
     np.testing.assert_allclose(read_latents(tmp_path / "latents.star", folder), latents, rtol=1e-6)
+    text = read_star_text(tmp_path / "latents.star")  # the copies as another run's particles: rows are counted anew
+    text.write(tmp_path / "in.star", text.particles, np.arange(4, 4 + COUNT))
+    folder = prepared_folder(tmp_path / "second", tmp_path / "in.star", KEPT)
+    write_latents_star(folder, LATENTS, tmp_path / "second.star")
+    table = starfile.read(tmp_path / "second.star")["particles"]
+    assert table["flexInputRow"].tolist() == list(range(COUNT)) and not table["flexSymmetryCopy"].any()
 
 
 def test_changed_input_is_refused(star, tmp_path):

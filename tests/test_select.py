@@ -123,7 +123,7 @@ def test_cs_records_come_out_as_they_stood(trained_cs, tmp_path):
 def test_listed_particles(trained_cs, tmp_path, column):
     table = read_latent_table(trained_cs)
     key = "flexUid" if column == "uid" else column
-    values = [str(table.columns[key][row]) for row in (9, 2)]
+    values = [str(table.named(key)[row]) for row in (9, 2)]
     (tmp_path / "lasso.csv").write_text(f"{column},z1\n" + "".join(f"{value},0.5\n" for value in values))
     assert main([str(trained_cs), "--out", str(tmp_path / "a.cs"), "--rows", str(tmp_path / "lasso.csv")]) == 0
     assert np.load(tmp_path / "a.cs").tobytes() == np.load(tmp_path / "in.cs")[[2, 9]].tobytes()

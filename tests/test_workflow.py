@@ -92,6 +92,11 @@ def test_demo_is_the_default():
     [
         ("particles: nowhere.star", "ERROR config: particles: nowhere.star does not exist"),
         ("train: {rigidty: 2}", "ERROR config: unknown key 'rigidty' in train; did you mean 'rigidity'?"),
+        ("mesh: {connections: 0>1}", "ERROR mesh.connections: there is nothing to connect"),
+        (
+            "mesh: {segmentation: c.mrc, connections: '0>1, 1>0'}",
+            "ERROR mesh.connections: 1>0: segment 0 is joined already, this closes a cycle",
+        ),
         (
             "reconstruct: {points: [{cells: 5}]}",
             "ERROR config: reconstruct.points: {'cells': 5} is no point of the sweep",

@@ -16,6 +16,7 @@ from flexlib.errors import InputError
 from flexlib.files import write_json
 from flexlib.maps import Map, lowpass_map, read_map, write_map
 from flexlib.mesh.chimerax import write_chimerax
+from flexlib.mesh.connections import check_mesh_keys
 from flexlib.mesh.custom import read_custom_mesh
 from flexlib.mesh.io import write_mesh
 from flexlib.mesh.lattice import bcc_mesh
@@ -40,7 +41,7 @@ def build_mesh(particles_dir: str | os.PathLike[str], out_dir: str | os.PathLike
     for ChimeraX, ``mesh.cxc`` with ``mesh_segments.bild`` and ``mesh_rigidity.bild`` to ``out_dir``. Raises
     ``InputError``.
     """
-    _check(settings)
+    check_mesh_keys(settings)
     particles_dir, out_dir = Path(particles_dir), Path(out_dir)
     consensus = read_map(particles_dir / "consensus.mrc")
     soft_mask = read_map(particles_dir / "mask.mrc")
@@ -59,17 +60,6 @@ def build_mesh(particles_dir: str | os.PathLike[str], out_dir: str | os.PathLike
     write_json(out_dir / "mesh_quality.json", quality)
     for line in quality_lines(quality):
         logger.info("%s", line)
-
-
-def _check(settings: MeshSettings) -> None:
-    if settings.cells < 1:
-        raise InputError(f"mesh.cells: must be a positive number of cells across the box, not {settings.cells}")
-    if settings.connections is not None and settings.segmentation is None:
-        raise InputError("mesh.connections: there is nothing to connect without mesh.segmentation")
-    if isinstance(settings.custom, Path) and settings.segmentation is not None:
-        raise InputError(
-            "mesh.segmentation: a mesh from a file (mesh.custom) brings its own segments; give one of them"
-        )
 
 
 def make_mesh(consensus: Map, mask: np.ndarray, settings: MeshSettings) -> tuple[TetraMesh, MeshVoxels]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,13 @@ from scipy import ndimage
 
 from flexlib.errors import InputError
 from flexlib.maps import LabelGrid, Map, read_label_map
+from flexlib.mesh.connections import parse_connections
 
 logger = logging.getLogger(__name__)
 
 SOLVENT = -1
 _SMALLEST_PART = 0.05  # parts of a segment smaller than this share of its largest part go to their neighbours
 _SAME_EXTENT = 0.01  # relative difference up to which two grids count as the same box
-_PAIR = re.compile(r"(\d+)\s*>\s*(\d+)")
 
 
 @dataclass(frozen=True)
@@ -213,56 +212,3 @@ def touching_pairs(labels: np.ndarray, mask: np.ndarray) -> tuple[tuple[int, int
         both = np.unique(np.sort(np.stack([a[differ], b[differ]], axis=1), axis=1), axis=0)
         found.update((int(low), int(high)) for low, high in both)
     return tuple(sorted(found))
-
-
-def parse_connections(text: str, ids: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Pairs of joined segments from text such as ``0>3, 0>4, 3>2``: a tree, its root first.
-
-    ``X>Y`` hangs segment Y on segment X; X is the root (first in the text) or hangs on something named before. A
-    number alone is a further root: a segment that is joined to nothing, or that others hang on. Every segment must
-    be reached.
-
-    Raises ``InputError`` that names what is unknown, not reached, or reached twice (a cycle).
-    """
-    known = ", ".join(map(str, ids))
-    pairs: list[tuple[int, int]] = []
-    reached: set[int] = set()
-
-    def check(one: int) -> int:
-        if one not in ids:
-            raise InputError(f"mesh.connections: unknown segment {one}; the segmentation has {known}")
-        return one
-
-    for number, item in enumerate(text.split(",")):
-        item = item.strip()
-        match = _PAIR.fullmatch(item)
-        if item.isdecimal():
-            root = check(int(item))
-            if root in reached:
-                raise InputError(f"mesh.connections: segment {root} is a root, but is reached already")
-            reached.add(root)
-        elif match:
-            parent, child = check(int(match[1])), check(int(match[2]))
-            if number == 0:
-                reached.add(parent)
-            if parent not in reached:
-                raise InputError(
-                    f"mesh.connections: {item}: segment {parent} is not reached by what stands before; begin at the "
-                    "root and go outwards"
-                )
-            if child in reached:
-                raise InputError(
-                    f"mesh.connections: {item}: segment {child} is joined already, this closes a cycle; connections "
-                    "are a tree"
-                )
-            reached.add(child)
-            pairs.append((parent, child))
-        else:
-            raise InputError(f"mesh.connections: {item!r} is not understood; write pairs such as 0>3, 0>4, 3>2")
-    if unreached := [one for one in ids if one not in reached]:
-        one = unreached[0]
-        raise InputError(
-            f"mesh.connections: segment {one} is not reached from the root: join it to a neighbour, or add {one} alone "
-            "to let it move freely"
-        )
-    return tuple(pairs)

@@ -101,7 +101,8 @@ def write_latents_star(
     blocks and comments (a .cs is converted to RELION's columns, with ``flexUid``). Added are ``flexLatent1..K``, the
     columns of ``extra``, and where prepare drew the half-sets also these: as ``rlnRandomSubset``, or as
     ``flexRandomSubset`` where the input has that column. With symmetry a particle has a row for each copy, with the
-    copy's angles, and ``flexInputRow`` and ``flexSymmetryCopy`` tell them apart.
+    copy's angles, and ``flexInputRow`` and ``flexSymmetryCopy`` tell them apart. Columns of these names in the input
+    (it may be an earlier latents.star) are written anew.
 
     Parameters
     ----------
@@ -139,6 +140,8 @@ def write_latents_star(
         text = read_star_text(where.path)
         table = text.particles
         _check_length(where, len(table))
+        stale = {"flexInputRow": rows, "flexSymmetryCopy": np.zeros_like(rows)}  # of a run that this input came from
+        columns = {name: column for name, column in stale.items() if name in table.labels} | columns
         cells = {name: star_values(column) for name, column in columns.items()}
         if halves is not None:
             cells[_half_set_column(table.labels)] = star_values(halves)

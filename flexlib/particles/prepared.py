@@ -312,9 +312,23 @@ def read_noise(path: str | Path) -> np.ndarray:
     return columns[:, 2].reshape(groups, -1)
 
 
-def new_image_stack(path: Path, num_images: int, box: int, pixel_size_A: float) -> mrcfile.mrcmemmap.MrcMemmap:
-    """Create a float32 image stack on disk, to be filled through ``.data`` and closed."""
-    stack = mrcfile.new_mmap(path, (num_images, box, box), mrc_mode=2, overwrite=True)
-    stack.set_image_stack()
-    stack.voxel_size = pixel_size_A
-    return stack
+class ImageStackWriter:
+    """A float32 image stack on disk, written image by image: no more is in memory than what is appended."""
+
+    def __init__(self, path: str | Path, num_images: int, box: int, pixel_size_A: float) -> None:
+        with mrcfile.new_mmap(path, (num_images, box, box), mrc_mode=2, overwrite=True) as stack:
+            stack.set_image_stack()
+            stack.voxel_size = pixel_size_A
+            offset = stack.header.nbytes
+        self._file = Path(path).open("r+b")  # noqa: SIM115 (closed by __exit__)
+        self._file.seek(offset)
+
+    def append(self, images: np.ndarray) -> None:
+        """Write (b, box, box) images after those written before."""
+        self._file.write(np.ascontiguousarray(images, "<f4").data)
+
+    def __enter__(self) -> ImageStackWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -12,8 +12,6 @@ Sources: the MRC2014 format (https://www.ccpem.ac.uk/mrc-format/mrc2014/), IMOD'
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +29,6 @@ _HEADER = mrcfile.dtypes.HEADER_DTYPE
 _IMOD_STAMP_AT, _IMOD_STAMP, _IMOD_SIGNED = 152, 1146047817, 1  # byte offset, value, and the flag in the word after it
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_SIDE = 2**16  # a larger number of columns means the other byte order
-_OPEN_STACKS = 64
 
 
 @dataclass(frozen=True)
@@ -124,31 +121,22 @@ class Stacks:
             header = self._header(stack)
             start = header.box // 2 - side // 2
             inner = slice(start, start + side)
-            images = _open(header)
-            for member, index in zip(members, slices[members], strict=True):
-                result[member] = images[index, inner, inner]
+            image = np.empty((header.box, header.box), header.dtype)
+            # plain reads: a memory map would count every page around an image as this process's memory
+            with header.path.open("rb", buffering=0) as file:
+                for member, index in zip(members, slices[members], strict=True):
+                    file.seek(header.offset + int(index) * image.nbytes)
+                    if file.readinto(image.data) != image.nbytes:
+                        raise InputError(
+                            f"{header.path}: image {index + 1} cannot be read whole: has the file changed?"
+                        )
+                    result[member] = image[inner, inner]
         return result
 
     def _header(self, stack: int) -> StackHeader:
         header = self.headers[stack]
         assert header is not None, "no particle was in this stack when the stacks were opened"
         return header
-
-
-_lock = threading.Lock()
-_opened: OrderedDict[StackHeader, np.memmap] = OrderedDict()
-
-
-def _open(header: StackHeader) -> np.memmap:
-    """The stack's memory map; the latest ``_OPEN_STACKS`` stay open."""
-    with _lock:
-        images = _opened.pop(header, None)
-        if images is None:
-            images = header.open()
-        _opened[header] = images
-        while len(_opened) > _OPEN_STACKS:
-            _opened.popitem(last=False)
-    return images
 
 
 def open_stacks(particles: Particles) -> tuple[Stacks, Particles]:

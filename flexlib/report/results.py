@@ -138,7 +138,9 @@ class Results:
         if not names:
             return None
         out = pd.DataFrame({f"z{i + 1}": table[c].astype(float) for i, c in enumerate(names)})
-        out["row"] = np.arange(len(table))
+        # with symmetry a particle has a row for each copy, and the table says which is whose
+        out["row"] = table["flexInputRow"].to_numpy() if "flexInputRow" in table else np.arange(len(table))
+        out["copy"] = table["flexSymmetryCopy"].to_numpy() if "flexSymmetryCopy" in table else 0
         out = self._add_truth(out)
         out = out[np.isfinite(out["z1"])].reset_index(drop=True)
         return self._add_particle_columns(out)
@@ -166,7 +168,8 @@ class Results:
         particles = self.particles
         if particles is None or "flexInputRow" not in particles:
             return latents
-        own = particles.set_index(particles["flexInputRow"].astype(int)).reindex(latents["row"])
+        keys = particles.assign(row=particles["flexInputRow"].astype(int), copy=particles.get("flexSymmetryCopy", 0))
+        own = keys.set_index(["row", "copy"]).reindex(pd.MultiIndex.from_frame(latents[["row", "copy"]]))
         if "RandomSubset" in own:
             latents = latents.assign(**{"Half-set": own["RandomSubset"].to_numpy()})
         if "DefocusU" in own and "DefocusV" in own:

@@ -7,7 +7,8 @@ from pathlib import Path
 import yaml
 
 from flexlib.errors import InputError
-from flexlib.settings import check_config, check_paths, check_supported, input_paths
+from flexlib.mesh.connections import check_mesh_keys
+from flexlib.settings import MeshSettings, check_config, check_paths, check_supported, input_paths, make_settings
 from flexlib.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
 
 
@@ -18,6 +19,7 @@ def checked(config):
         complete = check_config(config, schema)
         check_supported(complete)
         check_paths(complete)
+        check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
         points = sweep_points(complete)
         if isinstance(complete["reconstruct"]["points"], list):
             select_points(points, complete["reconstruct"]["points"])
