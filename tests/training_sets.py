@@ -1,0 +1,50 @@
+"""Small simulated sets, prepared and meshed, for the tests of training and of what it is made of."""
+
+from pathlib import Path
+
+import numpy as np
+import starfile
+from scipy.spatial import cKDTree
+
+from flexlib.mesh.build import build_mesh
+from flexlib.prepare import prepare_particles
+from flexlib.settings import MeshSettings, PrepareSettings
+from flexlib.simulate import simulate_particles
+
+
+def prepared(folder: Path, phantom: str, num_particles: int, snr: float, box: int = 32, cells: int = 10) -> Path:
+    """``folder`` with sim/, particles/ and mesh/ of a set whose field of view is 224 A."""
+    simulate_particles(
+        folder / "sim",
+        phantom=phantom,
+        num_particles=num_particles,
+        box=box,
+        pixel_size_A=224.0 / box,
+        snr=snr,
+        seed=3,
+    )
+    prepare_particles(
+        folder / "sim/particles.star",
+        folder / "sim/consensus.mrc",
+        folder / "particles",
+        mask=None,
+        passthrough=None,
+        image_root=None,
+        settings=PrepareSettings(train_box=box),
+        mask_settings=MeshSettings(),
+    )
+    build_mesh(folder / "particles", folder / "mesh", MeshSettings(cells=cells))
+    return folder
+
+
+def neighbour_r2(latents: np.ndarray, truth: np.ndarray) -> float:
+    """R^2 of the mean over 15 nearest neighbours in latent space, fitted on even rows and scored on odd ones."""
+    _, nearest = cKDTree(latents[::2]).query(latents[1::2], k=15)
+    error = truth[::2][nearest].mean(1) - truth[1::2]
+    return float(1 - (error**2).mean() / truth[1::2].var())
+
+
+def latents_of(train_dir: Path, pattern: str = r"^flexLatent\d+$") -> np.ndarray:
+    """(n, K) columns of a training's latents.star."""
+    table = starfile.read(train_dir / "latents.star", always_dict=True)["particles"]
+    return table.filter(regex=pattern).to_numpy(np.float64)
