@@ -136,8 +136,8 @@ def make_cs(path: Path, count: int, compressed: bool) -> None:
     CsFile(path, None, stream, header, b"\0" + b"\0".join(paths) + b"\0").write(path)
 
 
-def time_format(path: Path) -> dict[str, float]:
-    """Seconds of each step on one particle file, and this process's peak memory in GB."""
+def time_format(path: Path) -> dict:
+    """(seconds, seconds of CPU) of each step on one particle file, and this process's peak memory in GB."""
     from flexlib.files import write_json
     from flexlib.particles import read_particles
     from flexlib.particles.latents_io import read_latents, write_latents_cs, write_latents_star
@@ -147,15 +147,17 @@ def time_format(path: Path) -> dict[str, float]:
 
     folder = path.parent / f"{path.stem}_run"
     times: dict[str, float] = {}
+    cpu_times: dict[str, float] = {}
 
     def timed(name: str, function):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = function()
         times[name] = time.perf_counter() - start
+        cpu_times[name] = time.process_time() - cpu_start  # what it takes on a machine with nothing else to do
         return result
 
     particles = timed("read and check", lambda: read_particles(path))
-    times["peak GB after reading"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = {"peak GB after reading": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
     def write_particles(particles: Particles) -> None:
         blocks = relion_tables(particles)
@@ -179,8 +181,8 @@ def time_format(path: Path) -> dict[str, float]:
         write_subset(table, in_box(table, ["1=0:"]), folder / f"subset{path.suffix}")
 
     timed("choose half of them", choose)
-    times["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return times
+    memory["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {name: (seconds, cpu_times[name]) for name, seconds in times.items()} | memory
 
 
 def main() -> None:
@@ -207,7 +209,8 @@ def main() -> None:
             results[kind] = json.loads(done.stdout.splitlines()[-1])
             print(f"{kind}: {options.count} particles, {path.stat().st_size / 1e6:.0f} MB")
             for step, value in results[kind].items():
-                print(f"  {step:24} {value:7.2f}{'' if 'GB' in step else ' s'}", flush=True)
+                text = f"{value:7.2f}" if "GB" in step else f"{value[0]:7.2f} s ({value[1]:.2f} s CPU)"
+                print(f"  {step:24} {text}", flush=True)
     if options.out:
         about = {"count": options.count, "machine": platform.processor() or platform.machine()}
         options.out.write_text(json.dumps(about | {"formats": results}, indent=2) + "\n")

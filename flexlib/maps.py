@@ -47,18 +47,25 @@ class Map:
 def read_map(path: str | os.PathLike[str]) -> Map:
     """Read an MRC/CCP4 map; stored axis orders other than (z, y, x) are transposed.
 
-    Raises ``InputError`` unless the file holds one finite, cubic volume of even side with equal, positive voxel sizes.
+    A map of odd side gets a layer of zeros before the first of each axis: its side is then even, and its centre, voxel
+    ``N//2``, where it was. Raises ``InputError`` unless the file holds one finite, cubic volume with equal, positive
+    voxel sizes.
     """
     stored = _read_mrc(Path(path))
     shape, voxel_A = stored.data.shape, stored.voxel_A
-    if len(shape) != 3 or len(set(shape)) != 1 or shape[0] % 2:
-        raise InputError(f"{path}: a cubic map of even side is needed, its shape (z, y, x) is {shape}")
+    if len(shape) != 3 or len(set(shape)) != 1:
+        raise InputError(f"{path}: a cubic map is needed, its shape (z, y, x) is {shape}")
     if min(voxel_A) <= 0 or max(voxel_A) - min(voxel_A) > 1e-3 * max(voxel_A):
         raise InputError(f"{path}: equal, positive voxel sizes are needed, the header has {list(voxel_A)} A")
     data = stored.data.astype(np.float32, copy=False)
     if not np.isfinite(data).all():
         raise InputError(f"{path}: holds values that are not finite")
-    return Map(data, float(np.mean(voxel_A)), stored.origin_A, stored.nstart)
+    volume = Map(data, float(np.mean(voxel_A)), stored.origin_A, stored.nstart)
+    if volume.box % 2 == 0:
+        return volume
+    even = volume.box + 1
+    origin_A, nstart = _placement(volume, even, volume.pixel_size_A)
+    return Map(crop_or_pad_real(data, even), volume.pixel_size_A, (origin_A[0], origin_A[1], origin_A[2]), nstart)
 
 
 @dataclass(frozen=True)

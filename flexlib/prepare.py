@@ -65,6 +65,7 @@ _MIN_SIGNIFICANCE = 4.0  # standard errors by which the scale must exceed 0
 _CHUNK_PIXELS = 2**23
 _MIN_BOX = 16
 _SAME_PIXEL_SIZE = 1e-4  # relative difference that is rounding
+_DECISIVE_NATS = 10.0
 _MIN_SYMMETRY = 0.5  # correlation of a map with its own turned copy below which it does not have the symmetry
 _SYMMETRY_BOX = 64  # voxels at which that is measured
 
@@ -348,13 +349,14 @@ class ShellSums:
 
     image: np.ndarray  # (m, shells) float64
     cross: np.ndarray
+    reversed: np.ndarray  # as ``cross``, P with odd aberrations (beam tilt, odd Zernike terms) of the opposite sign
     predicted: np.ndarray
     pixels: (
         np.ndarray
     )  # fewer, down to none, near and beyond Nyquist of an image that was resampled from coarser pixels
 
     def subset(self, rows: np.ndarray) -> ShellSums:
-        return ShellSums(self.image[rows], self.cross[rows], self.predicted[rows], self.pixels[rows])
+        return ShellSums(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
 def measure_noise(
@@ -392,7 +394,29 @@ def measure_noise(
                 f"projections of the consensus (scale {image_scale[group]:.3g} +- {error:.2g}): other map, poses or "
                 "half of the images?"
             )
+        if any(particles.optics[group].beam_tilt_mrad) or any(particles.optics[group].odd_zernike):
+            gain = sums.subset(group_of_row == group)
+            nats = image_scale[group] * float(((gain.cross - gain.reversed).sum(0) / sigma[group] ** 2).sum())
+            _tell_of_odd_aberrations(particles, group, nats)
     return sigma, image_scale
+
+
+def _tell_of_odd_aberrations(particles: Particles, group: int, nats: float) -> None:
+    """``nats`` by which the sample's images fit odd aberrations as given better than those of the opposite sign.
+
+    Programs differ in that sign, and CryoSPARC documents its own nowhere: the images themselves tell.
+    """
+    if nats < -_DECISIVE_NATS:
+        log.warning(
+            "%s: optics group %s: the images fit beam tilt, trefoil and odd Zernike terms of the opposite sign better "
+            "(%.3g nats): check the convention of the program that wrote them",
+            particles.source_path, particles.optics[group].name, -nats,
+        )  # fmt: skip
+    else:
+        log.info(
+            "optics group %s: odd aberrations as given fit better than the opposite sign by %.3g nats",
+            particles.optics[group].name, nats,
+        )  # fmt: skip
 
 
 def _compare(
@@ -419,24 +443,29 @@ def _compare(
         weighted = (product.flatten(1) * weight).double()
         return torch.zeros((len(product), box // 2), dtype=torch.float64).index_add_(1, shell, weighted).numpy()
 
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     step = max(1, _CHUNK_PIXELS // box**2)
     for start in tqdm(range(0, len(rows), step), desc="noise and scale", unit="chunk", disable=None):
         batch = source.batch(rows[start : start + step])
         vertices = view_vertices(vertices_A, batch.rotation, batch.origin_px, pixel_size_A)
-        predicted = project(values, vertices, voxels, "cubic") * batch.transfer
+        projected = project(values, vertices, voxels, "cubic")
+        predicted = projected * batch.transfer
+        crosses = [shell_sums((batch.images * predicted.conj()).real)]
+        if batch.transfer.is_complex():
+            crosses.append(shell_sums((batch.images * (projected * batch.transfer.conj()).conj()).real))
         parts.append(
             (
                 shell_sums(batch.images.abs().square()),
-                shell_sums((batch.images * predicted.conj()).real),
+                crosses[0],
+                crosses[-1],
                 shell_sums(predicted.abs().square()),
             )
         )
-    image, cross, prediction = (np.concatenate(part) for part in zip(*parts, strict=True))
+    image, cross, opposite, prediction = (np.concatenate(part) for part in zip(*parts, strict=True))
     bands = np.minimum(source.sides_px, box)
     inside = (shell_radius(box).ravel()[None] < torch.as_tensor(bands / 2)[:, None]).float()[:, None]
     pixels = np.concatenate([shell_sums(group_inside) for group_inside in inside])
-    return ShellSums(image, cross, prediction, pixels[particles.optics_index[rows]])
+    return ShellSums(image, cross, opposite, prediction, pixels[particles.optics_index[rows]])
 
 
 def _scale_band(box: int, pixel_size_A: float) -> np.ndarray:

@@ -100,7 +100,6 @@ def test_axis_order_is_undone(tmp_path):
     ("data", "voxel_size", "word"),
     [
         (np.zeros((8, 8, 10), np.float32), 2.0, "cubic"),
-        (np.zeros((9, 9, 9), np.float32), 2.0, "even"),
         (np.zeros((8, 8, 8), np.float32), 0.0, "voxel"),
         (np.zeros((8, 8, 8), np.float32), (2.0, 2.0, 3.0), "voxel"),
         (np.full((8, 8, 8), np.nan, np.float32), 2.0, "finite"),
@@ -111,6 +110,16 @@ def test_bad_maps_are_refused_in_one_line(tmp_path, data, voxel_size, word):
     with pytest.raises(InputError, match=word) as error:
         maps.read_map(tmp_path / "bad.mrc")
     assert "bad.mrc" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_odd_map_is_made_even_about_its_centre(tmp_path):
+    data = np.random.default_rng(0).normal(size=(9, 9, 9)).astype(np.float32)
+    write_raw(tmp_path / "odd.mrc", data, 2.0)
+    volume = maps.read_map(tmp_path / "odd.mrc")
+    assert volume.box == 10 and not volume.data[0].any() and not volume.data[:, :, 0].any()
+    np.testing.assert_array_equal(volume.data[1:, 1:, 1:], data)
+    assert volume.data[5, 5, 5] == data[4, 4, 4], "voxel N//2"
+    assert volume.origin_A == (-2.0, -2.0, -2.0), "every voxel stays where it was"
 
 
 def test_a_text_file_is_no_map(tmp_path):

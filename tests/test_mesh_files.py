@@ -252,6 +252,7 @@ def test_surface_meshes_follow_the_segments_and_join_where_named(segmentation):
     mesh = surface_mesh(MASK, PIXEL_SIZE_A, 12.0, segmentation)
     voxels = voxelise(mesh, MASK, PIXEL_SIZE_A)
     assert count_bodies(mesh) == (2 if segmentation is PARTED else 1)
+    assert len(mesh.cells) == len(mesh.rigidity) == len(mesh.segment)
     assert mesh.cell_volumes_A3().min() > 0 and np.array_equal(np.sort(voxels.index), np.flatnonzero(MASK))
     zyx = np.stack(np.unravel_index(voxels.index, MASK.shape), axis=1)[:, ::-1] - BOX // 2
     mixed = np.einsum("nk,nki->ni", voxels.bary.astype(float), mesh.vertices_A[voxels.cells[voxels.cell]])

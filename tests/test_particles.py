@@ -361,3 +361,63 @@ def test_starfile_reads_what_is_written(blocks, star):
     again = starfile.read(star)
     assert list(again) == ["optics", "particles"]
     np.testing.assert_allclose(again["particles"]["rlnDefocusU"], blocks["particles"]["rlnDefocusU"], rtol=1e-8)
+
+
+def test_image_names_of_every_kind(blocks, star):
+    """Without a slice, with RELION's :mrcs, with the other suffix, quoted; .mrc where only that exists."""
+    folder = star.parent / "stacks"
+    (folder / "b.mrcs").rename(folder / "b.mrc")
+    write_stack(star.parent / "two words" / "c.mrcs")
+    names = ["stacks/a.mrcs", "2@stacks/a.mrcs:mrcs", "0003@stacks/b.mrcs", "4@stacks/b.mrc:mrcs", "5@two words/c.mrc"]
+    blocks["particles"] = blocks["particles"].iloc[: len(names)].assign(rlnImageName=names)
+    write_star(blocks, star)
+    particles = read_particles(star)
+    assert particles.image_index.tolist() == [0, 1, 2, 3, 4]
+    found = [particles.stack_paths[at].relative_to(star.parent).as_posix() for at in particles.stack_index]
+    assert found == ["stacks/a.mrcs", "stacks/a.mrcs", "stacks/b.mrc", "stacks/b.mrc", "two words/c.mrcs"]
+    write_star(relion_tables(particles), star.parent / "again.star")
+    assert read_particles(star.parent / "again.star").image_index.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_each_optics_group_has_its_own_microscope(blocks, star):
+    blocks["optics"] = blocks["optics"].assign(
+        rlnVoltage=[300.0, 200.0],
+        rlnSphericalAberration=[2.7, 0.01],
+        rlnImagePixelSize=[1.5, 0.75],
+        rlnImageSize=[8, 16],
+    )
+    write_star(blocks, star)
+    first, second = read_particles(star).optics
+    assert (first.voltage_kV, first.spherical_aberration_mm, first.pixel_size_A, first.box) == (300.0, 2.7, 1.5, 8)
+    assert (second.voltage_kV, second.spherical_aberration_mm, second.pixel_size_A, second.box) == (
+        200.0,
+        0.01,
+        0.75,
+        16,
+    )
+
+
+def test_wide_cs_headers(blocks, tmp_path):
+    """NumPy alone refuses headers beyond 10,000 characters, which CryoSPARC's widest files exceed."""
+    base = cs_table(blocks)
+    wide = np.zeros(COUNT, [*base.dtype.descr, *((f"alignments_class_{k}/class_posterior", "f4") for k in range(400))])
+    for name in base.dtype.names:
+        wide[name] = base[name]
+    path = write_cs(tmp_path / "wide.cs", wide)
+    with pytest.raises(ValueError, match="large"):
+        np.load(path)
+    np.testing.assert_array_equal(
+        read_particles(path).rotation, read_particles(write_cs(tmp_path / "a.cs", base)).rotation
+    )
+
+
+def test_passthrough_errors_name_the_passthrough(blocks, tmp_path):
+    table = cs_table(blocks)
+    main = write_cs(tmp_path / "main.cs", without(table, "ctf/"))
+    other = without(table, ("blob/", "alignments3D/"))[::-1].copy()
+    other["ctf/df1_A"][0] = np.inf  # the main file's last row
+    with pytest.raises(InputError, match=rf"main\.cs: row {COUNT}, column ctf/df1_A \(of .*pass\.cs\): inf"):
+        read_particles(main, passthrough=write_cs(tmp_path / "pass.cs", other))
+    other["uid"][5] = other["uid"][2]
+    with pytest.raises(InputError, match=r"pass\.cs: row 6, column uid: \d+ stands in row 3 already"):
+        read_particles(main, passthrough=write_cs(tmp_path / "pass.cs", other))

@@ -202,6 +202,24 @@ def test_groups_are_brought_to_one_grid(mixed):
     assert read_map(out / "mask.mrc").box == 48 and read_map(out / "full/mask.mrc").box == 64
 
 
+def test_images_tell_the_sign_of_odd_aberrations(mixed, tmp_path, caplog):
+    folder, _ = mixed
+    caplog.set_level("INFO")
+    prepare(folder, tmp_path / "right", train_box=48)
+    assert "optics group coarse: odd aberrations as given fit better" in caplog.text
+    assert "of the opposite sign better" not in caplog.text
+    blocks = starfile.read(folder / "particles.star")
+    blocks["optics"][["rlnBeamTiltX", "rlnBeamTiltY"]] *= -1
+    blocks["particles"]["rlnImageName"] = blocks["particles"]["rlnImageName"].str.replace("@", f"@{folder}/")
+    write_star(blocks, tmp_path / "wrong.star")
+    prepare_particles(
+        tmp_path / "wrong.star", folder / "consensus.mrc", tmp_path / "wrong", mask=folder / "mask.mrc",
+        settings=PrepareSettings(train_box=48),
+    )  # fmt: skip
+    told = [record.message for record in caplog.records if "of the opposite sign better" in record.message]
+    assert len(told) == 1 and "optics group coarse:" in told[0]
+
+
 def test_noise_of_each_group_is_its_own(mixed):
     _, out = mixed
     with (out / "noise.csv").open() as file:

@@ -8,13 +8,15 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from fake_results import CONFIG, write_fake_results
 from PIL import Image
 
-from flexlib.report import sections, write_report, write_summary_figure
+from flexlib.report import facts, sections, write_report, write_summary_figure
 from flexlib.report.facts import neighbour_r2
 from flexlib.report.morph import Gallery
 from flexlib.report.pictures import cell_sections
@@ -262,3 +264,12 @@ def test_page_comes_alive_in_a_browser(results: Path, tmp_path: Path) -> None:
     for name in re.findall(r'<div class="plot[^"]*" id="([^"]+)"', done.stdout):
         drawn = re.search(rf'<div class="plot[^"]*js-plotly-plot[^"]*" id="{name}"', done.stdout)
         assert drawn or (name in solid and "needs WebGL" in done.stdout), name
+
+
+def test_symmetry_copies_are_not_counted_as_particles():
+    particles = pd.DataFrame({"RandomSubset": [1] * 12 + [2] * 24})
+    prepared = {"symmetry": "T", "symmetry_copies": 12, "num_input": 5}
+    results = SimpleNamespace(particles=particles, prepared=prepared, all_latents_count=60, consensus=None)
+    assert facts.particle_count(results) == (3, 5, "each in 12 poses of symmetry T")
+    sentence = facts.particle_sentence(results)
+    assert "3 particles, kept out of 5, each in 12 poses of symmetry T, in half-sets of 1 and 2" in sentence

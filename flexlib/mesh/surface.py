@@ -60,7 +60,7 @@ def surface_mesh(
     tetras = oriented_cells(nodes_A, tetras, "mesh.custom: surface")
     if segmentation is None:
         node, cells = np.unique(tetras, return_inverse=True)
-        return TetraMesh(nodes_A[node], cells.reshape(-1, 4).astype(np.int32), np.ones(len(cells) // 4), segment * 0)
+        return TetraMesh(nodes_A[node], cells.reshape(-1, 4).astype(np.int32), np.ones(len(tetras)), segment * 0)
     if lost := sorted(set(segmentation.ids) - set(np.unique(segment).tolist())):
         raise InputError(f"mesh.custom: segment {lost[0]} is thinner than a cell: use more mesh.cells")
     node, cells = fuse_submeshes(tetras, segment, segmentation.pairs)

@@ -192,7 +192,9 @@ def _optics_groups(fields: _Fields, path: Path) -> tuple[tuple[OpticsGroup, ...]
     values, index = _distinct_rows(np.concatenate(parts, 1))
     if (values[:, 6:] != 0).any():
         log.warning(
-            "%s: higher-order aberrations are applied as CryoSPARC's formulae say; their signs are unverified", path
+            "%s: higher-order aberrations are applied as others found CryoSPARC's formulae to be; prepare asks the images "
+            "whether the sign of the odd ones is right",
+            path,
         )
     return tuple(_optics_group(row) for row in values), index.astype(np.int32)
 

@@ -19,7 +19,7 @@ import pandas as pd
 from flexlib.errors import InputError
 from flexlib.files import read_json
 from flexlib.particles.cs_file import CsFile, read_cs_file, write_group
-from flexlib.particles.star import read_tables, relion_tables, star_values, write_star
+from flexlib.particles.star import relion_tables, star_values, write_star
 from flexlib.particles.star_text import StarText, read_star_text
 from flexlib.particles.table import Particles
 
@@ -62,7 +62,10 @@ def input_rows(particles: Particles | str | Path) -> InputRows:
         count = int(particles.source_row.max()) + 1
         zeros = np.zeros(len(particles), np.int64)
         return InputRows(particles.source_path, particles.source_row, zeros, count, particles.uid)
-    summary, table = _read_prepared(Path(particles))
+    return _prepared_rows(*_read_prepared(Path(particles)))
+
+
+def _prepared_rows(summary: Mapping[str, Any], table: pd.DataFrame) -> InputRows:
     path = Path(summary["particles"])
     if not path.is_file():
         raise InputError(f"{path}: the particle file that prepare read is gone")
@@ -78,8 +81,10 @@ def _read_prepared(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     for name in (SUMMARY, PARTICLES):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: not found: is this a folder that prepare has written?")
-    columns = ("flexInputRow", "flexSymmetryCopy", "rlnRandomSubset", *_ANGLES)
-    return read_json(folder / SUMMARY), read_tables(folder / PARTICLES, columns).particles
+    text = read_star_text(folder / PARTICLES)
+    angles = _ANGLES if "flexSymmetryCopy" in text.particles.labels else ()
+    columns = ("flexInputRow", "flexSymmetryCopy", "rlnRandomSubset", *angles)
+    return read_json(folder / SUMMARY), text.frame(text.particles, columns)
 
 
 def _copies(table: pd.DataFrame, count: int) -> np.ndarray:
@@ -122,7 +127,7 @@ def write_latents_star(
         The input file is gone or has changed its length.
     """
     summary, prepared = _read_prepared(Path(particles_dir))
-    where = input_rows(particles_dir)
+    where = _prepared_rows(summary, prepared)
     if len(latents) != len(where.rows):
         raise ValueError(f"latents of {len(latents)} particles for {len(where.rows)} prepared ones")
     values = {f"flexLatent{k + 1}": latents[:, k] for k in range(latents.shape[1])} | dict(extra or {})
@@ -150,8 +155,9 @@ def write_latents_star(
         text.write(path, table, rows if expanded else None, cells)
         return
     blocks = _converted(summary, where)
-    frame = blocks["particles"].iloc[rows].reset_index(drop=True)
+    frame = blocks["particles"]
     if expanded:
+        frame = frame.iloc[rows].reset_index(drop=True)
         kept = prepared_row >= 0
         for name in _ANGLES:
             frame.loc[kept, name] = prepared[name].to_numpy()[prepared_row[kept]]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ _PARTICLE = (
     "flexContrastSign",
     "flexScale",
 )
+_PLAIN = re.compile(r"[^\s#\"'_]\S*").fullmatch  # a text that needs no quotes
 _TEXT = ("rlnImageName", "rlnOpticsGroupName", "rlnOddZernike", "rlnEvenZernike", "flexImageName")
 
 
@@ -395,9 +397,24 @@ def write_star(blocks: Mapping[str, pd.DataFrame], path: str | Path) -> None:
             file.writelines(f"_{label} #{number}\n" for number, label in enumerate(frame, 1))
             for first in range(0, len(frame), _CHUNK_ROWS):
                 rows = frame.iloc[first : first + _CHUNK_ROWS]
-                columns = [star_values(rows[label].to_numpy()) for label in frame]
-                file.writelines("\t".join(values) + "\n" for values in zip(*columns, strict=True))
+                file.writelines(_row_texts([rows[label].to_numpy() for label in frame]))
             file.write("\n")
+
+
+def _row_texts(columns: list[np.ndarray]) -> Iterable[str]:
+    """Lines of a loop; one format for a whole row is quicker than one for each value."""
+    formats, varying = [], []
+    for values in columns:
+        if (values == values[0]).all():
+            formats.append(star_values(values[:1])[0].replace("%", "%%"))
+            continue
+        numeric = values.dtype.kind in "iuf"
+        formats.append({"f": "%.9g"}.get(values.dtype.kind, "%d") if numeric else "%s")
+        varying.append(values.tolist() if numeric else star_values(values))
+    row_format = "\t".join(formats) + "\n"
+    if not varying:
+        return [row_format % ()] * len(columns[0])
+    return map(row_format.__mod__, zip(*varying, strict=True))
 
 
 def star_values(values: np.ndarray) -> list[str]:
@@ -410,6 +427,6 @@ def star_values(values: np.ndarray) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    if text and not text.startswith(("#", '"', "'", "_")) and not any(map(str.isspace, text)):
+    if _PLAIN(text):
         return text
     return f"'{text}'" if '"' in text else f'"{text}"'

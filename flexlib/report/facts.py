@@ -40,6 +40,14 @@ def full_box(results: Results) -> tuple[int | None, float | None]:
     return (None, None) if results.full_mask is None else (results.full_mask.box, results.full_mask.pixel_size_A)
 
 
+def particle_count(results: Results) -> tuple[int, int | None, str]:
+    """Particles used, particles in the input if known, and how symmetry multiplied them ("" where it did not)."""
+    copies = int(results.prepared.get("symmetry_copies", 1))
+    count = 0 if results.particles is None else len(results.particles) // copies
+    poses = f"each in {copies} poses of symmetry {results.prepared['symmetry']}" if copies > 1 else ""
+    return count, results.prepared.get("num_input", results.all_latents_count), poses
+
+
 def gain(results: Results) -> tuple[float | None, float | None]:
     """Held-out gain of the chosen point and its standard error, nats per particle."""
     values = [results.validation.get(name) for name in ("validation_gain", "validation_gain_se")]
@@ -185,11 +193,11 @@ def particle_sentence(results: Results) -> str:
     """How many particles, in which half-sets."""
     particles = results.particles
     assert particles is not None
-    sentence = f"{len(particles):,} particles"
-    if results.all_latents_count and results.all_latents_count > len(particles):
-        sentence += f", kept out of {results.all_latents_count:,},"
+    used, total, poses = particle_count(results)
+    asides = [f"kept out of {total:,}" if total and total > used else "", poses]
+    sentence = f"{used:,} particles" + "".join(f", {aside}" for aside in asides if aside) + "," * any(asides)
     if "RandomSubset" in particles:
-        counts = particles["RandomSubset"].value_counts().sort_index()
+        counts = particles["RandomSubset"].value_counts().sort_index() * used // len(particles)
         sentence += " in half-sets of " + " and ".join(f"{count:,}" for count in counts)
     box, pixel = training_box(results)
     if box and pixel:

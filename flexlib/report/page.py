@@ -59,8 +59,8 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
 
 def summary_tiles(results: Results) -> str:
     """The run in eight numbers."""
-    count = 0 if results.particles is None else len(results.particles)
-    total = 0 if results.all_latents_count is None else results.all_latents_count
+    count, total, poses = facts.particle_count(results)
+    notes = [f"of {total:,} in the input" if total else "", poses]
     box, pixel = facts.training_box(results)
     full_box, full_pixel = facts.full_box(results)
     flex, rigid = facts.resolutions(results)
@@ -68,7 +68,7 @@ def summary_tiles(results: Results) -> str:
     point = results.chosen
     rms = results.validation.get("rms_displacement_A")
     tiles = [
-        tile("Particles", number(count or None, 7), f"of {total:,} in the input" if total else ""),
+        tile("Particles", number(count or None, 7), "; ".join(filter(None, notes))),
         tile(
             "Training images",
             f"{box} px" if box else NONE,
