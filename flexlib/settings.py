@@ -108,11 +108,6 @@ SECTIONS: dict[str, type] = {
     "reconstruct": ReconstructSettings,
 }
 
-# Keys of the config that are not written yet, with the values they may have until they are
-UNSUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "train": {"latent_init": ("spectral", "random"), "init_from": (None,)},
-}
-
 # What the config names outside its sections, and what prepare reads
 INPUT_PATHS = ("particles", "passthrough", "image_root", "consensus", "mask")
 # Places that a stage makes itself
@@ -220,22 +215,6 @@ def _explain(error: Any) -> str:
     if error.validator in ("anyOf", "oneOf", "pattern"):
         return f"{where}: {error.instance!r} is not understood; {error.schema.get('description', error.message)}"
     return f"{where}: {error.message}"
-
-
-def check_supported(config: Mapping[str, Any]) -> None:
-    """Refuse, before any job, what the stages would refuse: keys that are not supported yet.
-
-    Raises
-    ------
-    InputError
-        Names the key.
-    """
-    for section, keys in UNSUPPORTED.items():
-        for key, supported in keys.items():
-            value = config[section][key]
-            if value not in supported:
-                only = " or ".join("null" if item is None else repr(item) for item in supported)
-                raise InputError(f"config: {section}.{key}: {value!r} is not supported yet, only {only}")
 
 
 def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:

@@ -240,7 +240,9 @@ def test_pure_noise_shows_no_dims():
     assert spectrum.eigenvalues[0] < spectrum.noise_edge
     assert spectrum.suggested_dims == 0
     hidden = force + 4.0 * generator.standard_normal((5000, 1)) * mixing[3]
-    assert spectral_start(FieldForces(hidden.astype(np.float32), mixing.T @ mixing), 2, np.zeros(40)).suggested_dims == 1
+    assert (
+        spectral_start(FieldForces(hidden.astype(np.float32), mixing.T @ mixing), 2, np.zeros(40)).suggested_dims == 1
+    )
 
 
 def test_suggested_dims_stop_at_the_deepest_drop():

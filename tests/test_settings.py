@@ -19,7 +19,6 @@ from flexlib.settings import (
     TrainSettings,
     check_config,
     check_paths,
-    check_supported,
     make_settings,
 )
 from flexlib.simulate import simulate_particles
@@ -165,14 +164,6 @@ def test_missing_files_are_named(tmp_path, monkeypatch, text, key):
     config = check(text)
     with pytest.raises(InputError, match=f"^config: {re.escape(key)}: .* does not exist"):
         check_paths(config)
-
-
-def test_what_is_not_supported_is_told_at_once():
-    check_supported(check_config(MINIMAL, SCHEMA))
-    check_supported(check("mesh: {rigid_segments: [1], custom: surface}"))
-    with pytest.raises(InputError, match=r"'a\.star' is not supported yet, only 'spectral' or 'random'$"):
-        check_supported(check("train: {latent_init: a.star}"))
-    check_supported(check("train: {latent_init: random}"))
 
 
 def test_what_simulate_makes_is_not_missed(tmp_path, monkeypatch):

@@ -1,7 +1,12 @@
-"""Training on small simulated sets: the motion is found, interruptions change nothing, bad checkpoints are refused."""
+"""Training on small simulated sets: the motion is found, interruptions change nothing, bad input is refused."""
 
+import csv
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,49 +14,16 @@ import numpy as np
 import pytest
 import starfile
 import torch
-from scipy.spatial import cKDTree
+from training_sets import latents_of, neighbour_r2, prepared
 
 from flexlib import training
 from flexlib.errors import InputError
-from flexlib.latents import (
-    LatentPrior,
-    Search,
-    fisher_information,
-    friedel_halves,
-    infer_everywhere,
-    infer_latents,
-    latent_centres,
-    log_likelihood_loss,
-)
 from flexlib.maps import read_map
 from flexlib.mesh.build import build_mesh
-from flexlib.mesh.elastic import elastic_modes
-from flexlib.model import FlexModel, FlowGenerator, displacement_basis_A
-from flexlib.particles.images import plane_weight, split_batches
-from flexlib.prepare import prepare_particles
-from flexlib.settings import MeshSettings, PrepareSettings, TrainSettings
-from flexlib.simulate import simulate_particles
-from flexlib.spectral import measure_forces, spectral_start, suggest_dims
+from flexlib.model import FlexModel, FlowGenerator
+from flexlib.settings import MeshSettings, TrainSettings
 
 QUICK = TrainSettings(latent_dims=1, epochs=3, validation_fraction=0.1)
-
-
-def prepared(folder: Path, phantom: str, num_particles: int, snr: float) -> Path:
-    simulate_particles(
-        folder / "sim", phantom=phantom, num_particles=num_particles, box=32, pixel_size_A=7.0, snr=snr, seed=3
-    )
-    prepare_particles(
-        folder / "sim/particles.star",
-        folder / "sim/consensus.mrc",
-        folder / "particles",
-        mask=None,
-        passthrough=None,
-        image_root=None,
-        settings=PrepareSettings(train_box=32),
-        mask_settings=MeshSettings(),
-    )
-    build_mesh(folder / "particles", folder / "mesh", MeshSettings(cells=10))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +42,6 @@ def rigid(tmp_path_factory) -> Path:
 def trained(clamp) -> Path:
     training.train(clamp / "particles", clamp / "mesh", clamp / "train", replace(QUICK, epochs=6))
     return clamp / "train"
-
-
-def neighbour_r2(latents: np.ndarray, truth: np.ndarray) -> float:
-    _, nearest = cKDTree(latents[::2]).query(latents[1::2], k=15)
-    error = truth[::2][nearest].mean(1) - truth[1::2]
-    return float(1 - (error**2).mean() / truth[1::2].var())
-
-
-def latents_of(train_dir: Path) -> np.ndarray:
-    table = starfile.read(train_dir / "latents.star", always_dict=True)["particles"]
-    return table.filter(regex=r"^flexLatent\d+$").to_numpy(np.float64)
 
 
 def test_motion_is_found(trained, clamp):
@@ -145,67 +106,6 @@ def test_checkpoint_of_other_settings_is_refused(clamp, tmp_path):
         training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=1, rigidity=0.1))
 
 
-@pytest.fixture(scope="module")
-def setup(clamp) -> training.Setup:
-    return training._set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
-
-
-def test_spectral_start_sees_the_motion_before_any_training(setup, clamp):
-    basis = training._basis(setup)
-    start = training._start(setup)
-    batches = [setup.source.batch(rows) for rows in split_batches(np.arange(len(setup.source)), 100)]
-    forces = measure_forces(
-        setup.operator, start.canonical.values, batches, len(setup.source), basis, setup.band(0)
-    )
-    spectrum = spectral_start(forces, 1, np.ones(len(basis)))
-    truth = np.load(clamp / "sim/truth.npz")["angles_rad"][:, 0]
-    assert neighbour_r2(spectrum.latents, truth) > 0.5
-    assert spectrum.eigenvalues[0] > 2 * spectrum.noise_edge
-    assert np.abs(spectrum.latents.std() - 1) < 0.1
-
-
-def test_latent_inference_has_the_gradient_of_the_loss(setup):
-    """Forward differences against autograd, and the optimum against a scan of the objective."""
-    stiffness, modes = elastic_modes(setup.mesh, 30)
-    basis = torch.as_tensor(displacement_basis_A(modes, stiffness, setup.mesh.vertices_A)) * 5
-    torch.manual_seed(1)
-    flow = FlowGenerator(basis, 2, 2, 16)
-    with torch.no_grad():
-        flow.linear[:, :3] = torch.randn(2, 3)
-    batch = setup.source.batch(np.arange(8))
-    values = torch.as_tensor(setup.consensus.data).reshape(-1)[setup.operator.voxels.index]
-    weight = plane_weight(32, 12)
-    z = (0.3 * torch.randn(8, 2)).requires_grad_()
-    loss = log_likelihood_loss(setup.operator, values, batch, flow(z), weight)
-    (exact,) = torch.autograd.grad(loss.sum(), z)
-    from flexlib.latents import _objective_and_gradient
-
-    prior = LatentPrior()
-    found, gradient = _objective_and_gradient(setup.operator, flow, values, batch, weight, z.detach(), prior)
-    assert (gradient - exact - z.detach()).norm() < 1e-4 * exact.norm()
-    assert (found - loss.detach() - 0.5 * (z.detach() ** 2).sum(1)).abs().max() < 1e-2
-
-    posterior = infer_latents(setup.operator, flow, values, batch, weight, torch.zeros(8, 2), steps=15)
-
-    def objective(latents):
-        with torch.no_grad():
-            nats = log_likelihood_loss(setup.operator, values, batch, flow(latents), weight)
-        return nats + 0.5 * (latents**2).sum(1)
-
-    best = objective(posterior.latents)
-    for shift in ([0.3, 0], [-0.3, 0], [0, 0.3], [0, -0.3]):
-        assert (objective(posterior.latents + torch.tensor(shift)) > best - 1e-3).all()
-
-
-def test_friedel_halves_split_the_plane():
-    box = 16
-    first, second = friedel_halves(box, 5)
-    assert torch.equal(first + second, torch.ones(box, box // 2 + 1))
-    assert 0.3 < first.mean() < 0.7
-    for ky in range(1, box):  # column kx = 0 holds both mates
-        assert first[ky, 0] == first[-ky, 0]
-
-
 def test_rescaling_latents_moves_nothing():
     torch.manual_seed(0)
     flow = FlowGenerator(torch.randn(5, 7, 3), 2, 3, 8)
@@ -226,18 +126,191 @@ def test_missing_model_is_told_in_one_line(tmp_path):
         FlexModel.load(tmp_path)
 
 
-def test_suggested_dims_stop_at_the_deepest_drop():
-    noise = np.full(50, 1.2)
-    assert suggest_dims(np.array([22.8, 19.8, 8.1, 7.5, 6.3, 6.2, 5.8, 5.1, 4.7, 4.4, 4.1, *noise]), 1.5) == 2
-    harmonics = np.array([30.8, 14.4, 10.3, 7.4, 6.8, 6.1, 5.8, 5.4, 5.0, 4.8, 4.5, 4.3])
-    assert suggest_dims(np.array([*harmonics, *noise]), 2.3) == 1
-    assert suggest_dims(np.array([5.0, 4.0, *noise]), 1.5) == 2
-    assert suggest_dims(noise, 1.5) == 0
-
-
 def test_unconfirmed_motion_is_not_kept(rigid):
     """The rigid set's model stands still, so that its reconstruction is the rigid one."""
     training.train(rigid / "particles", rigid / "mesh", rigid / "still", replace(QUICK, epochs=2))
     model = FlexModel.load(rigid / "still")
     assert model.displacements_A(torch.randn(5, 1)).abs().max() == 0
     assert json.loads((rigid / "still/validation.json").read_text())["rms_displacement_A"] == 0
+
+
+def scores_of(train_dir: Path) -> dict:
+    return json.loads((train_dir / "validation.json").read_text())
+
+
+def test_mean_motion_of_the_molecule_is_taken_out(trained, clamp):
+    """The gauge: no mean translation or rotation of the density over the particles."""
+    model = FlexModel.load(trained)
+    setup = training._set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
+    mean_A = model.displacements_A(model.latents).mean(0).numpy()
+    share = setup.density_share.numpy()[:, None]
+    at = model.mesh.vertices_A - (share * model.mesh.vertices_A).sum(0)
+    assert np.linalg.norm((share * mean_A).sum(0)) < 0.02  # A
+    turn = (share * np.cross(at, mean_A)).sum(0) / (share * at**2).sum()
+    assert np.linalg.norm(turn) < 5e-4  # rad
+    assert (share[:, 0] @ (mean_A**2).sum(1)) ** 0.5 < 5  # the rest is the mean bend of the jaw
+
+
+def test_motion_coordinates_are_angstrom(trained, clamp):
+    """Distances between particles in flexMotion1Angst are rms displacements of density between their states."""
+    model = FlexModel.load(trained)
+    setup = training._set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
+    share = setup.density_share.numpy()
+    motion = latents_of(trained, r"^flexMotion\d+Angst$")
+    assert motion.shape == model.latents.shape
+    moved = model.displacements_A(model.latents).numpy()
+    generator = np.random.default_rng(0)
+    first, second = generator.integers(0, len(motion), (2, 200))
+    true = np.sqrt((((moved[first] - moved[second]) ** 2).sum(2) * share).sum(1))
+    told = np.linalg.norm(motion[first] - motion[second], axis=1)
+    large = true > 1.0
+    assert large.sum() > 50
+    assert (told <= true * 1.01).all()  # one axis cannot hold more than the whole
+    assert np.median(told[large] / true[large]) > 0.9
+    scores = scores_of(trained)
+    assert scores["motion_share"][0] > 0.9
+    per_unit = scores["rms_displacement_per_unit_A"][0]
+    assert per_unit == pytest.approx(scores["rms_displacement_A"] / model.latents.std(), rel=0.3)
+
+
+def test_held_out_scores_of_each_particle_are_written(trained):
+    with (trained / "held_out.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    scores = scores_of(trained)
+    gains = np.array([float(row["gain"]) for row in rows])
+    assert len(gains) == scores["validation_particles"] == 60
+    assert gains.mean() == pytest.approx(scores["validation_gain"], rel=1e-4)
+    assert gains.std(ddof=1) / np.sqrt(len(gains)) == pytest.approx(scores["validation_gain_se"], rel=1e-4)
+
+
+def test_overfitting_lowers_the_held_out_score(clamp, trained, tmp_path):
+    """A rigidity far too low fits the noise of the training particles; the score of the others falls."""
+    loose = replace(QUICK, epochs=12, rigidity=1e-5, latent_dims=4, noise_injection=0.0)
+    training.train(clamp / "particles", clamp / "mesh", tmp_path / "loose", loose)
+    training.train(clamp / "particles", clamp / "mesh", tmp_path / "good", replace(loose, rigidity=2.0))
+
+    def gains(folder):
+        with (folder / "held_out.csv").open() as handle:
+            return np.array([float(row["gain"]) for row in csv.DictReader(handle)])
+
+    difference = gains(tmp_path / "good") - gains(tmp_path / "loose")  # the same particles
+    assert difference.mean() > 3 * difference.std(ddof=1) / np.sqrt(len(difference))
+
+
+def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp, tmp_path):
+    """SIGKILL, which nothing can catch: the next run continues from the last checkpoint, to the same latents."""
+    program = (
+        "import sys; from flexlib.training import train; from flexlib.settings import TrainSettings;"
+        "import flexlib.training as t; from pathlib import Path; step = t._step;"
+        "done = [0]\n"
+        "def counted(*a):\n"
+        "    done[0] += 1\n"
+        "    if done[0] == 30: Path(sys.argv[4]).touch()\n"
+        "    if done[0] >= 30: import time; time.sleep(float(sys.argv[5]))\n"
+        "    return step(*a)\n"
+        "t._step = counted\n"
+        "train(*sys.argv[1:4], TrainSettings(latent_dims=2, epochs=3, validation_fraction=0.1), 'cpu')"
+    )
+    arguments = [str(clamp / "particles"), str(clamp / "mesh")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+
+    def command(out: str, marker: str, pause_s: float) -> list[str]:
+        return [sys.executable, "-c", program, *arguments, str(tmp_path / out), str(tmp_path / marker), str(pause_s)]
+
+    subprocess.run(command("whole", "reached_whole", 0.0), env=environment, check=True, capture_output=True)
+    first = subprocess.Popen(command("killed", "reached", 600.0), env=environment, stderr=subprocess.DEVNULL)
+    for _ in range(3000):
+        if (tmp_path / "reached").exists():
+            break
+        assert first.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "killed/model.pt").exists()
+    assert (tmp_path / "killed/checkpoints/checkpoint.pt").exists()
+    subprocess.run(command("killed", "again", 0.0), env=environment, check=True, capture_output=True)
+    assert np.abs(latents_of(tmp_path / "whole") - latents_of(tmp_path / "killed")).max() < 1e-6
+
+
+def test_checkpoints_are_written_within_long_epochs(clamp, tmp_path, monkeypatch):
+    """With every batch checkpointed, the middle of an epoch is a place to continue from."""
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", 0.0)
+    settings = replace(QUICK, epochs=2)
+    take_step, done = training._step, [0]
+
+    def step_then_fail(*arguments):
+        done[0] += 1
+        if done[0] == 27:
+            raise KeyboardInterrupt
+        return take_step(*arguments)
+
+    monkeypatch.setattr(training, "_step", step_then_fail)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(clamp / "particles", clamp / "mesh", tmp_path / "parts", settings)
+    saved = torch.load(tmp_path / "parts/checkpoints/checkpoint.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (1, 6)  # 20 batches an epoch
+    monkeypatch.setattr(training, "_step", take_step)
+    training.train(clamp / "particles", clamp / "mesh", tmp_path / "parts", settings)
+    training.train(clamp / "particles", clamp / "mesh", tmp_path / "whole", settings)
+    assert np.abs(latents_of(tmp_path / "whole") - latents_of(tmp_path / "parts")).max() < 1e-6
+
+
+@pytest.mark.parametrize("change", ["threads", "batch size"])
+def test_score_does_not_depend_on_threads_or_batch_size(trained, clamp, tmp_path, monkeypatch, change):
+    threads = torch.get_num_threads()
+    try:
+        if change == "threads":
+            torch.set_num_threads(3 - min(threads, 2))
+        else:
+            monkeypatch.setattr(training, "BATCH_SIZE", 13)
+        training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=6))
+    finally:
+        torch.set_num_threads(threads)
+    one, other = scores_of(trained), scores_of(tmp_path)
+    assert abs(one["validation_gain"] - other["validation_gain"]) < one["validation_gain_se"]
+
+
+def test_latents_start_from_a_file_and_stay_frozen(trained, clamp, tmp_path):
+    """Someone else's latents, in their own scale, come back untouched; the flow learns to follow them."""
+    truth = np.load(clamp / "sim/truth.npz")["angles_rad"][:, :1]
+    given = 40.0 * truth + 100.0
+    np.save(tmp_path / "own.npy", given)
+    settings = replace(QUICK, epochs=4, latent_init=tmp_path / "own.npy", freeze_latents=True)
+    training.train(clamp / "particles", clamp / "mesh", tmp_path / "frozen", settings)
+    assert np.abs(latents_of(tmp_path / "frozen") - given).max() < 1e-3
+    scores = scores_of(tmp_path / "frozen")
+    assert scores["validation_gain"] > 3 * scores["validation_gain_se"]
+    model = FlexModel.load(tmp_path / "frozen")
+    moved = model.displacements_A(np.array([[given.min()], [given.max()]], np.float32))
+    assert float((moved[1] - moved[0]).norm(dim=1).max()) > 10  # A, at the tip of the jaw
+
+
+def test_training_continues_from_a_trained_point(trained, clamp, tmp_path):
+    settings = replace(QUICK, epochs=1, init_from=trained)
+    training.train(clamp / "particles", clamp / "mesh", tmp_path / "more", settings)
+    before, after = scores_of(trained), scores_of(tmp_path / "more")
+    assert after["validation_gain"] > before["validation_gain"] - 2 * before["validation_gain_se"]
+    assert abs(np.corrcoef(latents_of(trained)[:, 0], latents_of(tmp_path / "more")[:, 0])[0, 1]) > 0.95
+    build_mesh(clamp / "particles", tmp_path / "mesh", MeshSettings(cells=7))
+    with pytest.raises(InputError, match=r"train\.init_from must have this point's mesh"):
+        training.train(clamp / "particles", tmp_path / "mesh", tmp_path / "other", settings)
+
+
+def test_latents_of_too_few_dims_are_refused(trained, clamp, tmp_path):
+    settings = replace(QUICK, latent_dims=2, latent_init=trained / "latents.star")
+    with pytest.raises(InputError, match=r"latents\.star: 1 latent dims, but train\.latent_dims is 2"):
+        training.train(clamp / "particles", clamp / "mesh", tmp_path, settings)
+
+
+def test_centering_as_a_number_finds_the_motion_too(clamp, tmp_path):
+    training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=6, centering=20.0))
+    truth = np.load(clamp / "sim/truth.npz")["angles_rad"][:, 0]
+    latents = latents_of(tmp_path)
+    assert neighbour_r2(latents, truth) > 0.8
+    assert 0.3 < latents.std() < 2.0
+
+
+def test_random_start_finds_the_motion(clamp, tmp_path):
+    training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=12, latent_init="random"))
+    truth = np.load(clamp / "sim/truth.npz")["angles_rad"][:, 0]
+    assert neighbour_r2(latents_of(tmp_path), truth) > 0.5

@@ -8,7 +8,7 @@ import yaml
 
 from flexlib.errors import InputError
 from flexlib.mesh.connections import check_mesh_keys
-from flexlib.settings import MeshSettings, check_config, check_paths, check_supported, input_paths, make_settings
+from flexlib.settings import MeshSettings, check_config, check_paths, input_paths, make_settings
 from flexlib.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
 
 
@@ -17,7 +17,6 @@ def checked(config):
     try:
         schema = yaml.safe_load(Path(workflow.source_path("../schemas/config.schema.yaml")).read_text())
         complete = check_config(config, schema)
-        check_supported(complete)
         check_paths(complete)
         check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
         points = sweep_points(complete)
