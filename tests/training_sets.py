@@ -12,14 +12,22 @@ from flexlib.settings import MeshSettings, PrepareSettings
 from flexlib.simulate import simulate_particles
 
 
-def prepared(folder: Path, phantom: str, num_particles: int, snr: float, box: int = 32, cells: int = 10) -> Path:
-    """``folder`` with sim/, particles/ and mesh/ of a set whose field of view is 224 A."""
+def prepared(
+    folder: Path,
+    phantom: str,
+    num_particles: int,
+    snr: float,
+    box: int = 32,
+    cells: int = 10,
+    field_of_view_A: float = 224.0,
+) -> Path:
+    """``folder`` with sim/, particles/ and mesh/ of a simulated set."""
     simulate_particles(
         folder / "sim",
         phantom=phantom,
         num_particles=num_particles,
         box=box,
-        pixel_size_A=224.0 / box,
+        pixel_size_A=field_of_view_A / box,
         snr=snr,
         seed=3,
     )
