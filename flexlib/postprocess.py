@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 MOVING_FRACTION = 0.5  # of the largest rms displacement, from which on a voxel belongs to the moving region
 MOVING_MIN_PX = 0.5  # rms displacement below which nothing counts as moving: no image could tell
-MOVING_EDGE_PX = 5.0
+MOVING_EDGE_PX = 8.0  # a steeper edge spreads strong low shells over the weak high ones
 MOTION_PARTICLES = 10_000  # that stand for all in the rms displacement
 MIN_REGION_VOXELS = 1000  # an FSC within fewer says nothing
 
