@@ -66,6 +66,17 @@ def corrected_fsc(
     }
 
 
+def predicted_truth_fsc(half_map_fsc: np.ndarray) -> np.ndarray:
+    """FSC of the mean of two half-maps with the noise-free map that their own FSC h predicts: ``sqrt(2h / (1 + h))``.
+
+    Of independent noise in the halves: h = S / (S + N), and the mean holds half the noise, so its correlation with the
+    signal is ``sqrt(S / (S + N/2))`` (P. Rosenthal, R. Henderson, J. Mol. Biol. 333, 721 (2003): C_ref). Its square,
+    2h / (1 + h), is the FSC that two maps as good as the mean would have. Negative h predicts 0.
+    """
+    h = np.maximum(half_map_fsc, 0.0)
+    return np.sqrt(2.0 * h / (1.0 + h))
+
+
 def resolution_at(curve: np.ndarray, threshold: float, box: int, pixel_size_A: float) -> float:
     """Resolution in A at which an FSC curve first falls below ``threshold``, linear between shells.
 

@@ -11,6 +11,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.fsc import fsc
+from flexlib.map_solver import NormalEquations, project_adjoint, solve_map
 from flexlib.maps import lowpass_map, read_map, soft_edge
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.mesh.tetmesh import single_cell_mesh
@@ -18,7 +19,7 @@ from flexlib.mesh.voxels import voxelise
 from flexlib.model import FlexModel, FlowGenerator, rigid_modes_A
 from flexlib.particles.images import ImageBatch, plane_weight
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
-from flexlib.reconstruct import NormalEquations, fsc_table, project_adjoint, reconstruct, solve_map
+from flexlib.reconstruct import fsc_table, reconstruct
 from flexlib.settings import MeshSettings, PrepareSettings, ReconstructSettings
 
 BOX = 24
@@ -234,7 +235,7 @@ def test_batch_size_changes_rounding_only():
     displacements_A = bends_A(problem.mesh, np.random.default_rng(7).normal(0, 1, 60))
     source = FakeSource(60, problem.values, problem.points_A(displacements_A), noise=1.0)
     volumes = [problem.solve(source, displacements_A, batch_size=size)[0] for size in (7, 60)]
-    kept, _ = problem.solve(source, displacements_A, batch_size=7, keep_transfer=True)
+    kept, _ = problem.solve(source, displacements_A, batch_size=7, keep_views=True)
     assert np.linalg.norm(volumes[0] - volumes[1]) < 1e-4 * np.linalg.norm(volumes[0])
     assert np.array_equal(kept, volumes[0])
 
@@ -252,7 +253,7 @@ def test_a_half_set_never_sees_the_other():
 def test_objective_falls_and_the_reason_to_stop_is_told(caplog):
     problem = Problem()
     source = FakeSource(100, problem.values, problem.points_A(), noise=1.0)
-    with caplog.at_level(logging.WARNING, "flexlib.reconstruct"):
+    with caplog.at_level(logging.WARNING, "flexlib.map_solver"):
         _, convergence = problem.solve(source, max_iterations=40)
         assert convergence.converged and not caplog.records
         assert np.all(np.diff(convergence.objective) < 0)

@@ -144,6 +144,20 @@ def test_missing_input_becomes_a_sentence(results: Path, tmp_path: Path, gone: s
     assert sentence in section(Results(root, CONFIG))
 
 
+def test_moving_part_and_maps_that_did_not_converge_are_told(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path / "results")
+    folder = next((tmp_path / "results").rglob("fsc.csv")).parent
+    table = pd.read_csv(folder / "fsc.csv")
+    table["fsc_flex_moving"] = np.linspace(1.0, 0.0, len(table))
+    table.to_csv(folder / "fsc.csv", index=False)
+    converged = {"flex_half1": True, "flex_half2": True, "rigid_half1": True, "rigid_half2": False}
+    (folder / "resolution.json").write_text(json.dumps({"converged": converged}))
+    html = sections.resolution_section(Results(tmp_path / "results", CONFIG), NOTHING)
+    assert "Not converged: rigid half 2. Raise reconstruct.max_bfgs_iterations" in html
+    half_A = 2 / table["frequency_1_per_A"].max()  # a straight line is at 0.5 in the middle
+    assert re.search(rf"<td>corrected, in the part that moves</td>.*<td>{half_A:.1f}", html)
+
+
 def test_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     write_report(tmp_path, tmp_path / "report.html", {})
     assert "This run is not complete" in " ".join(_parse(tmp_path / "report.html").text)

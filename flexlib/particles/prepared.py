@@ -6,6 +6,7 @@ Files and columns: docs/architecture.md; the data model: ``flexlib/particles/ima
 from __future__ import annotations
 
 import csv
+from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -156,6 +157,17 @@ class FullImages(PreparedImages):
         super().__init__(
             served, box, pixel_size_A, self.sides_px, image_scale, sigma, full_box, full_pixel_size_A
         )  # fmt: skip
+
+    @property
+    def stored(self) -> tuple[Stacks, Particles]:
+        """The stacks that images are read from, and which image of which is whose."""
+        return self._stacks, self._original
+
+    def reading_from(self, stacks: Stacks, image_index: np.ndarray) -> FullImages:
+        """The same images from copies of their stacks; ``image_index`` (n,) tells where in them each one lies."""
+        copied = copy(self)
+        copied._stacks, copied._original = stacks, replace(self._original, image_index=image_index)
+        return copied
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         rows = np.asarray(rows)

@@ -114,11 +114,11 @@ class Stacks:
         """
         stack_of_row, slices = particles.stack_index[rows], particles.image_index[rows]
         if side is None:
-            side = self._header(stack_of_row[0]).box
+            side = self.header(stack_of_row[0]).box
         result = np.empty((len(rows), side, side), np.float32)
         for stack in np.unique(stack_of_row):
             members = np.flatnonzero(stack_of_row == stack)
-            header = self._header(stack)
+            header = self.header(stack)
             start = header.box // 2 - side // 2
             inner = slice(start, start + side)
             image = np.empty((header.box, header.box), header.dtype)
@@ -133,7 +133,8 @@ class Stacks:
                     result[member] = image[inner, inner]
         return result
 
-    def _header(self, stack: int) -> StackHeader:
+    def header(self, stack: int) -> StackHeader:
+        """Of a stack that particles are in."""
         header = self.headers[stack]
         assert header is not None, "no particle was in this stack when the stacks were opened"
         return header

@@ -343,6 +343,9 @@ def _resolution_cell(value: float | None) -> str:
     return NONE if value is None or value != value else f"{angstrom(value)} Å"
 
 
+_FSC_ROWS = {"moving": "corrected, in the part that moves"}
+
+
 def resolution_table(fsc: pd.DataFrame) -> str:
     """Resolution of each curve at 0.143 and 0.5."""
     last = float(fsc["frequency_1_per_A"].max())
@@ -357,5 +360,5 @@ def resolution_table(fsc: pd.DataFrame) -> str:
                     NONE if column is None else f"{angstrom(value)} Å" if value else f"beyond {angstrom(1 / last)} Å"
                 )
         if any(cell != NONE for cell in cells):
-            rows.append((kind, *cells))
+            rows.append((_FSC_ROWS.get(kind, kind), *cells))
     return table(("FSC", "rigid, 0.143", "flexible, 0.143", "rigid, 0.5", "flexible, 0.5"), rows)

@@ -291,7 +291,7 @@ def plain_numbers(values) -> list[float]:
 
 # resolution -----------------------------------------------------------------------------------------------------
 
-FSC_KINDS = ("corrected", "masked", "unmasked")
+FSC_KINDS = ("corrected", "masked", "unmasked", "moving")
 
 
 def fsc_column(fsc: pd.DataFrame, model: str, kind: str | None = None) -> str | None:
@@ -312,9 +312,9 @@ def resolution_A(fsc: pd.DataFrame, column: str, threshold: float) -> float | No
 
 
 def fsc_plot(fsc: pd.DataFrame) -> go.Figure:
-    """FSC of flexible and rigid half-maps: corrected solid, masked dashed, unmasked dotted."""
+    """FSC of flexible and rigid half-maps: corrected solid, masked dashed, unmasked dotted, moving part dash-dotted."""
     figure = go.Figure()
-    dashes = {"corrected": "solid", "masked": "dash", "unmasked": "dot"}
+    dashes = {"corrected": "solid", "masked": "dash", "unmasked": "dot", "moving": "dashdot"}
     best = {model: fsc_column(fsc, model) for model in ("flex", "rigid")}
     for model, colour, label in (("rigid", "#7d8793", "rigid"), ("flex", FLEX, "flexible")):
         for kind in FSC_KINDS:

@@ -209,6 +209,12 @@ class Results:
         return _csv(self.stage_dir("reconstruct") / "convergence.csv")
 
     @cached_property
+    def unconverged(self) -> list[str]:
+        """Half-maps whose solution was stopped by the count of iterations, as resolution.json says: "flex half 1"."""
+        converged = _json(self.stage_dir("reconstruct") / "resolution.json").get("converged", {})
+        return [name.replace("_half", " half ") for name, is_so in converged.items() if not is_so]
+
+    @cached_property
     def fsc(self) -> pd.DataFrame | None:
         """fsc.csv of the chosen point."""
         return _csv(self.stage_dir("reconstruct") / "fsc.csv")

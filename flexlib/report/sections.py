@@ -318,6 +318,11 @@ def resolution_section(results: Results, gallery: morph.Gallery) -> str:
         )
     )
     parts.append(facts.resolution_table(fsc))
+    if results.unconverged:
+        names = ", ".join(results.unconverged)
+        parts.append(
+            missing(f"Not converged: {names}. Raise reconstruct.max_bfgs_iterations; the FSC may not be true.")
+        )
     if results.convergence is not None:
         caption = (
             "<b>Convergence of the reconstructions.</b> Curves should end well below 10⁻²: then the map is the "

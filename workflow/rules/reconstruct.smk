@@ -15,6 +15,11 @@ rule reconstruct:
             map=["half1", "half2", "map"],
             allow_missing=True,
         ),
+        derived=expand(
+            f"{RECONSTRUCT}/{{map}}.mrc",
+            map=["flex_sharpened", "flex_local_resolution", "moving_mask"],
+            allow_missing=True,
+        ),
         fsc=f"{RECONSTRUCT}/fsc.csv",
         resolution=f"{RECONSTRUCT}/resolution.json",
         convergence=f"{RECONSTRUCT}/convergence.csv",
