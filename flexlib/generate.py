@@ -57,8 +57,8 @@ def generate_series(
 
     For each series: ``NAME/frame_000.mrc`` ... and ``NAME/frame_000.vtu`` ... (the mesh with the point data
     ``displacement_A``), ``NAME.cxc`` (plays them in ChimeraX) and ``NAME.webp`` (a film). ``series.csv`` has a row for
-    each frame: series, frame, the latents, ``num_particles`` near it, ``beyond_data`` (1 where there are none to speak
-    of), ``rms_displacement_A`` of the mesh vertices from rest.
+    each frame: series, frame, the latents, ``num_particles`` near it, ``beyond_data`` (1 where there are hardly
+    any), ``rms_displacement_A`` of the mesh vertices from rest.
 
     Parameters
     ----------
@@ -288,7 +288,7 @@ def _write_series(
     if len(latents) > 1 and np.ptp(displacements_A, axis=0).max() < _STILL_A:
         logger.warning("%s: nothing moves along this series: the training found no motion there", name)
     if table["beyond_data"].any():
-        logger.warning("%s: no particles near frames %s: only the prior rules there", name, _ranges(table))
+        logger.warning("%s: frames %s lie beyond the data: only the prior rules there", name, _ranges(table))
     shutil.rmtree(out_dir / name, ignore_errors=True)  # an earlier run may have had more frames
     last = len(latents) - 1
     key_frames = [deformer.deform(displacements_A[i]) for i in sorted({0, last // 2, last})]
@@ -351,7 +351,7 @@ def chimerax_script(name: str, table: pd.DataFrame, level: float) -> str:
         "2dlabels change flex1 visibility false",
     ]
     if beyond := _ranges(table):
-        text = f"no particles near frames {beyond}"
+        text = f"beyond the data: frames {beyond}"
         lines.append(f'2dlabels create flexbeyond text "{text}" color red xpos 0.03 ypos 0.04 size 20')
     lines += ["vseries slider #1", "vseries play #1 direction oscillate loop true maxFrameRate 15"]
     return "\n".join(lines) + "\n"

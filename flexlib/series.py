@@ -20,13 +20,12 @@ FILE_SUFFIXES = (".csv", ".txt", ".npy", ".star", ".cs")
 MAX_POINTS = 1000  # a file of more rows is a list of particles, not of frames
 SPELLINGS = "axes, curve, kmeans 8, between 12 340, between -1,0 1,0.5, or a .csv, .txt, .npy, .star or .cs file"
 
-_NEIGHBOURS = 10  # the distance to this many particles tells whether a place has data
-_BEYOND_QUANTILE = 0.97  # farther from its neighbours than this share of the particles is beyond the data
+_BEYOND_SHARE = 0.05  # a place with fewer particles near than this part of the usual is beyond the data
 _SAMPLE = 5000  # particles that draw the principal curve
 _NODES = 60  # of the polyline that the principal curve is
 _WIDTHS = (np.inf, 0.6, 0.4, 0.25, 0.15)  # of the smoothing, as parts of the curve's range; infinite is straight
 _PASSES = 8  # at each width
-_NARROWER = 0.9  # a more bent curve must make the tube around it smaller by this
+_COUNTED = 500  # particles whose neighbours are counted, to know the usual
 _CLUSTERED = 100_000  # particles that k-means looks at
 _SEED = 0
 
@@ -226,7 +225,8 @@ def principal_curve(latents: np.ndarray, frames: int, metric: np.ndarray | None 
             place, _ = _project(cloud, nodes)
         place, squared = _project(cloud, nodes)
         length = np.linalg.norm(np.diff(nodes, axis=0), axis=1).sum()
-        if (tube := length * np.sqrt(squared.mean())) < _NARROWER * smallest:
+        tube = length * np.sqrt(squared.mean())
+        if tube < smallest:
             smallest, best = tube, (nodes, place)
     nodes, place = best
     low, high = np.percentile(place, PERCENTILES)
@@ -279,7 +279,7 @@ def _at_length(nodes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class Neighbourhood:
-    """Tells how many particles lie near a point of latent space, and whether it lies where there are none."""
+    """Tells how many particles lie near a point of latent space, and whether it lies where there are hardly any."""
 
     def __init__(self, latents: np.ndarray):
         """``latents`` (n, K), finite."""
@@ -287,15 +287,8 @@ class Neighbourhood:
 
         self._spread = np.maximum(latents.std(0), 1e-12)
         self._tree = cKDTree(latents / self._spread)
-        self._neighbours = min(_NEIGHBOURS, len(latents))
-        rows = np.random.default_rng(_SEED).permutation(len(latents))[:_SAMPLE]
-        own = self._distance(latents[rows], self._neighbours + 1)  # a particle is its own nearest neighbour
-        self._usual = float(np.quantile(own, _BEYOND_QUANTILE))
-
-    def _distance(self, points: np.ndarray, neighbours: int) -> np.ndarray:
-        """(m,) distance to the last of so many neighbours, or to the farthest particle where there are fewer."""
-        count = min(neighbours, self._tree.n)
-        return self._tree.query(points / self._spread, k=[count])[0][:, 0]
+        rows = np.random.default_rng(_SEED).permutation(len(latents))[:_COUNTED]
+        self._usual = float(np.median(self.num_near(latents[rows])))
 
     def num_near(self, points: np.ndarray) -> np.ndarray:
         """(m,) particles within half a standard deviation (rms over the dimensions) of each of (m, K) points."""
@@ -303,5 +296,5 @@ class Neighbourhood:
         return self._tree.query_ball_point(points / self._spread, radius, return_length=True).astype(int)
 
     def beyond_data(self, points: np.ndarray) -> np.ndarray:
-        """(m,) bool: farther from the tenth nearest particle than 97 % of the particles are themselves."""
-        return self._distance(points, self._neighbours) > self._usual * (1 + 1e-6)
+        """(m,) bool: nobody near, or fewer than a twentieth of those near the median particle."""
+        return self.num_near(points) < max(1.0, _BEYOND_SHARE * self._usual)

@@ -99,7 +99,7 @@ def test_frames_say_where_there_are_no_particles(series, latents):
     assert len(labels) == 5
     assert labels[2] == ("3", "frame 3 of 5: 0 particles near - BEYOND THE DATA", "red")
     assert labels[4][1:] == (f"frame 5 of 5: {int(end.num_particles)} particles near", "dim gray")
-    assert 'text "no particles near frames 3"' in script
+    assert 'text "beyond the data: frames 3"' in script
     assert "vseries play #1 direction oscillate loop true" in script
 
 
