@@ -27,6 +27,7 @@ from flexlib.prepare import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.settings import MeshSettings, PrepareSettings, TrainSettings
 from flexlib.simulate import simulate_particles
+from flexlib.validation import choose_held_out
 from flexlib.training import train
 
 NAMES = {"parted": "a segment per layer", "plain": "one mesh"}
@@ -82,9 +83,9 @@ def unseen_loss(out: Path, name: str, seed: int) -> np.ndarray:
     values = gather_volume(torch.as_tensor(model.canonical), voxels)
     band = json.loads((out / f"train_{name}_{seed}/validation.json").read_text())["band_shell"]
     seen, unseen = (plane_weight(source.box, band) * half for half in friedel_halves(source.box, 1))
-    rows = np.random.default_rng((seed, 1)).permutation(len(source))  # as the training draws them
+    _, held = choose_held_out(source.particles.image_index, HELD_OUT, seed)
     losses = []
-    for batch in read_ahead(source, split_batches(np.sort(rows[: round(HELD_OUT * len(source))]), 100), "cpu"):
+    for batch in read_ahead(source, split_batches(held, 100), "cpu"):
         start = torch.as_tensor(model.latents[batch.rows])
         latents = infer_latents(operator, model.flow, values, batch, seen, start, 5).latents
         with torch.no_grad():

@@ -235,6 +235,18 @@ def lowpass_map(volume: np.ndarray, pixel_size_A: float, resolution_A: float, ed
     return fft.irfftn(spectrum * gain, s=volume.shape, workers=fft_workers()).astype(np.float32)
 
 
+def sharpen_map(volume: np.ndarray, pixel_size_A: float, bfactor_A2: float) -> np.ndarray:
+    """Multiply the amplitudes of (N, N, N) at frequency s by ``exp(-bfactor_A2 s^2 / 4)``: negative sharpens.
+
+    The sign is RELION's and CryoSPARC's. Returns float32.
+    """
+    box = volume.shape[0]
+    frequency = shell_radius(box) / (box * pixel_size_A)
+    gain = np.exp(-0.25 * bfactor_A2 * frequency**2).astype(np.float32)
+    spectrum = fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
+    return fft.irfftn(spectrum * gain, s=volume.shape, workers=fft_workers()).astype(np.float32)
+
+
 def soft_edge(mask: np.ndarray, pixel_size_A: float, dilate_A: float, width_A: float) -> np.ndarray:
     """Grow a binary mask by ``dilate_A`` and add a cosine edge of ``width_A`` outside it.
 

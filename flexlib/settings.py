@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from flexlib.errors import InputError
+from flexlib.series import series_files
 
 Auto = Literal["auto"]
 Settings = TypeVar("Settings")
@@ -81,11 +82,13 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """``generate:``; ``volume`` is a map to deform instead of the canonical one."""
+    """``generate:``; ``series`` as ``flexlib.series`` reads it; ``volume`` to deform instead of the canonical map."""
 
     frames: int = 41
-    series: Literal["axes"] | Path = "axes"
+    series: str | list[str] = "axes"
     volume: Path | None = None
+    lowpass_A: float | None = None
+    bfactor_A2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,13 @@ def _explain(error: Any) -> str:
 
 
 def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """Every path that a checked config asks to be read, as (dotted key, path)."""
+    """Every path that a checked config asks to be read, as (dotted key, path).
+
+    Raises
+    ------
+    InputError
+        ``generate.series`` is not understood.
+    """
     for key in INPUT_PATHS:
         if config.get(key) is not None:
             yield key, Path(config[key])
@@ -228,6 +237,8 @@ def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
             value = getattr(values, item.name)
             if isinstance(value, Path) and item.name not in OUTPUT_PATHS:
                 yield f"{section}.{item.name}", value
+    for path in series_files((config.get("generate") or {}).get("series", "axes")):
+        yield "generate.series", path
 
 
 def _without_lists(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,8 @@ def test_series(results, point):
         assert np.abs(frames[0] - frames[2]).max() > 0
         assert np.allclose([frame.sum() for frame in frames], frames[0].sum(), rtol=1e-2)  # density is kept
         assert f"axis_{axis}" in (results / f"generate/{point}/axis_{axis}.cxc").read_text()
+        assert (results / f"generate/{point}/axis_{axis}.webp").read_bytes()[8:12] == b"WEBP"
+        assert "displacement_A" in meshio.read(results / f"generate/{point}/axis_{axis}/frame_002.vtu").point_data
 
 
 def test_one_point_is_chosen_and_reconstructed(results):

@@ -1,179 +1,290 @@
-"""Series of maps: the push-forward of density against the exact transform of moved voxels, and the stage's files."""
+"""Series of maps: the files of the stage, their places in space, checkpoints, and the command line."""
 
-import finufft
-import numba
+import os
+import re
+
+import meshio
+import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from moving_ball import BOX, PIXEL_SIZE_A, ball, ball_mesh, centre_A, linear_model
+from PIL import Image
+from scipy import ndimage
 
+from flexlib import movie
 from flexlib.errors import InputError
-from flexlib.generate import VolumeDeformer, chimerax_script, deform_at_latent, deform_volume, generate_series, num_near
-from flexlib.maps import Map, read_map, soft_edge, write_map
-from flexlib.mesh.lattice import bcc_mesh
-from flexlib.mesh.voxels import voxelise
-from flexlib.model import FlexModel, FlowGenerator
+from flexlib.files import write_json
+from flexlib.generate import chimerax_script, displacement_metric, generate_series, main, newest_model
+from flexlib.maps import Map, lowpass_map, read_map, sharpen_map, write_map
+from flexlib.particles.star import write_star
+from flexlib.report import surface
 from flexlib.settings import GenerateSettings
 
-BOX = 32
-PIXEL_SIZE_A = 3.0
+ORIGIN_A = (7.0, 8.0, 9.0)
+NSTART = (-16, -16, -16)
 
 
-def ball(box, radius_px, centre_px=(0, 0, 0)):
-    z, y, x = np.ogrid[:box, :box, :box]
-    x0, y0, z0 = (c + box // 2 for c in centre_px)
-    return (x - x0) ** 2 + (y - y0) ** 2 + (z - z0) ** 2 < radius_px**2
+@pytest.fixture(scope="module", autouse=True)
+def small_pictures():
+    """Films of small pictures: most of a frame's time is drawing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(movie, "_SIZE_PX", 120)
+        patch.setattr(surface, "_SHARP_BOX", 48)
+        yield
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return bcc_mesh(ball(BOX, 11), PIXEL_SIZE_A, 20.0)
+    return ball_mesh()
 
 
-def bend_A(vertices_A):
-    """A smooth bend of a few Angstrom."""
-    x, y, z = (vertices_A / 30.0).T
-    return 4.0 * np.stack([np.sin(z) + 0.2, 0.5 * x * z, np.cos(y) * 0.7], 1)
-
-
-def linear_model(mesh, canonical, latents):
-    """A model whose first latent is a translation along x in Angstrom and whose second is one along y."""
-    shifts = np.zeros((2, len(mesh.vertices_A), 3), np.float32)
-    shifts[0, :, 0] = shifts[1, :, 1] = 1.0
-    flow = FlowGenerator(torch.from_numpy(shifts), 2, 1, 4)
-    with torch.no_grad():
-        flow.linear.copy_(torch.eye(2))
-    return FlexModel(mesh, flow, latents.astype(np.float32), canonical.astype(np.float32), BOX, PIXEL_SIZE_A)
-
-
-def centre_A(volume, pixel_size_A):
-    """Centre of mass (x, y, z) in Angstrom from the box centre."""
-    box = len(volume)
-    axis = (np.arange(box) - box // 2) * pixel_size_A
-    return np.array([(volume.sum(tuple({0, 1, 2} - {a})) * axis).sum() / volume.sum() for a in (2, 1, 0)])
-
-
-def test_volume_at_rest_is_given_back(mesh):
-    volume = np.random.default_rng(0).standard_normal((BOX,) * 3).astype(np.float32)
-    mask = soft_edge(ball(BOX, 8), PIXEL_SIZE_A, 0.0, 9.0)
-    moved = deform_volume(volume, PIXEL_SIZE_A, mask, mesh, np.zeros_like(mesh.vertices_A))
-    assert np.abs(moved - volume).max() < 1e-5 * np.abs(volume).max()
-
-
-def test_mass_is_kept_and_density_outside_the_mask_stays(mesh):
-    generator = np.random.default_rng(1)
-    inside = ball(BOX, 8)
-    volume = np.where(inside, generator.uniform(1, 2, inside.shape), 0)
-    volume[2, 2, 2] = 5.0
-    moved = deform_volume(volume, PIXEL_SIZE_A, inside, mesh, bend_A(mesh.vertices_A))
-    assert moved.sum() == pytest.approx(volume.sum(), rel=1e-5)
-    assert np.abs(moved - volume).max() > 0.5
-    without = deform_volume(volume * inside, PIXEL_SIZE_A, inside, mesh, bend_A(mesh.vertices_A))
-    assert (moved - without)[2, 2, 2] == pytest.approx(5.0, rel=1e-4)
-
-
-def test_push_forward_is_the_transform_of_the_moved_voxels(mesh):
-    inside = ball(BOX, 9)
-    volume = np.where(inside, np.random.default_rng(2).standard_normal(inside.shape), 0).astype(np.float32)
-    displacements_A = bend_A(mesh.vertices_A)
-    moved = np.fft.fftn(deform_volume(volume, PIXEL_SIZE_A, inside, mesh, displacements_A))
-
-    voxels = voxelise(mesh, inside, PIXEL_SIZE_A)
-    corners = (mesh.vertices_A + displacements_A)[mesh.cells[voxels.cell]]
-    moved_px = (voxels.bary[:, None] @ corners)[:, 0] / PIXEL_SIZE_A + BOX // 2
-    x, y, z = np.ascontiguousarray(moved_px.T * 2 * np.pi / BOX)
-    values = volume.reshape(-1)[voxels.index].astype(complex)
-    exact = np.fft.ifftshift(finufft.nufft3d1(z, y, x, values, (BOX,) * 3, isign=-1, eps=1e-9))
-
-    k = np.fft.fftfreq(BOX)
-    radius = np.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + k[None, None, :] ** 2)
-    for low, high, tolerance in (
-        (0, 0.1, 1e-4),
-        (0.1, 0.2, 1e-3),
-        (0.2, 0.3, 3e-3),
-        (0.3, 0.4, 1e-2),
-        (0.4, 0.5, 3e-2),
-    ):
-        band = (radius >= low) & (radius < high)
-        error = np.linalg.norm((moved - exact)[band]) / np.linalg.norm(exact[band])
-        assert error < tolerance, (low, high, error)
-
-
-def test_whole_voxel_shift_moves_whole_voxels(mesh):
-    inside = ball(BOX, 8)
-    volume = np.where(inside, np.random.default_rng(3).standard_normal(inside.shape), 0)
-    shift_A = np.broadcast_to(np.array([2, -1, 3]) * PIXEL_SIZE_A, mesh.vertices_A.shape)
-    moved = deform_volume(volume, PIXEL_SIZE_A, inside, mesh, shift_A)
-    assert np.abs(moved - np.roll(volume, (3, -1, 2), (0, 1, 2))).max() < 1e-4
-
-
-def test_same_bits_for_any_number_of_threads(mesh):
-    volume = np.random.default_rng(4).standard_normal((BOX,) * 3).astype(np.float32)
-    deformer = VolumeDeformer(volume, PIXEL_SIZE_A, np.ones_like(volume), mesh)
-    threads = numba.get_num_threads()
-    try:
-        results = []
-        for count in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
-            numba.set_num_threads(count)
-            results.append(deformer.deform(bend_A(mesh.vertices_A)))
-    finally:
-        numba.set_num_threads(threads)
-    assert np.array_equal(*results)
-
-
-def test_flow_is_carried_to_another_box_and_pixel_size(mesh):
-    inside = ball(BOX, 8)
-    model = linear_model(mesh, inside * 1.0, np.zeros((5, 2)))
-    fine = Map(ball(48, 8, (1, 0, -1)).astype(np.float32), 2.0)
-    moved = deform_at_latent(model, fine, np.array([5.0, -3.0]))
-    assert moved.shape == (48, 48, 48)
-    np.testing.assert_allclose(centre_A(moved, 2.0) - centre_A(fine.data, 2.0), [5.0, -3.0, 0.0], atol=0.02)
-
-
-def test_series_runs_along_each_latent_axis(mesh, tmp_path):
+@pytest.fixture(scope="module")
+def latents():
+    """A disc with a hole: nobody at the origin."""
     generator = np.random.default_rng(5)
-    latents = generator.uniform([-6, -2], [6, 4], (500, 2))
-    canonical = np.where(ball(BOX, 8), 1.0, 0.0)
-    train, out = tmp_path / "train", tmp_path / "out"
-    linear_model(mesh, canonical, latents).save(train / "model.pt")
-    write_map(train / "canonical.mrc", canonical, PIXEL_SIZE_A, like=Map(canonical, PIXEL_SIZE_A, (7.0, 8.0, 9.0)))
-    generate_series(train, out, GenerateSettings(frames=3))
+    angle, radius = generator.uniform(0, 2 * np.pi, 600), generator.uniform(3, 7, 600)
+    return np.c_[radius * np.cos(angle), radius * np.sin(angle)]
 
-    assert sorted(p.name for p in out.iterdir()) == ["axis_1", "axis_1.cxc", "axis_2", "axis_2.cxc", "series.csv"]
-    table = pd.read_csv(out / "series.csv")
-    assert list(table.columns) == ["series", "frame", "latent_1", "latent_2", "num_particles"]
-    assert len(table) == 6
+
+@pytest.fixture(scope="module")
+def train(mesh, latents, tmp_path_factory):
+    """A training folder whose map is placed by its header's ORIGIN."""
+    folder = tmp_path_factory.mktemp("train")
+    canonical = np.where(ball(BOX, 8), 1.0, 0.0)
+    model = linear_model(mesh, canonical, latents)
+    model.epoch = 12
+    model.save(folder / "model.pt")
+    write_map(folder / "canonical.mrc", canonical, PIXEL_SIZE_A, like=Map(canonical, PIXEL_SIZE_A, ORIGIN_A))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def series(train, tmp_path_factory):
+    """The stage's output by default, with fewer frames."""
+    out = tmp_path_factory.mktemp("out")
+    generate_series(train, out, GenerateSettings(frames=4))
+    return out
+
+
+def test_axes_are_the_default(series, latents):
+    assert sorted(path.name for path in series.iterdir()) == sorted(
+        [*(f"axis_{axis}{end}" for axis in (1, 2) for end in ("", ".cxc", ".webp")), "series.csv"]
+    )
+    table = pd.read_csv(series / "series.csv")
+    counts = ["num_particles", "beyond_data", "rms_displacement_A"]
+    assert list(table.columns) == ["series", "frame", "latent_1", "latent_2", *counts]
+    assert len(table) == 10  # four frames an axis became five
     first = table[table.series == "axis_1"]
-    np.testing.assert_allclose(first.latent_1.iloc[[0, -1]], np.percentile(latents[:, 0], [2, 98]), atol=1e-5)
-    np.testing.assert_allclose(first.latent_2, np.median(latents[:, 1]), atol=1e-5)
+    low, high = np.percentile(latents[:, 0], [2, 98])
+    np.testing.assert_allclose(first.latent_1, [low, low / 2, 0, high / 2, high], atol=1e-5)
+    assert (first.latent_2 == 0).all()
     for row in table.itertuples():
-        frame = read_map(out / row.series / f"frame_{row.frame:03d}.mrc")
-        assert frame.pixel_size_A == pytest.approx(PIXEL_SIZE_A)
-        assert frame.origin_A == pytest.approx((7, 8, 9))
+        frame = read_map(series / row.series / f"frame_{row.frame:03d}.mrc")
         np.testing.assert_allclose(centre_A(frame.data, PIXEL_SIZE_A), [row.latent_1, row.latent_2, 0], atol=0.02)
-        assert row.num_particles == num_near(latents.astype(np.float32), np.array([row.latent_1, row.latent_2]))
-    script = (out / "axis_1.cxc").read_text()
+        assert row.rms_displacement_A == pytest.approx(np.hypot(row.latent_1, row.latent_2), abs=1e-5)
+
+
+def test_frames_say_where_there_are_no_particles(series, latents):
+    table = pd.read_csv(series / "series.csv").set_index(["series", "frame"])
+    assert table.beyond_data.tolist() == [0, 0, 1, 0, 0] * 2  # the hole
+    assert table.num_particles.loc["axis_1", 2] == 0
+    spread = latents.std(0)
+    end = table.loc["axis_1", 4]
+    distance = np.sqrt((((latents - [end.latent_1, end.latent_2]) / spread) ** 2).mean(1))
+    assert end.num_particles == (distance <= 0.5).sum()
+    script = (series / "axis_1.cxc").read_text()
     assert "open axis_1/frame_*.mrc vseries true" in script
-    assert "vseries play #1" in script
+    labels = re.findall(r'2dlabels create flex(\d) text "([^"]+)" color "([^"]+)"', script)
+    assert len(labels) == 5
+    assert labels[2] == ("3", "frame 3 of 5: 0 particles near - BEYOND THE DATA", "red")
+    assert labels[4][1:] == (f"frame 5 of 5: {int(end.num_particles)} particles near", "dim gray")
+    assert 'text "beyond the data: frames 3"' in script
+    assert "vseries play #1 direction oscillate loop true" in script
 
 
-def test_contour_level_encloses_density():
-    canonical = np.where(ball(BOX, 8), 1.0, 0.0)
-    script = chimerax_script("axis_1", Map(canonical, PIXEL_SIZE_A))
-    assert 0 < float(script.split("level ")[1].split()[0]) <= 1.0
+def test_chimerax_level_encloses_density(series):
+    level = float(re.search(r"level (\S+)", (series / "axis_1.cxc").read_text())[1])
+    assert 0.2 < level < 1.0  # a ball of density 1
 
 
-def test_series_from_a_file_of_latents(mesh, tmp_path):
-    canonical = np.where(ball(BOX, 8), 1.0, 0.0)
-    linear_model(mesh, canonical, np.zeros((4, 2))).save(tmp_path / "model.pt")
-    write_map(tmp_path / "canonical.mrc", canonical, PIXEL_SIZE_A)
+def test_displacement_of_each_frame_is_on_the_mesh(series, mesh):
+    table = pd.read_csv(series / "series.csv").set_index(["series", "frame"])
+    grid = meshio.read(series / "axis_2" / "frame_004.vtu")
+    np.testing.assert_allclose(grid.points, mesh.vertices_A)
+    np.testing.assert_array_equal(grid.cells_dict["tetra"], mesh.cells)
+    expected = np.broadcast_to([0, table.loc["axis_2", 4].latent_2, 0], mesh.vertices_A.shape)
+    np.testing.assert_allclose(grid.point_data["displacement_A"], expected, atol=1e-4)
+
+
+def test_movie_plays_to_and_fro(series):
+    with Image.open(series / "axis_1.webp") as film:
+        assert film.n_frames == 8  # 5 there, 3 back
+        assert film.info["loop"] == 0
+        pictures = []
+        for frame in range(5):
+            film.seek(frame)
+            pictures.append(np.asarray(film.convert("RGB")).astype(int)[: -movie._FOOTER_PX])
+    assert pictures[0].shape == pictures[4].shape
+    shown = [picture.min(2) < 240 for picture in pictures]
+    assert all(1000 < one.sum() < one.size / 2 for one in shown)
+    assert (shown[0] != shown[4]).sum() > 300  # it moves
+
+    def redness(picture):
+        return (picture[..., 0] - picture[..., 2])[picture.min(2) < 240].mean()
+
+    assert redness(pictures[2]) > 10  # beyond the data
+    assert redness(pictures[0]) < -10
+
+
+@pytest.mark.parametrize(("factor", "placed_by"), [(1, "nstart"), (2, "origin"), (2, "nstart")])
+def test_middle_frame_overlays_on_the_map_it_came_from(mesh, latents, tmp_path, placed_by, factor):
+    """At the model's box and at twice that: header and centre of mass are the given map's."""
+    box, pixel_size_A = BOX * factor, PIXEL_SIZE_A / factor
+    density = ndimage.gaussian_filter(ball(box, 5 * factor, (factor, 0, -factor)).astype(np.float32), 0.6 * factor)
+    place = {"origin_A": ORIGIN_A} if placed_by == "origin" else {"nstart": tuple(factor * n for n in NSTART)}
+    given = Map(density, pixel_size_A, **place)
+    write_map(tmp_path / "map.mrc", density, pixel_size_A, like=given)
+    model = linear_model(mesh, ball(BOX, 9) * 1.0, latents)
+    model.save(tmp_path / "model.pt")
+    settings = GenerateSettings(frames=3, series="between -4,0 4,0", volume=tmp_path / "map.mrc")
+    generate_series(tmp_path, tmp_path / "out", settings)
+    with mrcfile.open(tmp_path / "map.mrc") as one, mrcfile.open(tmp_path / "out/between/frame_001.mrc") as other:
+        assert one.data.shape == other.data.shape
+        for name in ("cella", "origin", "nxstart", "nystart", "nzstart", "mapc", "mapr", "maps"):
+            assert one.header[name] == other.header[name], name
+        shift_A = centre_A(other.data, pixel_size_A) - centre_A(one.data, pixel_size_A)
+        assert np.abs(shift_A).max() < 0.02 * pixel_size_A
+        assert other.data.sum() == pytest.approx(one.data.sum(), rel=1e-4)
+    last = read_map(tmp_path / "out/between/frame_002.mrc")
+    np.testing.assert_allclose(
+        centre_A(last.data, pixel_size_A) - centre_A(density, pixel_size_A), [4, 0, 0], atol=0.05
+    )
+
+
+def test_filters_act_on_the_map(train, tmp_path):
+    at = np.zeros((1, 2))
+    generate_series(train, tmp_path / "a", GenerateSettings(lowpass_A=20.0, bfactor_A2=-300.0), points=at)
+    canonical = read_map(train / "canonical.mrc").data
+    expected = lowpass_map(sharpen_map(canonical, PIXEL_SIZE_A, -300.0), PIXEL_SIZE_A, 20.0)
+    np.testing.assert_allclose(read_map(tmp_path / "a/at/frame_000.mrc").data, expected, atol=1e-5)
+    wave = np.sin(2 * np.pi * 4 * np.arange(BOX) / BOX) * np.ones((BOX,) * 3)
+    gain = np.exp(300 / 4 * (4 / (BOX * PIXEL_SIZE_A)) ** 2)
+    np.testing.assert_allclose(sharpen_map(wave, PIXEL_SIZE_A, -300.0), gain * wave, atol=1e-5)
+
+
+def test_series_from_a_file_and_its_mistakes(train, tmp_path):
     path = tmp_path / "loop.csv"
     path.write_text("# z1,z2\n0,3\n3,0\n")
-    generate_series(tmp_path, tmp_path / "out", GenerateSettings(series=str(path)))
+    generate_series(train, tmp_path / "out", GenerateSettings(series=str(path)))
     frame = read_map(tmp_path / "out" / "loop" / "frame_001.mrc")
     np.testing.assert_allclose(centre_A(frame.data, PIXEL_SIZE_A), [3, 0, 0], atol=0.02)
     path.write_text("0,3,1\n")
     with pytest.raises(InputError, match=r"loop.csv: 3 numbers a row, the model has 2 latents"):
-        generate_series(tmp_path, tmp_path / "out", GenerateSettings(series=str(path)))
+        generate_series(train, tmp_path / "out", GenerateSettings(series=str(path)))
     with pytest.raises(InputError, match=r"generate.series: nowhere.csv"):
-        generate_series(tmp_path, tmp_path / "out", GenerateSettings(series="nowhere.csv"))
+        generate_series(train, tmp_path / "out", GenerateSettings(series="nowhere.csv"))
+    path.write_text("0,3\n" * 1001)
+    with pytest.raises(InputError, match="1001 rows, each would be a map"):
+        generate_series(train, tmp_path / "out", GenerateSettings(series=str(path)))
+
+
+def test_between_particles_goes_by_rows_of_the_input(train, latents, tmp_path):
+    """Prepare dropped every other particle; rows are those of the user's file, from 1."""
+    images = [f"{i + 1}@stack.mrcs" for i in range(1200)]
+    write_star({"particles": pd.DataFrame({"rlnImageName": images, "rlnAngleRot": 0.0})}, tmp_path / "p.star")
+    prepared = pd.DataFrame({"rlnImageName": images[::2], "rlnRandomSubset": 1, "flexInputRow": np.arange(0, 1200, 2)})
+    folder = tmp_path / "particles"
+    write_star({"particles": prepared}, folder / "particles.star")
+    write_json(folder / "prepared.json", {"particles": str(tmp_path / "p.star"), "num_input": 1200})
+    settings = GenerateSettings(frames=3, series=["between 3 11", "between 3 1,2"])
+    generate_series(train, tmp_path / "out", settings, particles_dir=folder)
+    table = pd.read_csv(tmp_path / "out" / "series.csv").groupby("series")[["latent_1", "latent_2"]]
+    np.testing.assert_allclose(table.nth(0), [latents[1], latents[1]], atol=1e-5)
+    np.testing.assert_allclose(table.nth(1), [(latents[1] + latents[5]) / 2, (latents[1] + [1, 2]) / 2], atol=1e-5)
+    for number, message in (
+        (4, "particle 4 of .*p.star was left out by prepare"),
+        (1201, "particle 1201: .* has 1200"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generate_series(train, tmp_path / "out", GenerateSettings(series=f"between 1 {number}"), folder)
+    with pytest.raises(InputError, match="not beside the training: name it"):
+        generate_series(train, tmp_path / "out", GenerateSettings(series="between 1 3"))
+
+
+def test_curve_and_clusters_keep_to_the_particles(train, latents, tmp_path):
+    generate_series(train, tmp_path, GenerateSettings(frames=3, series=["curve", "kmeans 4", "kmeans 4"]))
+    table = pd.read_csv(tmp_path / "series.csv")
+    assert table.series.value_counts(sort=False).to_dict() == {"curve": 3, "kmeans_4": 4, "kmeans_4_2": 4}
+    clusters = table[table.series == "kmeans_4"]
+    assert (clusters.beyond_data == 0).all()
+    radius = np.hypot(clusters.latent_1, clusters.latent_2)
+    assert radius.between(2.9, 7.1).all()  # the centres themselves may lie nearer to the hole
+
+
+def test_metric_is_angstrom_per_latent_step(mesh, latents):
+    metric = displacement_metric(linear_model(mesh, ball(BOX, 8) * 1.0, latents), latents)
+    np.testing.assert_allclose(metric, np.eye(2), atol=1e-5)  # each latent moves every vertex by an Angstrom
+
+
+def test_newest_whole_checkpoint_is_used_while_training(train, mesh, latents, tmp_path, caplog):
+    with pytest.raises(InputError, match="no model and no checkpoint yet"):
+        newest_model(tmp_path)
+    model = linear_model(mesh, ball(BOX, 8) * 1.0, latents)
+    model.epoch = 3
+    model.save(tmp_path / "checkpoints" / "model.pt")
+    (tmp_path / "checkpoints" / ".model.99.part.pt").write_bytes(b"half a file")
+    consensus = Map(np.zeros((BOX,) * 3, np.float32), PIXEL_SIZE_A, ORIGIN_A)
+    write_map(tmp_path / "particles" / "consensus.mrc", consensus.data, PIXEL_SIZE_A, like=consensus)
+    write_json(tmp_path / "particles" / "prepared.json", {})
+    generate_series(tmp_path, tmp_path / "out", GenerateSettings(), points=np.array([[1.0, 0.0]]))
+    assert "training is not finished: this is its checkpoint of epoch 3" in caplog.text
+    assert read_map(tmp_path / "out" / "at" / "frame_000.mrc").origin_A == pytest.approx(ORIGIN_A)
+    # finished: the model counts, whatever the times say of a copied folder
+    model.save(tmp_path / "model.pt")
+    os.utime(tmp_path / "model.pt", (1, 1))
+    assert newest_model(tmp_path) == tmp_path / "model.pt"
+    # a new training in the same folder
+    model.epoch = 1
+    model.save(tmp_path / "checkpoints" / "model.pt")
+    assert newest_model(tmp_path) == tmp_path / "checkpoints" / "model.pt"
+
+
+def test_command_line_makes_maps_at_points(train, tmp_path, capsys):
+    fine = Map(ball(48, 8).astype(np.float32), 2.0, ORIGIN_A)
+    write_map(tmp_path / "flex_map.mrc", fine.data, 2.0, like=fine)
+    arguments = [str(train), str(tmp_path / "out"), "--volume", str(tmp_path / "flex_map.mrc")]
+    assert main([*arguments, "--at", "-5,3", "--at", "0,2"]) == 0
+    for frame, expected_A in enumerate([(-5, 3, 0), (0, 2, 0)]):
+        moved = read_map(tmp_path / "out" / "at" / f"frame_{frame:03d}.mrc")
+        assert moved.pixel_size_A == pytest.approx(2.0)
+        np.testing.assert_allclose(centre_A(moved.data, 2.0), expected_A, atol=0.02)
+    assert main([*arguments, "--at", "1,2,3"]) == 1
+    assert main([*arguments, "--series", "axis"]) == 1
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    messages = capsys.readouterr().err.splitlines()
+    assert [line for line in messages if line.startswith("ERROR")] == [
+        "ERROR --at: 3 numbers a row, the model has 2 latents",
+        next(line for line in messages if line.startswith("ERROR generate.series: 'axis' is not understood")),
+        f"ERROR {tmp_path}/nowhere: no model and no checkpoint yet: training writes one after its first epoch",
+    ]
+
+
+def test_a_map_of_another_scale_is_refused(train, tmp_path):
+    write_map(tmp_path / "small.mrc", np.zeros((16,) * 3, np.float32), 2.0)
+    with pytest.raises(InputError, match=r"small.mrc: 32 A wide, the model's box is 96 A"):
+        generate_series(train, tmp_path / "out", GenerateSettings(volume=tmp_path / "small.mrc"))
+    write_map(tmp_path / "unset.mrc", np.zeros((64,) * 3, np.float32), 0.1)
+    with pytest.raises(InputError, match=r"unset.mrc: its pixels of 0.1 A do not fit"):
+        generate_series(train, tmp_path / "out", GenerateSettings(volume=tmp_path / "unset.mrc"))
+
+
+def test_single_frame_script_and_film(tmp_path):
+    table = pd.DataFrame({"frame": [0], "num_particles": [3], "beyond_data": [0]})
+    assert "perframe" not in chimerax_script("at", table, 0.5)
+    volume = ball(BOX, 8).astype(np.float32)
+    film = movie.SeriesMovie("at", [volume, volume], 0.5, PIXEL_SIZE_A)
+    film.add(volume, movie.FrameNote(np.zeros(2), 3, False))
+    film.write(tmp_path / "at.webp")
+    with Image.open(tmp_path / "at.webp") as picture:
+        assert picture.size[0] == 240

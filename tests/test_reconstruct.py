@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from flexlib.files import read_json
 from flexlib.fsc import fsc
 from flexlib.map_solver import NormalEquations, project_adjoint, solve_map
 from flexlib.maps import lowpass_map, read_map, soft_edge
@@ -240,6 +241,85 @@ def test_batch_size_changes_rounding_only():
     assert np.array_equal(kept, volumes[0])
 
 
+def test_threads_change_rounding_only():
+    problem = Problem(18.0)
+    displacements_A = bends_A(problem.mesh, np.random.default_rng(7).normal(0, 1, 40))
+    source = FakeSource(40, problem.values, problem.points_A(displacements_A), noise=1.0)
+    one, _ = problem.solve(source, displacements_A)
+    torch.set_num_threads(2)
+    try:
+        two, _ = problem.solve(source, displacements_A)
+    finally:
+        torch.set_num_threads(1)
+    assert np.linalg.norm(one - two) < 1e-5 * np.linalg.norm(one)
+
+
+def test_twice_the_iterations_change_a_converged_map_by_less_than_a_per_cent():
+    problem = Problem(18.0)
+    displacements_A = bends_A(problem.mesh, np.random.default_rng(7).normal(0, 1, 200))
+    source = FakeSource(200, problem.values, problem.points_A(displacements_A), noise=1.0)
+    once, convergence = problem.solve(source, displacements_A)
+    assert convergence.converged
+    twice, _ = problem.solve(source, displacements_A, tolerance=0.0, max_iterations=2 * convergence.iterations)
+    assert np.linalg.norm(twice - once) < 0.01 * np.linalg.norm(twice)
+
+
+class Expanded:
+    """A source with each image in two poses: as it is, and after half a turn of the molecule about z."""
+
+    def __init__(self, source):
+        self.box, self.pixel_size_A = source.box, source.pixel_size_A
+        self.half_set = np.tile(source.half_set, 2)
+        self._source, self._count = source, len(source)
+        self._turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0]))
+
+    def __len__(self):
+        return 2 * self._count
+
+    def batch(self, rows, device="cpu"):
+        batch = self._source.batch(rows % self._count, device)
+        turned = torch.as_tensor(rows >= self._count)[:, None, None]
+        rotation = torch.where(turned, batch.rotation @ self._turn, batch.rotation)
+        return replace(batch, rows=rows, rotation=rotation)
+
+
+def half_turn(volume):
+    """(N, N, N) turned by 180 degrees about z through voxel N//2."""
+    return np.roll(volume[:, ::-1, ::-1], 1, (1, 2))
+
+
+def test_symmetry_copies_make_the_rigid_map_symmetric():
+    """So averaging it under the point group would change nothing; the molecule itself need not have the symmetry."""
+    problem = Problem()
+    source = FakeSource(120, problem.values, problem.points_A(), noise=1.0)
+    alone, _ = problem.solve(source)
+    assert np.linalg.norm(alone - half_turn(alone)) > 0.5 * np.linalg.norm(alone)
+    volume, _ = problem.solve(Expanded(source), tolerance=1e-3)
+    assert np.linalg.norm(volume - half_turn(volume)) < 1e-3 * np.linalg.norm(volume)
+    one_by_hand = 0.5 * (alone + half_turn(alone))
+    assert fsc(volume, one_by_hand)[1:10].min() > 0.97
+
+
+def test_averaging_would_blur_the_subunit_that_the_flow_follows():
+    """Two like subunits move apart from each other; in every copy the flow knows the motion of the one at x > 0."""
+    problem, count = Problem(12.0), 400
+    symmetric = problem.truth + half_turn(problem.truth)
+    values = gather_volume(symmetric, problem.voxels).numpy()
+    x_A = problem.mesh.vertices_A[:, 0]
+    swing_A = np.zeros((2, *problem.mesh.vertices_A.shape))
+    swing_A[0, :, 1] = np.maximum(x_A, 0.0) * 0.5
+    swing_A[1, :, 1] = np.minimum(x_A, 0.0) * 0.5  # the same after half a turn
+    amounts = np.random.default_rng(11).normal(0, 1, (2, count))
+    truly_A = np.einsum("sn,svd->nvd", amounts, swing_A)
+    source = Expanded(FakeSource(count, values, problem.points_A(truly_A), noise=0.3))
+    followed_A = amounts.reshape(-1)[:, None, None] * swing_A[0]
+    volume, _ = problem.solve(source, followed_A)
+    subunit = soft_edge((np.arange(BOX) - BOX // 2 > 3) & (radius_px() < 6), 1.0, 0.0, 2.0)
+    kept = fsc(volume, symmetric, subunit)
+    averaged = fsc(0.5 * (volume + half_turn(volume)), symmetric, subunit)
+    assert (kept - averaged)[5:11].mean() > 0.02 and kept[5:10].min() > 0.9
+
+
 def test_a_half_set_never_sees_the_other():
     problem = Problem()
     source = FakeSource(80, problem.values, problem.points_A(), noise=1.0)
@@ -275,6 +355,10 @@ def test_fsc_of_pure_noise_in_a_mask_is_corrected_to_zero():
     assert list(table.columns[:4]) == ["shell", "frequency_1_per_A", "resolution_A", "fsc_flex"]
     assert abs(table.fsc_flex[4:].mean()) < 0.1
     assert set(resolutions) == {"flex_0.143_A", "flex_0.5_A"}
+    moving = soft_edge(radius_px(32) < 5, PIXEL_SIZE_A, 0.0, 9.0)
+    table, resolutions = fsc_table({"flex": halves}, mask, PIXEL_SIZE_A, moving)
+    assert abs(table.fsc_flex_moving[6:].mean()) < 0.2
+    assert {"flex_moving_0.143_A", "flex_moving_0.5_A"} <= set(resolutions)
 
 
 def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
@@ -299,7 +383,8 @@ def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
     flow = FlowGenerator(basis, 2, 1, 4)  # as it starts: no displacement
     latents = np.zeros((400, 2), np.float32)
     FlexModel(mesh, flow, latents, np.zeros((box,) * 3, np.float32), box, pixel_size_A).save(train / "model.pt")
-    reconstruct(particles, train, out, ReconstructSettings(max_bfgs_iterations=15), device="cpu")
+    settings = ReconstructSettings(max_bfgs_iterations=20, cache_dir=tmp_path / "scratch", all_in_ram=True)
+    reconstruct(particles, train, out, settings, device="cpu")
 
     for model in ("flex", "rigid"):
         maps = [read_map(out / f"{model}_{name}.mrc") for name in ("half1", "half2", "map")]
@@ -320,4 +405,13 @@ def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
     course = pd.read_csv(out / "convergence.csv")
     assert list(course.columns) == ["half", "model", "iteration", "objective", "relative_gradient"]
     assert set(zip(course.half, course.model, strict=True)) == {(h, m) for h in (1, 2) for m in ("flex", "rigid")}
-    assert (out / "resolution.json").exists()
+    results = read_json(out / "resolution.json")
+    assert results["converged"] == {f"{m}_half{h}": True for m in ("flex", "rigid") for h in (1, 2)}
+    # nothing moves: no region, and no curves of it
+    assert not read_map(out / "moving_mask.mrc").data.any()
+    assert results["moving_rms_displacement"]["threshold_A"] == 0.0 and "fsc_flex_moving" not in table
+    for name in ("flex_sharpened", "flex_local_resolution"):
+        derived = read_map(out / f"{name}.mrc")
+        assert derived.box == box and derived.pixel_size_A == pytest.approx(pixel_size_A)
+    assert results["flex_local_A"]["percentile_5"] >= 2 * pixel_size_A
+    assert not list(tmp_path.glob("scratch/*"))

@@ -155,6 +155,7 @@ def test_settings_are_typed():
         ("{particles: here.star, mesh: {custom: mesh.p}}", "mesh.custom"),
         ("{particles: here.star, train: {latent_init: latents.star}}", "train.latent_init"),
         ("{particles: here.star, generate: {volume: v.mrc}}", "generate.volume"),
+        ("{particles: here.star, generate: {series: [axes, path.csv]}}", "generate.series"),
     ],
 )
 def test_missing_files_are_named(tmp_path, monkeypatch, text, key):

@@ -97,6 +97,8 @@ def test_demo_is_the_default():
             "mesh: {segmentation: c.mrc, connections: '0>1, 1>0'}",
             "ERROR mesh.connections: 1>0: segment 0 is joined already, this closes a cycle",
         ),
+        ("generate: {series: axis}", "ERROR generate.series: 'axis' is not understood; known are axes, curve, "),
+        ("generate: {series: 'between 1,2,3 4'}", "ERROR generate.series: between: the point 1,2,3 has 3 of 2"),
         (
             "reconstruct: {points: [{cells: 5}]}",
             "ERROR config: reconstruct.points: {'cells': 5} is no point of the sweep",

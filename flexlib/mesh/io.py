@@ -39,6 +39,17 @@ def write_mesh(path: str | os.PathLike[str], mesh: TetraMesh) -> None:
             _append_segment_map(temporary, mesh)
 
 
+def write_displacement(path: str | os.PathLike[str], mesh: TetraMesh, displacement_A: np.ndarray) -> None:
+    """Write a mesh at rest, placed as by ``write_mesh``, with the point data ``displacement_A`` (nv, 3); atomic."""
+    grid = meshio.Mesh(
+        np.asarray(mesh.vertices_A, dtype=np.float64),
+        [("tetra", np.asarray(mesh.cells, dtype=np.int32))],
+        point_data={"displacement_A": np.asarray(displacement_A, dtype=np.float32)},
+    )
+    with atomic_path(path) as temporary:
+        meshio.write(temporary, grid, file_format="vtu")
+
+
 def _append_segment_map(path: Path, mesh: TetraMesh) -> None:
     """Add the segment map as VTK field data, which meshio reads but does not write."""
     from meshio.vtu._vtu import numpy_to_vtu_type

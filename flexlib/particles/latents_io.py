@@ -287,6 +287,42 @@ def read_latents(path: str | Path, particles: Particles | str | Path) -> np.ndar
     raise InputError(f"{path}: latents are read from .star, .cs, .npy, .csv and .txt files")
 
 
+def read_latent_points(path: str | Path) -> np.ndarray:
+    """Points of latent space that need not be particles, (m, K) float64, in the file's order.
+
+    A .star with ``flexLatent1..K``, a .cs with ``components_mode_k/value`` (CryoSPARC's custom latents), or a .npy,
+    .csv or .txt with a row for each point (in the text files a first line may name the columns, ``#`` begins a
+    comment). Raises InputError where a value is not a number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: latents not found")
+    if path.suffix == ".star":
+        values = _star_points(path, read_star_text(path))
+    elif path.suffix == ".cs":
+        values = _cs_latents(path, read_cs_file(path))
+    else:
+        values = _read_npy(path) if path.suffix == ".npy" else _read_text(path)
+    bad = ~np.isfinite(values).all(1)
+    if bad.any() or not len(values):
+        where = f"row {int(np.argmax(bad)) + 1} is not finite" if bad.any() else "it has no rows"
+        raise InputError(f"{path}: no points of latent space: {where}")
+    return values
+
+
+def _star_points(path: Path, text: StarText) -> np.ndarray:
+    """(m, K) latents of the first table that has some; it need not be one of particles."""
+    for table in text.tables:
+        if names := latent_columns(table.labels):
+            return _numbers(text.frame(table, names)[names])
+    raise InputError(f"{path}: no latents: column flexLatent1 is missing")
+
+
+def _numbers(columns: pd.DataFrame) -> np.ndarray:
+    """float64, nan where a value is no number."""
+    return columns.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+
+
 def latent_columns(names: Sequence[str]) -> list[str]:
     """flexLatent1, flexLatent2, ... among ``names``, in order of their number."""
     found = [name for name in names if re.fullmatch(r"flexLatent\d+", name)]
@@ -308,7 +344,7 @@ def _from_star(path: Path, where: InputRows) -> np.ndarray:
     if not latents:
         raise InputError(f"{path}: no latents: column flexLatent1 is missing")
     table = _star_columns(text, (*latents, "flexUid", "flexSymmetryCopy"))
-    values = table[latents].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    values = _numbers(table[latents])
     copy = _copies(table, len(table))
     wanted_copy = where.copy if copy.any() else np.zeros_like(where.copy)
     if "flexUid" in table and where.uid is not None:
@@ -327,15 +363,21 @@ def _from_star(path: Path, where: InputRows) -> np.ndarray:
     return _take(path, where, values, _joined((names, copy), (own, wanted_copy), path), image_of)
 
 
+def _cs_latents(path: Path, table: CsFile) -> np.ndarray:
+    """(m, K) latents of a .cs file's rows."""
+    modes = sorted((int(match[1]), name) for name in table.names if (match := _COMPONENT.fullmatch(name)))
+    if not modes:
+        raise InputError(f"{path}: no latents: column components_mode_0/value is missing")
+    return np.stack([table.column(name).astype(np.float64) for _, name in modes], 1)
+
+
 def _from_cs(path: Path, where: InputRows) -> np.ndarray:
     table = read_cs_file(path)
-    modes = sorted((int(match[1]), name) for name in table.names if (match := _COMPONENT.fullmatch(name)))
-    if not modes or "uid" not in table.names:
-        missing = "uid" if modes else "components_mode_0/value"
-        raise InputError(f"{path}: no latents: column {missing} is missing")
+    values = _cs_latents(path, table)
+    if "uid" not in table.names:
+        raise InputError(f"{path}: no latents: column uid is missing")
     if where.uid is None:
         raise InputError(f"{path}: its latents are joined on uid, which {where.path} does not have")
-    values = np.stack([table.column(name).astype(np.float64) for _, name in modes], 1)
     zeros = np.zeros(len(table), np.int64)
     found = _joined((table.column("uid"), zeros), (where.uid, np.zeros_like(where.copy)), path)
     return _take(path, where, values, found, _uid_of(where.uid))
@@ -394,9 +436,8 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_text(path: Path) -> np.ndarray:
-    lines = [
-        re.split(r"[,\s]+", line.strip()) for line in path.read_text(errors="replace").splitlines() if line.strip()
-    ]
+    texts = [line.partition("#")[0].strip() for line in path.read_text(errors="replace").splitlines()]
+    lines = [re.split(r"[,\s]+", text) for text in texts if text]
     if lines and not _is_number(lines[0][0]):
         lines = lines[1:]  # names of columns
     if not lines:

@@ -224,7 +224,7 @@ def latent_scatter(latents: pd.DataFrame, colour_name: str, colour: np.ndarray) 
 
 
 def add_series_paths(figure: go.Figure, series: pd.DataFrame) -> None:
-    """Draw where the generated frames lie over latents 1 and 2; ``series`` is series.csv."""
+    """Draw where the generated frames lie over latents 1 and 2, crosses where beyond the data; of series.csv."""
     for name, frames in series.groupby("series", sort=False):
         figure.add_scattergl(
             x=plain_numbers(frames["latent_1"]),
@@ -232,10 +232,22 @@ def add_series_paths(figure: go.Figure, series: pd.DataFrame) -> None:
             customdata=[plain_numbers(frames[c]) for c in frames if c.startswith("latent_")],
             mode="lines+markers",
             line={"color": ACCENT, "width": 1.5},
-            marker={"size": 4, "color": ACCENT},
-            text=[f"{str(name).replace('_', ' ')}, frame {frame + 1}" for frame in frames["frame"]],
+            marker=_frame_markers(frames),
+            text=[
+                f"{str(name).replace('_', ' ')}, frame {row.frame + 1}: {row.num_particles} particles near"
+                for row in frames.itertuples()
+            ],
             hovertemplate="%{text}<extra></extra>",
         )
+
+
+def _frame_markers(frames: pd.DataFrame) -> dict:
+    beyond = frames["beyond_data"].to_numpy() > 0
+    return {
+        "size": np.where(beyond, 7, 4).tolist(),
+        "color": np.where(beyond, "#a5161c", ACCENT).tolist(),
+        "symbol": np.where(beyond, "x", "circle").tolist(),
+    }
 
 
 def latent_density(latents: pd.DataFrame) -> go.Figure:

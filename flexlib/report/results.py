@@ -200,7 +200,7 @@ class Results:
 
     @cached_property
     def series_latents(self) -> pd.DataFrame | None:
-        """series.csv: series, frame, latent_1..K of every generated frame."""
+        """series.csv: series, frame, latent_1..K, num_particles, beyond_data of every generated frame."""
         return _csv(self.stage_dir("generate") / "series.csv")
 
     @cached_property

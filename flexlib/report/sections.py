@@ -208,7 +208,7 @@ def latent_section(results: Results) -> str:
     path = results.series_latents
     if path is not None and {"series", "frame", "latent_1", "latent_2"} <= set(path):
         plots.add_series_paths(scatter, path)
-        note += " The orange lines are the generated series."
+        note += " The orange lines are the generated series, with a red cross where there are hardly any particles."
     drawn_plots = grid(
         plot(scatter, "latent-scatter", _latent_caption(note)),
         plot(
@@ -234,6 +234,13 @@ def _against_caption(name: str) -> str:
 
 
 # 6 --------------------------------------------------------------------------------------------------------------
+
+
+def _beyond_data(results: Results, name: str) -> str:
+    """How many frames of a series have hardly any particles near, in words; empty where none."""
+    table = results.series_latents
+    count = 0 if table is None else int(table.loc[table["series"] == name, "beyond_data"].sum())
+    return f"; {count} lie beyond the data" if count else ""
 
 
 def motion_section(results: Results, gallery: morph.Gallery) -> str:
@@ -262,10 +269,11 @@ def motion_section(results: Results, gallery: morph.Gallery) -> str:
             image(
                 morph.surface_movie(one),
                 f"Morph along {title}",
-                f"<b>The motion along {text(title)}</b>, from one end of the particles' range to the other "
-                f"({len(one.volumes)} of {frames} frames), in the view that shows it best and turned by 90° about the "
-                f"vertical. One contour level ({number(one.level)}) for all frames: what thins or breaks there is "
-                "density that the motion does not carry well.",
+                f"<b>The motion along {text(title)}</b>, from its first frame to its last "
+                f"({len(one.volumes)} of {frames} frames{_beyond_data(results, one.name)}), in the view "
+                "that shows it best and turned by 90° about the vertical. One contour level "
+                f"({number(one.level)}) for all frames: what thins or breaks there is density that the motion does not "
+                "carry well.",
                 "webp",
             )
         )

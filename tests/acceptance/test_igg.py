@@ -11,8 +11,8 @@ import yaml
 from run_snakemake import snakemake
 from scipy.spatial import cKDTree
 
+from flexlib.deform import deform_at_latent
 from flexlib.fsc import fsc
-from flexlib.generate import deform_at_latent
 from flexlib.maps import read_map
 from flexlib.model import FlexModel
 

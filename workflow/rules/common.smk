@@ -8,6 +8,7 @@ import yaml
 
 from flexlib.errors import InputError
 from flexlib.mesh.connections import check_mesh_keys
+from flexlib.series import check_series
 from flexlib.settings import MeshSettings, check_config, check_paths, input_paths, make_settings
 from flexlib.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
 
@@ -20,6 +21,7 @@ def checked(config):
         check_paths(complete)
         check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
         points = sweep_points(complete)
+        check_series(complete["generate"]["series"], sorted({point.latent_dims for point in points}))
         if isinstance(complete["reconstruct"]["points"], list):
             select_points(points, complete["reconstruct"]["points"])
         return complete, {point.path: point for point in points}

@@ -9,9 +9,10 @@ def generate(snakemake):
 
     use_torch_threads(snakemake)
     generate_series(
-        folder(snakemake.input.model),
+        snakemake.input.model,
         snakemake.output.series,
         make_settings(GenerateSettings, snakemake.params.settings),
+        folder(snakemake.input.particles),
     )
 
 

@@ -1,0 +1,161 @@
+"""Measure the reconstruction's memory and time at full size, each case in a process of its own.
+
+    python benchmarks/bench_reconstruct.py [--box 256] [--particles 20000 80000] [--part 500 1500] [--threads 1]
+
+The particles are simulated poses and CTFs over a stack of few noise images that repeat (their content costs the same as
+any other). Of each half-set only ``--part`` particles are gone through, once for the right-hand side (images read) and
+once for an iteration; times are scaled to the half-set, and said to be. Memory is the process's largest resident set
+(Linux's ``VmHWM``), told also as it was with the particles' metadata loaded but nothing solved. It must not depend on
+``--part``, and on ``--particles`` only by the metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+
+DISTINCT_IMAGES = 200
+PIXEL_SIZE_A = 1.3
+
+
+def measure(folder: Path, box: int, count: int, part: int, cells: int, kind: str, threads: int) -> dict[str, float]:
+    """One case, in this process."""
+    import time
+
+    import torch
+
+    from flexlib.map_solver import NormalEquations
+    from flexlib.maps import soft_edge
+    from flexlib.mesh.lattice import bcc_mesh
+    from flexlib.mesh.tetmesh import single_cell_mesh
+    from flexlib.mesh.voxels import voxelise
+    from flexlib.model import FlexModel, FlowGenerator
+    from flexlib.particles.prepared import FullImages
+    from flexlib.particles.stack import open_stacks
+    from flexlib.projection.op import VoxelTensors
+    from flexlib.reconstruct import flexible_vertices, rigid_vertices
+    from flexlib.runtime import tune_process
+
+    tune_process()
+    torch.set_num_threads(threads)
+    mask = soft_edge(_ball(box, 0.28), PIXEL_SIZE_A, 0.0, 8.0)
+    extent_A = box * PIXEL_SIZE_A
+    if kind == "flex":
+        mesh = bcc_mesh(mask > 0, PIXEL_SIZE_A, extent_A / cells)
+        basis = torch.randn((156, len(mesh.vertices_A), 3)) * 0.1
+        flow = FlowGenerator(basis, 2, 6, 64)
+        torch.nn.init.normal_(flow.linear, 0.0, 0.1)
+        latents = np.random.default_rng(1).standard_normal((count, 2)).astype(np.float32)
+        provider = flexible_vertices(FlexModel(mesh, flow, latents, mask, box, PIXEL_SIZE_A), "cpu")
+    else:
+        mesh = single_cell_mesh(extent_A)
+        provider = rigid_vertices(mesh, "cpu")
+    mesh_voxels = voxelise(mesh, mask > 1e-3, PIXEL_SIZE_A)
+    voxels = VoxelTensors.from_mesh_voxels(mesh_voxels)
+    mask_values = torch.as_tensor(mask.reshape(-1)[mesh_voxels.index])
+    stacks, particles = open_stacks(_particles(folder / "noise.mrcs", count, box))
+    sigma = np.ones((1, box // 2))
+    source = FullImages(stacks, particles, box, PIXEL_SIZE_A, np.ones(1), sigma, box, PIXEL_SIZE_A)
+    rows = np.flatnonzero(source.half_set == 0)[:part]
+    warm = np.flatnonzero(source.half_set == 1)[:8]
+    NormalEquations(source, warm, voxels, provider, mask_values).hessian(torch.ones(len(voxels.index)).double())
+    before = _peak_bytes()
+    began = time.perf_counter()
+    equations = NormalEquations(source, rows, voxels, provider, mask_values)
+    read_s = time.perf_counter() - began
+    x = equations.precondition(equations.data)
+    began = time.perf_counter()
+    equations.hessian(x)
+    iteration_s = time.perf_counter() - began
+    scale = count / 2 / part
+    return {
+        "voxels": len(voxels.index),
+        "peak_before_GB": before / 1e9,
+        "peak_GB": _peak_bytes() / 1e9,
+        "volume_GB": 4 * box**3 / 1e9,
+        "ms_per_image_and_iteration": 1e3 * iteration_s / part,
+        "read_half_s_scaled": read_s * scale,
+        "iteration_half_s_scaled": iteration_s * scale,
+    }
+
+
+def _ball(box: int, share: float) -> np.ndarray:
+    axis = np.arange(box) - box // 2
+    return axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2 < (share * box) ** 2
+
+
+def _particles(stack: Path, count: int, box: int):
+    from scipy.spatial.transform import Rotation
+
+    from flexlib.particles.table import OpticsGroup, Particles
+
+    generator = np.random.default_rng(0)
+    defocus_A = generator.uniform(8000, 25000, count)
+    return Particles(
+        optics=(OpticsGroup("1", 300.0, 2.7, 0.1, PIXEL_SIZE_A, box),),
+        optics_index=np.zeros(count, np.int32),
+        rotation=Rotation.random(count, rng=generator).as_matrix(),
+        origin_A=generator.normal(0, 3, (count, 2)),
+        defocus_u_A=defocus_A,
+        defocus_v_A=defocus_A - 200,
+        defocus_angle_rad=generator.uniform(0, np.pi, count),
+        phase_shift_rad=np.zeros(count),
+        ctf_bfactor_A2=np.zeros(count),
+        ctf_scale=np.ones(count),
+        half_set=(np.arange(count) % 2).astype(np.int8),
+        contrast_sign=np.ones(count),
+        stack_paths=(stack,),
+        stack_index=np.zeros(count, np.int32),
+        image_index=np.arange(count) % DISTINCT_IMAGES,
+        source_path=stack,
+        source_row=np.arange(count),
+    )
+
+
+def _peak_bytes() -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--box", type=int, default=256)
+    parser.add_argument("--particles", type=int, nargs="+", default=[20_000, 80_000])
+    parser.add_argument("--part", type=int, nargs="+", default=[500, 1500])
+    parser.add_argument("--cells", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", default=["flex", "rigid"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        case = json.loads(options.case)
+        print(json.dumps(measure(Path(case.pop("folder")), **case)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        noise = np.random.default_rng(0).standard_normal((DISTINCT_IMAGES, options.box, options.box), np.float32)
+        with mrcfile.new(Path(folder) / "noise.mrcs") as file:
+            file.set_data(noise)
+            file.set_image_stack()
+        del noise
+        environment = os.environ | {"NUMBA_NUM_THREADS": str(options.threads), "OMP_NUM_THREADS": str(options.threads)}
+        cases = [(kind, options.particles[0], part) for kind in options.kinds for part in options.part]
+        cases += [(options.kinds[0], count, options.part[0]) for count in options.particles[1:]]
+        for kind, count, part in cases:
+            case = dict(folder=folder, box=options.box, count=count, part=part, cells=options.cells, kind=kind)
+            case["threads"] = options.threads
+            command = [sys.executable, __file__, "--case", json.dumps(case)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            numbers = json.loads(done.stdout.splitlines()[-1])
+            print(f"box {options.box}, {kind}, {count} particles, {part} of a half gone through:")
+            print("   " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
