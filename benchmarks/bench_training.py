@@ -76,7 +76,8 @@ def main() -> None:
         )
     if options.json:
         machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        options.json.write_text(json.dumps({"machine": machine, "particles": options.particles, "runs": rows}, indent=1))
+        result = {"machine": machine, "particles": options.particles, "runs": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

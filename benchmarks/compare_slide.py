@@ -27,8 +27,8 @@ from flexlib.prepare import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.settings import MeshSettings, PrepareSettings, TrainSettings
 from flexlib.simulate import simulate_particles
-from flexlib.validation import choose_held_out
 from flexlib.training import train
+from flexlib.validation import choose_held_out
 
 NAMES = {"parted": "a segment per layer", "plain": "one mesh"}
 NUM_PARTICLES, BOX, PIXEL_SIZE_A, SNR, CELLS, HELD_OUT = 3000, 64, 4.0, 0.08, 20, 0.2

@@ -192,8 +192,8 @@ def _optics_groups(fields: _Fields, path: Path) -> tuple[tuple[OpticsGroup, ...]
     values, index = _distinct_rows(np.concatenate(parts, 1))
     if (values[:, 6:] != 0).any():
         log.warning(
-            "%s: higher-order aberrations are applied as others found CryoSPARC's formulae to be; prepare asks the images "
-            "whether the sign of the odd ones is right",
+            "%s: higher-order aberrations are applied as others found CryoSPARC's formulae to be; prepare asks the "
+            "images whether the sign of the odd ones is right",
             path,
         )
     return tuple(_optics_group(row) for row in values), index.astype(np.int32)

@@ -1,4 +1,4 @@
-"""How near training comes to what the images can tell (`pytest --data DIR`): IgG set over seeds, a harder simulated set.
+"""How near training comes to what the images can tell (`pytest --data DIR`): the IgG set over seeds, and a harder one.
 
 Takes about a quarter of an hour on two cores. Run with ``-s`` to see the figures.
 """
