@@ -123,8 +123,8 @@ def _write_series(path: Path, dims: int, frames: int) -> None:
         for frame, value in enumerate(np.linspace(-1.2, 1.2, frames)):
             z = np.eye(dims)[axis] * value
             latents = {f"latent_{k + 1}": z[k] for k in range(dims)}
-            row = {"series": f"axis_{axis + 1}", "frame": frame, **latents, "num_particles": 10, "beyond_data": 0}
-            rows.append(row)
+            counts = {"num_particles": 10, "beyond_data": 0}
+            rows.append({"series": f"axis_{axis + 1}", "frame": frame, **latents, **counts})
     pd.DataFrame(rows).to_csv(path, index=False)
 
 

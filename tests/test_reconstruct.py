@@ -185,6 +185,21 @@ def test_preconditioner_tells_the_shells_of_the_hessian():
     assert float(x @ whitened) / float(x @ x) == pytest.approx(1.0, abs=0.1)
 
 
+def test_a_half_set_tells_its_own_signal_to_noise():
+    """FSC of two halves = snr / (1 + snr) of either; of noise alone no signal is found."""
+    problem, rows = Problem(), np.arange(200)
+    voxels, provider, mask_values = problem.voxels, problem.provider(), problem.mask_values
+    sources = [FakeSource(200, problem.values, problem.points_A(), noise=1.0, seed=s, amplitude=0.5) for s in (1, 2)]
+    halves = [NormalEquations(source, rows, voxels, provider, mask_values) for source in sources]
+    snr = np.mean([half.signal_to_noise.numpy() for half in halves], axis=0)
+    curve = fsc(*(problem.solve(source)[0] for source in sources))
+    assert 0.3 < curve[3:11].min() < 0.9  # neither trivial
+    np.testing.assert_allclose((snr / (1 + snr))[3:11], curve[3:11], atol=0.12)
+    nothing = FakeSource(200, 0 * problem.values, problem.points_A(), noise=1.0)
+    noise = NormalEquations(nothing, rows, voxels, provider, mask_values)
+    assert noise.signal_to_noise[4:11].max() < 0.4  # 0.25 is the least that is assumed
+
+
 def test_exact_images_give_back_the_map_rigid_and_flexible():
     for cell_A in (None, 18.0):
         problem = Problem(cell_A)
