@@ -111,3 +111,10 @@ def reconstructed(name):
 def memory(base_mb):
     """Memory that grows by half when a job is tried again (``retries`` is the profile's)."""
     return lambda wildcards, attempt: base_mb * (1 + attempt) // 2
+
+
+def generate_memory(wildcards, attempt):
+    """A frame needs about 14 times the bytes of the map that is deformed."""
+    volume = config["generate"]["volume"]
+    size_mb = Path(volume).stat().st_size // 2**20 if volume else 0
+    return memory(4000 + 14 * size_mb)(wildcards, attempt)

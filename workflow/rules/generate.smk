@@ -1,13 +1,6 @@
 """Series of maps along the latent space, for every point."""
 
 
-def generate_memory(wildcards, attempt):
-    """A frame needs about 14 times the bytes of the map that is deformed."""
-    volume = config["generate"]["volume"]
-    size_mb = Path(volume).stat().st_size // 2**20 if volume else 0
-    return memory(4000 + 14 * size_mb)(wildcards, attempt)
-
-
 rule generate:
     input:
         model=rules.train.output.model,
