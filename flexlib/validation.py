@@ -78,14 +78,15 @@ def score_held_out(
 ) -> HeldOutScore:
     """Score the particles at ``rows`` (v,), their latents inferred from ``start`` (v, K) in ``steps`` steps.
 
-    ``values`` and ``rigid_values`` are the maps of the two models; the rigid one has the better of two maps: its own,
-    and the flexible model's at rest, which has seen the data as often. With ``search``
+    ``values`` and ``rigid_values`` are the maps of the two models; the rigid one has the best of three: its own map,
+    the flexible model's at rest, which has seen the data as often, and that moved to the mean latents, the same for
+    all particles. With ``search``
     other valleys of their objective are looked into.
     """
     device = values.device
     weight = plane_weight(source.box, band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(source.box, seed))
-    gains, held = [torch.zeros((2, 0), dtype=torch.float64)], [start[:0]]
+    gains, held = [torch.zeros((3, 0), dtype=torch.float64)], [start[:0]]
     first = 0
     for batch in read_ahead(source, split_batches(rows, batch_size), device):
         latents = start[first : first + len(batch.rows)]
@@ -96,7 +97,9 @@ def score_held_out(
         moved = log_likelihood_loss(flexible, values, batch, flow(latents), unseen)
         still = log_likelihood_loss(rigid, rigid_values, batch, None, unseen)
         at_rest = log_likelihood_loss(flexible, values, batch, None, unseen)
-        gains.append((torch.stack([still, at_rest]) - moved).double().cpu())
+        middle = flow(start.mean(0, keepdim=True)).expand(len(latents), -1, -1)
+        at_mean = log_likelihood_loss(flexible, values, batch, middle, unseen)
+        gains.append((torch.stack([still, at_rest, at_mean]) - moved).double().cpu())
     both = torch.cat(gains, dim=1)
     worse = int(both.mean(1).argmin()) if both.shape[1] else 0
     return HeldOutScore(both[worse].numpy(), torch.cat(held))
