@@ -80,11 +80,12 @@ LATENT_RATE = 0.7
 INFORMATION_AT_START = 30.0  # of each latent, until the first batch measures it
 CLEARLY_LOWER_NATS = 1.0  # another valley of a particle's objective: it moves there
 SIGNIFICANT = 3.0  # standard errors of held-out gain below which no motion is claimed
+LEAST_GAIN_NATS = 0.5  # nor below this: maps averaged unlike each other differ by up to 0.4 on rigid particles
 RIGIDITY_SAMPLES = 12
 FIRST_RESOLUTION_A = 20.0  # where coarse to fine starts
 LAST_BAND = 0.8  # of Nyquist (3DFlex's)
 BAND_EPOCHS = 5  # epochs from the first to the last band
-RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in each of its passes: in the end as calm as the canonical
+RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
 MAX_EPOCHS = 16  # before the final annealing, with epochs: auto
 ANNEAL_EPOCHS = 4
 PATIENCE = 3  # epochs without a better held-out score before annealing, with epochs: auto
@@ -774,7 +775,7 @@ def _finish(setup: Setup, state: State) -> torch.Tensor:
 def _final_score(setup: Setup, state: State) -> HeldOutScore:
     """The held-out score of the finished model; where it confirms no motion the model is set to rest."""
     score = _validate(setup, state, steps=3, search=True)
-    if not score.gain < SIGNIFICANT * score.standard_error:
+    if not score.gain < max(SIGNIFICANT * score.standard_error, LEAST_GAIN_NATS):
         return score
     logger.warning(
         "held-out gain %.2f +- %.2f nats: the particles kept out of training confirm no motion, so the flow is set "
