@@ -31,11 +31,7 @@ def make_set(folder: Path, num_particles: int) -> None:
         folder / "sim/particles.star",
         folder / "sim/consensus.mrc",
         folder / "particles",
-        mask=None,
-        passthrough=None,
-        image_root=None,
         settings=PrepareSettings(train_box=64),
-        mask_settings=MeshSettings(),
     )
     build_mesh(folder / "particles", folder / "mesh", MeshSettings())
 

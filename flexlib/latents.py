@@ -186,16 +186,13 @@ def infer_latents(
     start: torch.Tensor,
     steps: int = 3,
     prior: LatentPrior = LatentPrior(),
-    information: torch.Tensor | None = None,
 ) -> Posterior:
     """Maximum a posteriori latents by Levenberg-Marquardt: exact gradients, Gauss-Newton curvature from the start.
 
-    ``start`` (b, K); ``weight`` as in ``log_likelihood_loss``; ``information`` (b, K, K) at the start if it is known,
-    else it costs K + 1 projections. A step that raises a particle's objective is taken back and damped, so the result
-    is never worse than ``start``.
+    ``start`` (b, K); ``weight`` as in ``log_likelihood_loss``. A step that raises a particle's objective is taken back
+    and damped, so the result is never worse than ``start``.
     """
-    if information is None:
-        information = fisher_information(operator, flow, values, batch, weight, start)
+    information = fisher_information(operator, flow, values, batch, weight, start)
     latents = start.clone()
     damping = torch.full((len(latents),), 1e-2, device=latents.device)
     if steps:

@@ -90,6 +90,7 @@ MAX_EPOCHS = 16  # before the final annealing, with epochs: auto
 ANNEAL_EPOCHS = 4
 PATIENCE = 3  # epochs without a better held-out score before annealing, with epochs: auto
 BATCH_SIZE = 100
+FINAL_STEPS = 4  # of Levenberg-Marquardt, with the finished flow and map
 CHECKPOINT = "checkpoint.pt"
 EXIT_INTERRUPTED = 75  # temporary failure: run again and it continues
 
@@ -314,7 +315,7 @@ def _start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str], d
         )
     spectrum = SpectralStart(**{k: v.item() if v.ndim == 0 else v.cpu().numpy() for k, v in saved["spectrum"].items()})
     canonical = _canonical_map(setup, setup.operator, _mean_transfer2(setup))
-    state = _new_state(setup, canonical, saved["rigid_values"], spectrum, _basis(setup), None)
+    state = _new_state(setup, canonical, saved["rigid_values"], spectrum, saved["flow"]["basis_A"], None)
     state.restore(saved)
     logger.info("resumed after epoch %d, batch %d", state.epoch, state.step)
     return state
@@ -348,8 +349,7 @@ def _start(setup: Setup) -> State:
         basis,
         setup.band(0),
     )
-    prior = (2 * settings.rigidity * RIGIDITY_NATS * _field_energies(setup, basis)).cpu().double().numpy()
-    spectrum = spectral_start(forces, settings.latent_dims, prior)
+    spectrum = spectral_start(forces, settings.latent_dims, _rigidity_precision(setup, basis))
     logger.info(
         "spectral start: leading eigenvalues %s (noise edge %.2f), suggested dims %d",
         " ".join(f"{v:.2f}" for v in spectrum.eigenvalues[:8]),
@@ -368,10 +368,13 @@ def _basis(setup: Setup) -> torch.Tensor:
     return torch.as_tensor(basis, device=setup.device)
 
 
-def _field_energies(setup: Setup, basis_A: torch.Tensor) -> torch.Tensor:
-    """(m,) rigidity energy of each displacement field at a thousandth of its size, scaled back to unit size."""
-    moved = setup.operator.vertices_A + 1e-3 * basis_A
-    return 1e6 * mesh_rigidity(setup.rigidity, moved)
+def _rigidity_precision(setup: Setup, basis_A: torch.Tensor) -> np.ndarray:
+    """(m,) float64 precision that the rigidity, as a prior, gives the coefficient of each displacement field.
+
+    Its energy is taken at a thousandth of the field's size, where it is quadratic.
+    """
+    energy = 1e6 * mesh_rigidity(setup.rigidity, setup.operator.vertices_A + 1e-3 * basis_A)
+    return (2 * setup.settings.rigidity * RIGIDITY_NATS * energy).cpu().double().numpy()
 
 
 def _mean_transfer2(setup: Setup) -> torch.Tensor:
@@ -414,8 +417,7 @@ def _new_state(
             given = own.to(device) if settings.freeze_latents else None
             logger.info("latents start from %s", file)
         if file is not None or settings.latent_init == "random":
-            prior = (2 * settings.rigidity * RIGIDITY_NATS * _field_energies(setup, basis)).cpu().double().numpy()
-            directions = fields_of_latents(forces, latents.numpy(), prior)
+            directions = fields_of_latents(forces, latents.numpy(), _rigidity_precision(setup, basis))
         if file is None and settings.latent_init == "spectral":
             latents, directions = torch.as_tensor(spectrum.latents), spectrum.directions
         with torch.no_grad():
@@ -744,14 +746,16 @@ def _finish(setup: Setup, state: State) -> torch.Tensor:
     precision = torch.zeros((len(setup.source), dims, dims), device=device)
     if not setup.settings.freeze_latents:
         state.latents[torch.as_tensor(setup.validation_rows, device=device)] = state.held_latents
-    search = _search(setup, state)
     everything = split_batches(np.arange(len(setup.source)), setup.batch_size)
-    steps = 0 if setup.settings.freeze_latents else 4
+    search = None if setup.settings.freeze_latents else _search(setup, state)
     mean_A = torch.zeros_like(setup.operator.vertices_A)
     for batch in read_ahead(setup.source, everything, device):
         rows = torch.as_tensor(batch.rows, device=device)
-        model = (setup.operator, state.flow, state.canonical.values, batch, weight, state.latents[rows], steps)
-        posterior = infer_everywhere(*model, search, setup.prior) if steps else infer_latents(*model, setup.prior)
+        model = (setup.operator, state.flow, state.canonical.values, batch, weight, state.latents[rows])
+        if search is None:
+            posterior = infer_latents(*model, 0, setup.prior)
+        else:
+            posterior = infer_everywhere(*model, FINAL_STEPS, search, setup.prior)
         state.latents[rows], precision[rows] = posterior.latents, posterior.precision
         state.information[rows] = posterior.precision - setup.prior.curvature(posterior.latents)
         mean_A += state.flow(posterior.latents).sum(0) / len(setup.source)

@@ -35,11 +35,7 @@ def prepared(
         folder / "sim/particles.star",
         folder / "sim/consensus.mrc",
         folder / "particles",
-        mask=None,
-        passthrough=None,
-        image_root=None,
         settings=PrepareSettings(train_box=box),
-        mask_settings=MeshSettings(),
     )
     build_mesh(folder / "particles", folder / "mesh", MeshSettings(cells=cells))
     return folder

@@ -20,16 +20,6 @@ POINT = "cells~20/dims~2/rigidity~2.0/seed~0"
 NEIGHBOURS = 30
 
 
-@pytest.fixture(scope="module")
-def igg(request) -> Path:
-    return (request.config.getoption("--data") / "igg").resolve()
-
-
-@pytest.fixture(scope="module")
-def truth(igg):
-    return np.load(igg / "truth.npz")
-
-
 def run_workflow(folder: Path, igg: Path, particles: str, *targets: str) -> Path:
     config = {"name": "igg", "particles": str(igg / particles), "consensus": str(igg / "consensus.mrc")}
     (folder / "igg.yaml").write_text(yaml.safe_dump(config))

@@ -21,19 +21,9 @@ from flexlib.maps import read_map
 from flexlib.mesh.build import build_mesh
 from flexlib.model import FlexModel
 from flexlib.prepare import prepare_particles
-from flexlib.settings import MeshSettings, PrepareSettings, TrainSettings
+from flexlib.settings import MeshSettings, TrainSettings
 
 SEEDS = (0, 1, 2)
-
-
-@pytest.fixture(scope="module")
-def igg(request) -> Path:
-    return (request.config.getoption("--data") / "igg").resolve()
-
-
-@pytest.fixture(scope="module")
-def truth(igg):
-    return np.load(igg / "truth.npz")
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +33,6 @@ def folder(tmp_path_factory, igg) -> Path:
         igg / "particles.star",
         igg / "consensus.mrc",
         folder / "particles",
-        mask=None,
-        passthrough=None,
-        image_root=None,
-        settings=PrepareSettings(),
-        mask_settings=MeshSettings(),
     )
     build_mesh(folder / "particles", folder / "mesh", MeshSettings())
     return folder

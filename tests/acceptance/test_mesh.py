@@ -13,11 +13,6 @@ from flexlib.mesh.io import read_mesh
 from flexlib.mesh.voxels import voxelise
 
 
-@pytest.fixture(scope="module")
-def igg(request) -> Path:
-    return (request.config.getoption("--data") / "igg").resolve()
-
-
 def run(folder: Path, igg: Path, mesh: dict) -> Path:
     config = {
         "name": "igg",

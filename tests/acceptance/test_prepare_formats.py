@@ -11,9 +11,8 @@ from flexlib.settings import PrepareSettings
 
 
 @pytest.fixture(scope="module")
-def prepared(request, tmp_path_factory):
+def prepared(igg, tmp_path_factory):
     """Folders prepared from particles.star and particles.cs of the flexible IgG set, cropped and resampled."""
-    igg = (request.config.getoption("--data") / "igg").resolve()
     folders = []
     for name in ("particles.star", "particles.cs"):
         out = tmp_path_factory.mktemp(name)
