@@ -2,9 +2,10 @@
 
     python benchmarks/bench_prepare.py [--counts 2000 8000] [--box 128] [--train-box 64] [--out results.json]
 
-The images are one noisy projection set repeated, so that making them is cheap. Memory is the process's largest resident
-set (Linux's ``VmHWM``; ``getrusage`` would count what the parent had), mapped pages of files included. What it is after
-the imports is told too: what comes on top must not grow with the number of particles, but for the metadata's rows.
+The images are one noisy projection set repeated, so that making them is cheap. Memory is the largest resident anonymous
+memory (Linux's ``RssAnon``, read every 5 ms): pages of memory-mapped stacks are left out, for the kernel keeps those for
+as long as it has nothing better to do with the memory. What it is after the imports is told too: what comes on top must
+not grow with the number of particles, but for the metadata's rows.
 """
 
 from __future__ import annotations
@@ -25,23 +26,33 @@ from flexlib.particles.star import read_tables, write_star
 from flexlib.simulate import simulate_particles
 
 _MEASURE = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
 from flexlib.prepare import prepare_particles
 from flexlib.runtime import tune_process
 from flexlib.settings import PrepareSettings
-def peak():
-    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+def resident():
+    status = Path("/proc/self/status").read_text().split("RssAnon:")[1]
     return 1024 * int(status.split()[0])
+
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, resident())
 
 tune_process()
 start, folder = time.perf_counter(), Path(sys.argv[1])
-before = peak()
+before = peak = resident()
+done = threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
 prepare_particles(
     folder / "particles.star", folder / "consensus.mrc", folder / "out",
     settings=PrepareSettings(train_box=int(sys.argv[2])),
 )
-print(before, peak(), time.perf_counter() - start)
+done.set()
+watcher.join()
+print(before, peak, time.perf_counter() - start)
 """
 
 

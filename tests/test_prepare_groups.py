@@ -308,13 +308,16 @@ def test_symmetry_gives_every_image_all_its_poses(tmp_path, name):
 
 
 def test_memory_does_not_grow_with_the_number_of_particles(tmp_path):
-    """Five times the particles, 197 MB more to read and 49 MB to write: the peak stays where it was, within 80 MB."""
+    """442 MB more to read and as much more to write: the peak grows by less than half of either alone.
+
+    What grows is the metadata's rows (some 60 MB) and what the allocator happens to hold (as much, either way).
+    """
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_prepare.py"
     spec = importlib.util.spec_from_file_location("bench_prepare", path)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     peaks = []
-    for count in (3000, 15000):
+    for count in (9000, 36000):
         bench.make_particles(tmp_path / str(count), count, 64, distinct=60)
-        peaks.append(bench.measure(tmp_path / str(count), 32)["peak_bytes"])
-    assert peaks[1] - peaks[0] < 80e6, peaks
+        peaks.append(bench.measure(tmp_path / str(count), 64)["peak_bytes"])
+    assert peaks[1] - peaks[0] < 220e6, peaks
