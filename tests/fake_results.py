@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from flexlib.maps import lowpass_map, make_mask, write_map
 from flexlib.mesh.build import build_mesh
 from flexlib.particles.star import write_star
 from flexlib.phantoms import Phantom, make_phantom
+from flexlib.report import write_report
 from flexlib.settings import MeshSettings
 from flexlib.simulate import atoms_to_map
-from flexlib.sweep import SweepPoint, write_sweep_table
+from flexlib.sweep import COLUMNS, SweepPoint, write_sweep_table
 
 POINT = SweepPoint(cells=8, latent_dims=2, rigidity=2.0, seed=0)
 CONFIG = {
@@ -24,6 +26,21 @@ CONFIG = {
     "mesh": {"cells": 8},
     "train": {"latent_dims": [1, 2, 3], "rigidity": [0.5, 2.0], "seed": 0},
 }
+
+NASTY = '<script>alert("x")</script> & co'
+
+
+@functools.cache
+def finished_report(folder: Path) -> Path:
+    """A run of 1,500 particles, of which prepare kept some nine in ten, with its report; made once, not to be changed.
+
+    Its name would do harm where it is not escaped.
+    """
+    root = folder / "finished_report" / "antibody"
+    write_fake_results(root, box=40, pixel_size_A=6.0, frames=5, num_particles=1500)
+    config = {**CONFIG, "name": NASTY, "image_root": Path("/some/where")}
+    write_report(root, root / "report.html", config, root / "truth.npz")
+    return root
 
 
 def write_fake_results(
@@ -88,6 +105,9 @@ def _write_particles(root: Path, point: SweepPoint, angles: np.ndarray, rng: np.
     prepared = table.assign(flexInputRow=np.arange(count))[kept]
     write_star({"particles": prepared}, root / "particles" / "particles.star")
     write_star({"particles": table.assign(**columns)}, root / "train" / point.path / "latents.star")
+    write_star({"particles": table}, root / "input.star")
+    given = {"particles": str((root / "input.star").absolute()), "passthrough": None, "num_input": count}
+    write_json(root / "particles" / "prepared.json", given)
 
 
 def _write_training(folder: Path, point: SweepPoint, rng: np.random.Generator) -> None:
@@ -169,6 +189,9 @@ def _write_sweep(root: Path, chosen: SweepPoint, rng: np.random.Generator) -> No
                     "validation_gain_se": 1.2,
                     "wall_s": 312.5 + 20 * rng.random(),
                     "chosen": point == chosen,
+                    "difference_to_best": gain - 30.6,
+                    "difference_to_best_se": 0.0 if gain == 30.6 else 0.7,
                 }
             )
+    rows = [{key: value for key, value in row.items() if key in COLUMNS} for row in rows]
     write_sweep_table(rows, root / "sweep.csv")

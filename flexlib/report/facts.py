@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from flexlib.report.markup import NONE, angstrom, duration, number, table, text
-from flexlib.report.plots import FSC_KINDS, SWEPT, fsc_column, resolution_A
+from flexlib.report.markup import NONE, angstrom, duration, missing, number, table, text
+from flexlib.report.plots import FSC_KINDS, FSC_LABELS, SWEPT, fsc_column, paired, resolution_A
 from flexlib.report.results import Results
 from flexlib.sweep import SweepPoint
 
+_SIMPLER = "fewer latent dimensions first, then a coarser mesh, then stiffer"
 _QUALITY = {
     "num_vertices": ("vertices", ""),
     "num_cells": ("cells", ""),
@@ -93,7 +94,18 @@ def resolution_note(results: Results) -> str:
     if not known:
         return "this point was not reconstructed"
     note = "half-map FSC at 0.143"
-    return note + "; the limit of the images" if all(at_limit(results, value) for value in known) else note
+    if all(at_limit(results, value) for value in known):
+        note += "; the limit of the images"
+    moving = moving_resolutions(results)
+    return f"{note}; where it moves {angstrom(moving[1])} → {angstrom(moving[0])} Å" if all(moving) else note
+
+
+def moving_resolutions(results: Results) -> tuple[float | None, float | None]:
+    """FSC 0.143 resolution in Angstrom of the flexible and the rigid map in the part that moves."""
+    fsc = results.fsc
+    columns = [None if fsc is None else fsc_column(fsc, model, "moving") for model in ("flex", "rigid")]
+    flex, rigid = (resolution_A(fsc, column, 0.143) if fsc is not None and column else None for column in columns)
+    return flex, rigid
 
 
 def point_label(point: SweepPoint) -> str:
@@ -206,6 +218,35 @@ def particle_sentence(results: Results) -> str:
     return text(sentence + ".")
 
 
+def optics_sentence(results: Results) -> str:
+    """The microscope's constants, and the range of defocus; empty where particles.star does not tell."""
+    optics, particles = results.optics, results.particles
+    parts = []
+    constants = {
+        "Voltage": ("", " kV"),
+        "SphericalAberration": ("Cs ", " mm"),
+        "AmplitudeContrast": ("amplitude contrast ", ""),
+    }
+    for column, (before, unit) in constants.items():
+        if optics is not None and column in optics:
+            parts.append(before + _span(optics[column].astype(float)) + unit)
+    if particles is not None and {"DefocusU", "DefocusV"} <= set(particles):
+        parts.append(f"defocus {_span(defocus_um(particles), 2)} µm")
+    groups = f" in {len(optics)} optics groups" if optics is not None and len(optics) > 1 else ""
+    return text(f"CTF: {', '.join(parts)}{groups}.") if parts else ""
+
+
+def defocus_um(particles: pd.DataFrame) -> np.ndarray:
+    """(n,) mean of the two defoci of each particle, micrometres."""
+    return (particles["DefocusU"].astype(float) + particles["DefocusV"].astype(float)).to_numpy() / 2e4
+
+
+def _span(values: pd.Series | np.ndarray, decimals: int | None = None) -> str:
+    """Lowest to highest value, or the value where they are one."""
+    low, high = (f"{v:g}" if decimals is None else f"{v:.{decimals}f}" for v in (np.min(values), np.max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
 def choice_sentence(results: Results) -> str:
     """Why the chosen point."""
     sweep, point = results.sweep, results.chosen
@@ -222,14 +263,24 @@ def choice_sentence(results: Results) -> str:
     if bool(best["chosen"]):
         return text(
             f"{label} was chosen out of {len(sweep)} points: it has the highest held-out gain, and no simpler point "
-            "(fewer latent dimensions, stiffer, coarser mesh) lies within one standard error of it."
+            f"({_SIMPLER}) lies within one standard error of it."
         )
     settings = ", ".join(f"{SWEPT[name]} {best[name]:g}" for name in SWEPT if name in best)
+    difference, error = row.get("difference_to_best"), row.get("difference_to_best_se")
+    if paired(sweep):
+        distance = (
+            f"and the chosen point is the simplest within one standard error of it ({_SIMPLER}): particle by particle, "
+            f"it gains {number(-difference, 2)} ± {number(error, 2)} nats less"
+        )
+    else:
+        distance = (
+            f"and the chosen point ({number(row['validation_gain'])}) is the simplest within one standard error of it "
+            f"({_SIMPLER})"
+        )
     return text(
         f"{label} was chosen out of {len(sweep)} points: the highest held-out gain "
         f"({number(best['validation_gain'])} ± {number(best.get('validation_gain_se'), 2)} nats per particle) is "
-        f"that of {settings}, and the chosen point ({number(row['validation_gain'])}) is the simplest within "
-        "one standard error of it: fewer latent dimensions first, then stiffer, then a coarser mesh."
+        f"that of {settings}, {distance}."
     )
 
 
@@ -289,7 +340,7 @@ def resolution_sentence(results: Results) -> str:
 def mesh_table(quality: dict) -> str:
     """mesh_quality.json as a table."""
     rows = [
-        (label, number(quality[key], 7 if isinstance(quality[key], int) else 3, unit))
+        (label, number(quality[key], 7 if isinstance(quality[key], int) else 3, unit).replace(" °", "°"))
         for key, (label, unit) in _QUALITY.items()
         if key in quality
     ]
@@ -310,13 +361,17 @@ def mesh_table(quality: dict) -> str:
     )
 
 
+_SHOWN_POINTS = 16
+
+
 def sweep_table(sweep: pd.DataFrame) -> str:
-    """sweep.csv as a table, best first."""
+    """sweep.csv as a table, best first; of many points the rest is folded away."""
     ordered = sweep.sort_values("validation_gain", ascending=False)
     head = [
         "",
         *(label for name, label in SWEPT.items() if name in sweep),
         "held-out gain (nats)",
+        *(["less than the best by"] if paired(sweep) else []),
         "resolution flexible",
         "rigid",
         "time",
@@ -330,20 +385,60 @@ def sweep_table(sweep: pd.DataFrame) -> str:
                 *(f"{row[name]:g}" for name in SWEPT if name in sweep),
                 number(row["validation_gain"], 4)
                 + ("" if error is None or error != error else f" ± {number(error, 2)}"),
+                *([_less_than_best(row)] if paired(sweep) else []),
                 _resolution_cell(row.get("resolution_flex_A")),
                 _resolution_cell(row.get("resolution_rigid_A")),
                 duration(row.get("wall_s")),
             ]
         )
     flags = list(ordered["chosen"]) if "chosen" in ordered else []
-    return table(head, rows, flags)
+    if len(rows) <= _SHOWN_POINTS + 4:
+        return table(head, rows, flags)
+    shown = [number < _SHOWN_POINTS or (number < len(flags) and flags[number]) for number in range(len(rows))]
+    best = [row for row, flag in zip(rows, shown, strict=True) if flag]
+    return (
+        table(head, best, [flag for flag, one in zip(flags, shown, strict=False) if one])
+        + f"<details><summary>All {len(rows)} points</summary>{table(head, rows, flags)}</details>"
+    )
+
+
+def _less_than_best(row: pd.Series) -> str:
+    difference, error = row["difference_to_best"], row["difference_to_best_se"]
+    return NONE if not difference else f"{number(-difference, 2)} ± {number(error, 2)}"
+
+
+_STAGES = ("simulate", "prepare", "mesh", "train", "choose", "generate", "reconstruct", "summarise", "report")
+
+
+def time_table(benchmarks: pd.DataFrame) -> str:
+    """Time and memory of each rule, summed over its jobs, and folded away those of each job."""
+    if not len(benchmarks):
+        return missing("No benchmark files were kept for this run.")
+    stage = benchmarks["rule"].str.split("/").str[0]
+    order = [name for name in _STAGES if (stage == name).any()]
+    order += sorted(set(stage) - set(order))
+    rows = []
+    for name in order:
+        jobs = benchmarks[stage == name]
+        times = (duration(jobs["seconds"].sum()), duration(jobs["seconds"].max()))
+        rows.append((name, str(len(jobs)), *times, memory_size(jobs["memory_MB"].max())))
+    each = table(
+        ("job", "time", "peak memory"),
+        [(row.rule, duration(row.seconds), memory_size(row.memory_MB)) for row in benchmarks.itertuples()],
+    )
+    summed = table(("rule", "jobs", "time", "longest job", "peak memory"), rows)
+    return summed + (f"<details><summary>Each job</summary>{each}</details>" if len(benchmarks) > len(rows) else "")
+
+
+def memory_size(megabytes: float) -> str:
+    """Memory in MB or GB."""
+    if megabytes != megabytes:
+        return NONE
+    return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1024:.1f} GB"
 
 
 def _resolution_cell(value: float | None) -> str:
     return NONE if value is None or value != value else f"{angstrom(value)} Å"
-
-
-_FSC_ROWS = {"moving": "corrected, in the part that moves"}
 
 
 def resolution_table(fsc: pd.DataFrame) -> str:
@@ -360,5 +455,5 @@ def resolution_table(fsc: pd.DataFrame) -> str:
                     NONE if column is None else f"{angstrom(value)} Å" if value else f"beyond {angstrom(1 / last)} Å"
                 )
         if any(cell != NONE for cell in cells):
-            rows.append((_FSC_ROWS.get(kind, kind), *cells))
+            rows.append((f"corrected, {FSC_LABELS[kind]}" if kind == "moving" else FSC_LABELS[kind], *cells))
     return table(("FSC", "rigid, 0.143", "flexible, 0.143", "rigid, 0.5", "flexible, 0.5"), rows)

@@ -16,6 +16,7 @@ from flexlib.maps import Map, fourier_crop_map, read_map
 from flexlib.report import pictures, surface
 from flexlib.report.results import Results, Series
 
+MOST_SERIES = 8  # with pictures; a browser gives 3D views no more than some 16 WebGL contexts
 _MOVIE_FRAMES = 11
 _SIZE_PX = 400  # of one rendered view
 _LARGEST_BOX = 160  # frames of larger boxes are cropped in Fourier space for pictures
@@ -148,7 +149,7 @@ def strip(morph: Morph, count: int = 5) -> bytes:
         axes.imshow(picture)
         axes.set_title(title, fontsize=8.5)
         axes.axis("off")
-    return pictures.png(figure, 130)
+    return pictures.webp(figure, 130)
 
 
 # how far density moves ------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def displacement_picture(painted: PaintedMap) -> bytes:
     axes.imshow(picture)
     axes.axis("off")
     figure.colorbar(paint_scale(painted), ax=axes, shrink=0.7, label="rms displacement (Å)", aspect=22)
-    return pictures.png(figure, 140)
+    return pictures.webp(figure, 140)
 
 
 def paint_scale(painted: PaintedMap) -> ScalarMappable:
@@ -269,7 +270,7 @@ def compared_picture(compared: list[ComparedMap]) -> bytes:
         axes.imshow(picture)
         axes.set_title(label)
         axes.axis("off")
-    return pictures.png(figure, 130)
+    return pictures.webp(figure, 130)
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ class Gallery:
 
 def render_gallery(results: Results) -> Gallery:
     """Load the series and render the maps, all but the morphs in the view of the first series."""
-    morphs = [load_morph(series, results.mask) for series in results.series]
+    morphs = [load_morph(series, results.mask) for series in results.series[:MOST_SERIES]]
     rotation = morphs[0].rotation if morphs else None
     return Gallery(morphs, paint_displacement(results, rotation), compare_maps(results, rotation))
 
@@ -291,14 +292,3 @@ def render_gallery(results: Results) -> Gallery:
 def _both_sides(rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A view and the one after a quarter turn about the vertical."""
     return rotation, surface.quarter_turn(rotation)
-
-
-def density_2d(x: np.ndarray, y: np.ndarray, bins: int = 64) -> np.ndarray:
-    """(n,) smoothed local density of points, relative to its maximum."""
-    from scipy import ndimage
-
-    count, x_edges, y_edges = np.histogram2d(x, y, bins=bins)
-    smooth = ndimage.gaussian_filter(count, 1.5)
-    column = np.clip(np.digitize(x, x_edges) - 1, 0, bins - 1)
-    row = np.clip(np.digitize(y, y_edges) - 1, 0, bins - 1)
-    return smooth[column, row] / smooth.max()

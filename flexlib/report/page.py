@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from datetime import datetime
 from importlib import metadata, resources
 from pathlib import Path
@@ -17,33 +16,47 @@ from flexlib.report.morph import Gallery
 from flexlib.report.results import Results
 
 _PACKAGES = ("torch", "numpy", "scipy", "numba", "pandas", "mrcfile", "starfile", "plotly", "scikit-image")
+_LARGEST_PAGE_BYTES = 14.5e6  # of 15 MB; the rest is the page's frame
+_SECTIONS = {
+    "input": "What went in",
+    "mesh": "Mesh",
+    "sweep": "Sweep",
+    "training": "Training",
+    "latents": "Latent space",
+    "motion": "Motion",
+    "resolution": "Resolution",
+    "settings": "Settings and provenance",
+}
 
 
 def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
     """Write the report from what was read and rendered."""
     from plotly.offline import get_plotlyjs
 
-    parts: list[tuple[str, str, Callable[[], str]]] = [
-        ("input", "What went in", lambda: sections.input_section(results)),
-        ("mesh", "Mesh", lambda: sections.mesh_section(results)),
-        ("sweep", "Sweep", lambda: sections.sweep_section(results)),
-        ("training", "Training", lambda: sections.training_section(results)),
-        ("latents", "Latent space", lambda: sections.latent_section(results)),
-        ("motion", "Motion", lambda: sections.motion_section(results, gallery)),
-        ("resolution", "Resolution", lambda: sections.resolution_section(results, gallery)),
-        ("settings", "Settings and provenance", lambda: settings_section(results)),
-    ]
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in parts)
+    plotly_js = get_plotlyjs()
+    built = {
+        "input": sections.input_section(results),
+        "mesh": sections.mesh_section(results),
+        "sweep": sections.sweep_section(results),
+        "training": sections.training_section(results),
+        "motion": sections.motion_section(results, gallery),
+        "resolution": sections.resolution_section(results, gallery),
+        "settings": settings_section(results),
+    }
+    # the particles come last: they are many, and a part of them will do where the rest leaves little room
+    room_bytes = _LARGEST_PAGE_BYTES - len(plotly_js.encode()) - sum(len(part.encode()) for part in built.values())
+    built["latents"] = sections.latent_section(results, min(room_bytes, sections.LATENT_ROOM_BYTES))
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title in _SECTIONS.items())
     body = "".join(
-        f'<section id="{key}"><h2><span class="number">{index}</span>{title}</h2>{build()}</section>'
-        for index, (key, title, build) in enumerate(parts, start=1)
+        f'<section id="{key}"><h2><span class="number">{index}</span>{title}</h2>{built[key]}</section>'
+        for index, (key, title) in enumerate(_SECTIONS.items(), start=1)
     )
     folder = resources.files("flexlib.report")
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{text(results.name)}: flexible refinement</title><link rel="icon" href="data:,">
 <style>{folder.joinpath("page.css").read_text()}</style>
-<script>{get_plotlyjs()}</script></head>
+<script>{plotly_js}</script></head>
 <body>
 <header class="top"><div><p class="kicker">3D flexible refinement</p><h1>{text(results.name)}</h1>
 <p class="verdict">{facts.verdict(results)}</p></div></header>
@@ -105,36 +118,22 @@ def summary_tiles(results: Results) -> str:
 def settings_section(results: Results) -> str:
     """Configuration, versions and times."""
     config = yaml.safe_dump(_plain(results.config), sort_keys=False, allow_unicode=True) if results.config else ""
-    parts = [
-        "<h3>Configuration</h3>",
-        f"<pre>{text(config)}</pre>" if config else missing("No configuration was given."),
-    ]
     versions = [("Python", platform.python_version())]
     for package in ("flexlib", *_PACKAGES):
         try:
             versions.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:
             continue
-    times = results.benchmarks
-    parts.append(
-        grid(
-            "<div><h3>Versions</h3>" + table(("package", "version"), versions) + "</div>",
-            "<div><h3>Time and memory</h3>"
-            + (
-                table(
-                    ("step", "time", "peak memory"),
-                    [
-                        (row.rule, duration(row.seconds), number(row.memory_MB / 1024, 2, "GB"))
-                        for row in times.itertuples()
-                    ],
-                )
-                if len(times)
-                else missing("No benchmark files were kept for this run.")
-            )
-            + "</div>",
-        )
+    return "".join(
+        [
+            grid(
+                "<div><h3>Time and memory</h3>" + facts.time_table(results.benchmarks) + "</div>",
+                "<div><h3>Versions</h3>" + table(("package", "version"), versions) + "</div>",
+            ),
+            "<h3>Configuration</h3>",
+            f'<pre class="config">{text(config)}</pre>' if config else missing("No configuration was given."),
+        ]
     )
-    return "".join(parts)
 
 
 def _plain(value):

@@ -1,4 +1,4 @@
-"""Still pictures of the report's inputs, mesh and maps, drawn with matplotlib; all as PNG bytes."""
+"""Still pictures of the report's inputs, mesh and maps, drawn with matplotlib; as bytes of PNG or WebP."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def webp(figure: Figure, dpi: int = 130) -> bytes:
+    """The figure as WebP, a quarter of a PNG's size where surfaces are shaded."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="webp", dpi=dpi, pil_kwargs={"quality": 90, "method": 5})
     return buffer.getvalue()
 
 
@@ -118,7 +125,7 @@ def _slice(volume: np.ndarray, axis: int) -> np.ndarray:
 
 
 def map_slices(rows: list[tuple[str, Map]], mask: Map | None) -> bytes:
-    """Central slices of one or more maps, one row a map and one column an axis, all at one grey scale."""
+    """Central slices of one or more maps, one row a map and one column an axis, all at one grey scale; WebP."""
     low, high = _bounds(rows[0][1], mask)
     cut = slice(low, high)
     volumes = [map_.data[cut, cut, cut] for _, map_ in rows]
@@ -158,7 +165,7 @@ def map_slices(rows: list[tuple[str, Map]], mask: Map | None) -> bytes:
             if number == 0:
                 axes.set_title(f"{'zyx'[axis]} = 0  ({_AXES[axis][0]} right, {_AXES[axis][1]} up)")
             _scale_bar(axes, edge[1] - edge[0])
-    return png(figure, 110)
+    return webp(figure, 110)
 
 
 def _slice_at(volume: np.ndarray, axis: int, index: int) -> np.ndarray:

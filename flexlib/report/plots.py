@@ -11,7 +11,10 @@ from flexlib.report.pictures import ACCENT, FLEX, GRID, INK, MUTED, RIGID
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 SWEPT = {"cells": "mesh cells", "latent_dims": "latent dims", "rigidity": "rigidity λ", "seed": "seed"}
-_MAX_EIGENVALUES = 40
+_MAX_EIGENVALUES = 24
+_MOST_PANELS = 6
+_LOG_ABOVE = 60  # eigenvalues this large need a logarithmic axis
+_PALE = "#a9c8e6"
 _SERIES = (FLEX, ACCENT, "#2a9d6f", "#8a4fbf", "#c2384f", "#6b7a2b", "#3d4a59", "#b08900")
 
 
@@ -43,13 +46,28 @@ def swept_columns(sweep: pd.DataFrame) -> list[str]:
     return [name for name in SWEPT if name in sweep and sweep[name].nunique() > 1]
 
 
+def paired(sweep: pd.DataFrame) -> bool:
+    """Whether the table has each point's difference to the best, with the standard error of the difference itself."""
+    return "difference_to_best_se" in sweep and sweep["difference_to_best_se"].notna().any()
+
+
+def gain_errors(sweep: pd.DataFrame) -> pd.Series:
+    """Standard errors of the points' differences to the best, else of their gains; nan where there are none."""
+    if paired(sweep):
+        return sweep["difference_to_best_se"]
+    return sweep.get("validation_gain_se", pd.Series(np.nan, sweep.index)).astype(float)
+
+
 def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
-    """Held-out gain of each point with standard errors; the band is one standard error below the best."""
+    """Held-out gain of each point with the standard error that decides the choice (``gain_errors``).
+
+    The line is the best; where errors are those of the gains, the band is one of them below it.
+    """
     varied = [name for name in swept_columns(sweep) if name != "seed"]
     along = max(varied, key=lambda name: sweep[name].nunique()) if varied else "seed"
     groups = [name for name in (*varied, "seed") if name != along and name in sweep and sweep[name].nunique() > 1]
     figure = go.Figure()
-    errors = sweep["validation_gain_se"] if "validation_gain_se" in sweep else pd.Series(np.nan, sweep.index)
+    errors = gain_errors(sweep)
     values = sorted(sweep[along].unique())
     chosen: list[tuple[float, float]] = []
     parts = list(sweep.groupby(groups)) if groups else [((), sweep)]
@@ -80,8 +98,9 @@ def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
             hoverinfo="skip",
         )
     best = sweep["validation_gain"].idxmax()
-    if np.isfinite(errors[best]) and len(sweep) > 1:
-        top = sweep.loc[best, "validation_gain"]
+    top = sweep.loc[best, "validation_gain"]
+    figure.add_hline(y=top, line={"color": ACCENT, "width": 1.2, "dash": "dash"})
+    if np.isfinite(errors[best]) and len(sweep) > 1 and not paired(sweep):
         figure.add_hrect(
             y0=top - errors[best],
             y1=top,
@@ -90,7 +109,9 @@ def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
             line_width=0,
         )
     figure.update_xaxes(title=SWEPT[along], tickvals=list(range(len(values))), ticktext=[_short(v) for v in values])
-    figure.update_yaxes(title="held-out gain (nats per particle)", rangemode="tozero")
+    # far from zero, the differences between points are what matters
+    near_zero = (sweep["validation_gain"] - errors.fillna(0)).min() < 0.5 * sweep["validation_gain"].max()
+    figure.update_yaxes(title="held-out gain (nats per particle)", rangemode="tozero" if near_zero else "normal")
     figure.update_xaxes(range=[-0.5, len(values) - 0.5])
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
     margin = {"l": 70, "r": 20, "t": 60, "b": 56}  # the legend lies below the tool bar
@@ -98,34 +119,51 @@ def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
 
 
 def sweep_heat_map(sweep: pd.DataFrame) -> go.Figure | None:
-    """Best held-out gain over the two settings with most values; None where fewer than two settings vary."""
-    varied = sorted((n for n in swept_columns(sweep) if n != "seed"), key=lambda n: -sweep[n].nunique())[:2]
+    """Held-out gain over two settings, a panel for each value of a third; None where fewer than two settings vary.
+
+    Seeds and further settings are averaged. Colours span two standard errors at least, so that smaller differences do
+    not look large.
+    """
+    from plotly.subplots import make_subplots
+
+    varied = sorted((n for n in swept_columns(sweep) if n != "seed"), key=lambda n: -sweep[n].nunique())
     if len(varied) < 2:
         return None
-    table = sweep.pivot_table(index=varied[1], columns=varied[0], values="validation_gain", aggfunc="max")
-    figure = go.Figure(
-        go.Heatmap(
-            z=table.to_numpy().tolist(),
-            x=[_short(v) for v in table.columns],
-            y=[_short(v) for v in table.index],
-            colorscale="YlGnBu",
+    across, up = varied[:2]
+    third = varied[2] if len(varied) > 2 and sweep[varied[2]].nunique() <= _MOST_PANELS else None
+    panels = [None] if third is None else sorted(sweep[third].unique())
+    rows = [up] if third is None else [third, up]
+    table = sweep.pivot_table(index=rows, columns=across, values="validation_gain", aggfunc="mean")
+    low, high = float(table.min().min()), float(table.max().max())
+    spare = max(2 * float(gain_errors(sweep).median()) - (high - low), 0.0) / 2
+    titles = None if third is None else [f"{SWEPT[third]} {_short(value)}" for value in panels]
+    figure = make_subplots(cols=len(panels), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
+    for number, value in enumerate(panels, 1):
+        part = table if third is None else table.loc[value]
+        figure.add_heatmap(
+            z=part.to_numpy().tolist(),
+            x=[_short(v) for v in part.columns],
+            y=[_short(v) for v in part.index],
+            coloraxis="coloraxis",
             texttemplate="%{z:.1f}",
             hovertemplate="%{z:.2f} nats per particle<extra></extra>",
-            colorbar={"title": {"text": "nats", "side": "right"}, "thickness": 14},
+            xgap=2,
+            ygap=2,
+            row=1,
+            col=number,
         )
-    )
+        figure.update_xaxes(title=SWEPT[across], type="category", showgrid=False, row=1, col=number)
+        figure.update_yaxes(type="category", showgrid=False, row=1, col=number)
     if "chosen" in sweep and sweep["chosen"].any():
         row = sweep[sweep["chosen"]].iloc[0]
-        figure.add_scatter(
-            x=[_short(row[varied[0]])],
-            y=[_short(row[varied[1]])],
-            mode="markers",
-            marker={"symbol": "square-open", "size": 44, "color": ACCENT, "line": {"width": 3}},
-            hoverinfo="skip",
-        )
-    figure.update_xaxes(title=SWEPT[varied[0]], type="category")
-    figure.update_yaxes(title=SWEPT[varied[1]], type="category")
-    return styled(figure, 400, showlegend=False)
+        column = 1 if third is None else panels.index(row[third]) + 1
+        marker = {"symbol": "square-open", "size": 40, "color": ACCENT, "line": {"width": 3}}
+        place = {"x": [_short(row[across])], "y": [_short(row[up])], "mode": "markers"}
+        figure.add_scatter(**place, marker=marker, hoverinfo="skip", row=1, col=column)
+    figure.update_yaxes(title=SWEPT[up], row=1, col=1)
+    bar = {"title": {"text": "nats per particle", "side": "right"}, "thickness": 14}
+    colours = {"colorscale": "YlGnBu", "cmin": low - spare, "cmax": high + spare, "colorbar": bar}
+    return styled(figure, 400, showlegend=False, coloraxis=colours)
 
 
 def _short(value) -> str:
@@ -135,9 +173,24 @@ def _short(value) -> str:
 # training -------------------------------------------------------------------------------------------------------
 
 
-def training_curves(log: pd.DataFrame) -> dict[str, go.Figure]:
-    """A small figure for each numeric column of the log against the epoch, by column name."""
+_CURVES = {
+    "loss": "misfit (nats per particle)",
+    "rate": "step size (relative)",
+    "rigidity": "strain energy",
+    "rms_displacement_A": "motion (Å rms)",
+    "validation_gain": "held-out gain (nats per particle)",
+    "resolution_A": "resolution in use (Å)",
+}
+
+
+def training_curves(log: pd.DataFrame, box_A: float | None = None) -> dict[str, go.Figure]:
+    """A small figure for each numeric column of the log against the epoch, by column name.
+
+    With the box's side ``box_A`` the band of frequencies in use is shown in Angstrom.
+    """
     epoch = log["epoch"] if "epoch" in log else pd.Series(np.arange(1, len(log) + 1), log.index)
+    if box_A is not None and "band_shell" in log:
+        log = log.assign(resolution_A=box_A / log["band_shell"]).drop(columns="band_shell")
     figures = {}
     for column in log.select_dtypes("number"):
         known = log[column].notna()
@@ -156,79 +209,76 @@ def training_curves(log: pd.DataFrame) -> dict[str, go.Figure]:
             )
         )
         figure.update_xaxes(title="epoch")
-        title = {"text": column.replace("_", " "), "font": {"size": 13}, "x": 0.5, "y": 0.95}
+        label = _CURVES.get(column, column.replace("_", " "))
+        title = {"text": label, "font": {"size": 13}, "x": 0.5, "y": 0.95}
         styled(figure, 230, showlegend=False, title=title)
         figures[column] = figure.update_layout(margin={"l": 52, "r": 10, "t": 34, "b": 44})
     return figures
 
 
-def spectrum_plot(spectrum: pd.DataFrame) -> go.Figure:
-    """The first eigenvalues of the spectral start beside the edge of pure noise."""
+def spectrum_plot(spectrum: pd.DataFrame, suggested_dims: int | None = None) -> go.Figure:
+    """The first eigenvalues of the spectral start beside the edge of pure noise; the suggested ones are dark."""
     spectrum = spectrum.head(_MAX_EIGENVALUES)
     index = spectrum["index"] if "index" in spectrum else pd.Series(np.arange(1, len(spectrum) + 1))
     index = index + (1 - index.min())
     edge = spectrum.get("noise_edge")
     above = spectrum["eigenvalue"] > edge if edge is not None else np.ones(len(spectrum), bool)
+    dims = len(spectrum) if suggested_dims is None else suggested_dims
+    colours = [(FLEX if i <= dims else _PALE) if flag else RIGID for i, flag in zip(index, above, strict=True)]
     figure = go.Figure(
         go.Bar(
             x=index,
             y=spectrum["eigenvalue"],
-            marker={"color": [FLEX if flag else RIGID for flag in above]},
+            marker={"color": colours},
             hovertemplate="eigenvalue %{x}: %{y:.3f}<extra></extra>",
         )
     )
+    label = {"showarrow": False, "font": {"color": ACCENT, "size": 12}, "bgcolor": "rgba(255,255,255,0.85)"}
     if edge is not None:
         figure.add_scatter(
             x=index, y=edge, mode="lines", line={"color": ACCENT, "dash": "dash", "width": 1.6}, hoverinfo="skip"
         )
+        height = float(np.log10(edge.iloc[-1])) if spectrum["eigenvalue"].max() > _LOG_ABOVE else edge.iloc[-1]
         figure.add_annotation(
-            x=index.iloc[-1],
-            y=edge.iloc[-1],
-            text="edge of pure noise",
-            showarrow=False,
-            xanchor="right",
-            yshift=12,
-            font={"color": ACCENT, "size": 12},
+            x=index.iloc[-1], y=height, text="edge of pure noise", xanchor="right", yshift=-12, **label
         )
+    if suggested_dims is not None and 0 < suggested_dims < len(spectrum):
+        figure.add_vline(x=suggested_dims + 0.5, line={"color": INK, "dash": "dot", "width": 1.2})
+        words = f"{suggested_dims} latent dimension{'s' if suggested_dims > 1 else ''} suggested"
+        label = {**label, "font": {"color": INK, "size": 12}}
+        figure.add_annotation(x=suggested_dims + 0.5, y=1, yref="paper", text=words, xanchor="left", xshift=6, **label)
     figure.update_xaxes(title="eigenvalue number", dtick=1 if len(spectrum) <= 20 else None)
-    figure.update_yaxes(title="variance (noise = 1)", type="log" if spectrum["eigenvalue"].max() > 30 else "linear")
+    log = spectrum["eigenvalue"].max() > _LOG_ABOVE
+    figure.update_yaxes(title="variance (noise = 1)", type="log" if log else "linear")
     return styled(figure, 320, showlegend=False)
 
 
 # latents --------------------------------------------------------------------------------------------------------
 
 
-def latent_scatter(latents: pd.DataFrame, colour_name: str, colour: np.ndarray) -> go.Figure:
-    """Particles over latents 1 and 2; the page's script exchanges axes and colours."""
-    size = float(np.clip(160 / np.sqrt(len(latents)), 2.5, 7))
+def latent_scatter(count: int) -> go.Figure:
+    """Particles over two latents; the page's script adds the ``count`` points and exchanges axes and colours."""
     figure = go.Figure(
         go.Scattergl(
-            x=plain_numbers(latents["z1"]),
-            y=plain_numbers(latents["z2"]),
             mode="markers",
             marker={
-                "size": size,
-                "color": plain_numbers(colour),
+                "size": float(np.clip(160 / np.sqrt(count), 1.6, 7)),
                 "colorscale": "Viridis",
                 "showscale": True,
                 "opacity": 0.8,
-                "colorbar": {"title": {"text": colour_name, "side": "right"}, "thickness": 14},
+                "colorbar": {"title": {"side": "right"}, "thickness": 14},
             },
-            text=[f"row {row + 1}" for row in latents["row"]],
-            hovertemplate="particle %{text} of the input<br>(%{x:.3f}, %{y:.3f})<extra></extra>",
+            unselected={"marker": {"opacity": 0.12}},
+            hovertemplate="particle in row %{customdata} of the input<br>(%{x:.3f}, %{y:.3f})<extra></extra>",
         )
     )
-    figure.update_xaxes(title="latent 1")
-    figure.update_yaxes(title="latent 2")
-    return styled(figure, 470, showlegend=False)
+    return styled(figure, 470, showlegend=False, dragmode="zoom", hovermode="closest")
 
 
 def add_series_paths(figure: go.Figure, series: pd.DataFrame) -> None:
-    """Draw where the generated frames lie over latents 1 and 2, crosses where beyond the data; of series.csv."""
+    """Draw where the generated frames lie, crosses where beyond the data; ``series`` is series.csv."""
     for name, frames in series.groupby("series", sort=False):
         figure.add_scattergl(
-            x=plain_numbers(frames["latent_1"]),
-            y=plain_numbers(frames["latent_2"]),
             customdata=[plain_numbers(frames[c]) for c in frames if c.startswith("latent_")],
             mode="lines+markers",
             line={"color": ACCENT, "width": 1.5},
@@ -250,50 +300,23 @@ def _frame_markers(frames: pd.DataFrame) -> dict:
     }
 
 
-def latent_density(latents: pd.DataFrame) -> go.Figure:
-    """Particles per bin over latents 1 and 2."""
-    bins = int(np.clip(np.sqrt(len(latents)) / 1.6, 12, 80))
+def latent_density() -> go.Figure:
+    """Particles per bin over the same axes; the page's script adds the points and the bins."""
     figure = go.Figure(
         go.Histogram2d(
-            x=plain_numbers(latents["z1"]),
-            y=plain_numbers(latents["z2"]),
-            nbinsx=bins,
-            nbinsy=bins,
             colorscale="YlGnBu",
             colorbar={"title": {"text": "particles per bin", "side": "right"}, "thickness": 14},
             hovertemplate="%{z} particles near (%{x:.2f}, %{y:.2f})<extra></extra>",
         )
     )
-    figure.update_xaxes(title="latent 1")
-    figure.update_yaxes(title="latent 2")
     return styled(figure, 470)
 
 
-def latent_histogram(latents: pd.DataFrame) -> go.Figure:
-    """Histogram of a single latent, one curve a half-set where known."""
-    figure = go.Figure()
-    halves = latents["Half-set"] if "Half-set" in latents else pd.Series(1, latents.index)
-    for colour, (half, part) in zip((FLEX, ACCENT), latents.groupby(halves), strict=False):
-        name = f"half-set {half:g}" if isinstance(half, (int, float)) else "particles"
-        figure.add_histogram(x=plain_numbers(part["z1"]), nbinsx=60, name=name, marker={"color": colour}, opacity=0.6)
-    figure.update_xaxes(title="latent 1")
+def latent_histogram() -> go.Figure:
+    """Histogram of a single latent; the page's script adds the particles."""
+    figure = go.Figure(go.Histogram(marker={"color": FLEX}, hovertemplate="%{y} particles near %{x}<extra></extra>"))
     figure.update_yaxes(title="particles")
-    return styled(figure, 380, barmode="overlay", showlegend=len(figure.data) > 1)
-
-
-def latent_against(latents: pd.DataFrame, name: str) -> go.Figure:
-    """The single latent against another quantity of each particle."""
-    figure = go.Figure(
-        go.Scattergl(
-            x=plain_numbers(latents["z1"]),
-            y=plain_numbers(latents[name]),
-            mode="markers",
-            marker={"size": 4, "color": FLEX},
-        )
-    )
-    figure.update_xaxes(title="latent 1")
-    figure.update_yaxes(title=name)
-    return styled(figure, 380)
+    return styled(figure, 470, bargap=0.04)
 
 
 def plain_numbers(values) -> list[float]:
@@ -303,7 +326,13 @@ def plain_numbers(values) -> list[float]:
 
 # resolution -----------------------------------------------------------------------------------------------------
 
-FSC_KINDS = ("corrected", "masked", "unmasked", "moving")
+FSC_LABELS = {
+    "corrected": "corrected",
+    "masked": "masked",
+    "unmasked": "unmasked",
+    "moving": "where it moves",
+}
+FSC_KINDS = tuple(FSC_LABELS)
 
 
 def fsc_column(fsc: pd.DataFrame, model: str, kind: str | None = None) -> str | None:
@@ -336,12 +365,12 @@ def fsc_plot(fsc: pd.DataFrame) -> go.Figure:
             figure.add_scatter(
                 x=fsc["frequency_1_per_A"],
                 y=fsc[column],
-                name=f"{label}, {kind}",
+                name=f"{label}, {FSC_LABELS[kind]}",
                 mode="lines",
-                visible=True if column == best[model] else "legendonly",
+                visible=True if column == best[model] or kind == "moving" else "legendonly",
                 line={"color": colour, "dash": dashes[kind], "width": 2.6 if column == best[model] else 1.6},
                 customdata=[1 / f if f > 0 else None for f in fsc["frequency_1_per_A"]],
-                hovertemplate="%{y:.3f} at %{customdata:.2f} Å<extra>" + f"{label}, {kind}</extra>",
+                hovertemplate="%{y:.3f} at %{customdata:.2f} Å<extra>" + f"{label}, {FSC_LABELS[kind]}</extra>",
             )
     figure.add_hline(
         y=0.143,

@@ -14,7 +14,7 @@ import pandas as pd
 from flexlib.files import read_json
 from flexlib.maps import Map, read_map
 from flexlib.mesh.tetmesh import TetraMesh
-from flexlib.particles.star import read_tables
+from flexlib.particles.star import StarTables, read_tables
 from flexlib.sweep import SweepPoint
 
 
@@ -44,7 +44,18 @@ class Results:
     @cached_property
     def particles(self) -> pd.DataFrame | None:
         """Prepared particles, RELION's columns without the prefix ``rln``, in the order of particles.star."""
-        return _read_star(self.root / "particles" / "particles.star")
+        return None if self._prepared_star is None else _bare_names(self._prepared_star.particles)
+
+    @cached_property
+    def optics(self) -> pd.DataFrame | None:
+        """The optics groups of particles.star, named likewise."""
+        tables = self._prepared_star
+        return None if tables is None or tables.optics is None else _bare_names(tables.optics)
+
+    @cached_property
+    def _prepared_star(self) -> StarTables | None:
+        path = self.root / "particles" / "particles.star"
+        return read_tables(path) if path.exists() else None
 
     @cached_property
     def prepared(self) -> dict[str, Any]:
@@ -128,7 +139,9 @@ class Results:
     def latents(self) -> pd.DataFrame | None:
         """One row per particle with latents: z1..zK, ``row`` in the input file, and whatever can colour a plot.
 
-        Columns beside z: ``Half-set``, ``Defocus (um)``, ``View tilt (deg)``, and ``True angle 1 (deg)``... with truth.
+        Columns beside z: ``True angle 1 (deg)``... with truth, ``Half-set``, ``Defocus (um)``, ``View tilt (deg)``, and
+        every numeric column of latents.star that varies, under its name there
+        (without ``rln``).
         """
         table = self._latents_table
         if table is None:
@@ -142,8 +155,12 @@ class Results:
         out["row"] = table["flexInputRow"].to_numpy() if "flexInputRow" in table else np.arange(len(table))
         out["copy"] = table["flexSymmetryCopy"].to_numpy() if "flexSymmetryCopy" in table else 0
         out = self._add_truth(out)
-        out = out[np.isfinite(out["z1"])].reset_index(drop=True)
-        return self._add_particle_columns(out)
+        known = np.isfinite(out["z1"]).to_numpy()
+        out = self._add_particle_columns(out[known].reset_index(drop=True))
+        skip = {*names, "flexInputRow", "flexSymmetryCopy", "flexUid", "flexInputSign", "RandomSubset", "AngleTilt"}
+        further = table.loc[known, [name for name in table.select_dtypes("number") if name not in skip]]
+        further = further.loc[:, further.nunique() > 1].reset_index(drop=True)
+        return pd.concat([out, further], axis=1)
 
     @cached_property
     def all_latents_count(self) -> int | None:
@@ -152,7 +169,8 @@ class Results:
 
     @cached_property
     def _latents_table(self) -> pd.DataFrame | None:
-        return _read_star(self.stage_dir("train") / "latents.star")
+        path = self.stage_dir("train") / "latents.star"
+        return _bare_names(read_tables(path).particles) if path.exists() else None
 
     def _add_truth(self, latents: pd.DataFrame) -> pd.DataFrame:
         if self.truth_path is None or not self.truth_path.exists():
@@ -252,10 +270,8 @@ class Results:
         return pd.DataFrame(rows, columns=["rule", "seconds", "memory_MB"])
 
 
-def _read_star(path: Path) -> pd.DataFrame | None:
-    if not path.exists():
-        return None
-    return read_tables(path).particles.rename(columns=lambda name: name.removeprefix("rln"))
+def _bare_names(table: pd.DataFrame) -> pd.DataFrame:
+    return table.rename(columns=lambda name: name.removeprefix("rln"))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,15 +12,16 @@ from flexlib.report import surface
 from flexlib.report.morph import Morph
 from flexlib.report.plots import styled
 
+_NOTHING = np.zeros((1, 3))
+_AXES = ("xaxis", "yaxis", "zaxis")
 _BARE_AXIS = {"visible": False, "showbackground": False}
 
 
-def _scene(reach_A: float) -> dict:
-    axis = {**_BARE_AXIS, "range": [-reach_A, reach_A]}
+def _scene(reach_A: float, centre: np.ndarray = _NOTHING[0]) -> dict:
+    """A cube without axes, ``reach_A`` from its ``centre`` (x, y, z) to each face, all in Angstrom."""
+    ranges = np.stack([centre - reach_A, centre + reach_A], 1).tolist()
     return {
-        "xaxis": axis,
-        "yaxis": axis,
-        "zaxis": axis,
+        **{name: {**_BARE_AXIS, "range": limits} for name, limits in zip(_AXES, ranges, strict=True)},
         "aspectmode": "cube",
         "camera": {"eye": {"x": 1.0, "y": -0.75, "z": 0.6}},  # perspective: Plotly does not light orthographic views
         "dragmode": "orbit",
@@ -88,6 +89,12 @@ def morph_view(morph: Morph, max_faces: int, count: int = 9) -> go.Figure:
     traces = [
         _surface_trace(*surface.isosurface(morph.volumes[i], morph.pixel_size_A, morph.level, max_faces)) for i in picks
     ]
+    corners = np.concatenate(
+        [np.stack([trace.x, trace.y, trace.z], 1) for trace in traces if len(trace.x)] or [_NOTHING]
+    )
+    seen = corners @ morph.rotation.T  # x right, y up in the view that the reader meets first
+    centre = morph.rotation.T @ ((seen.min(0) + seen.max(0)) / 2)
+    reach_A = float(np.linalg.norm(corners - centre, axis=1).max()) or 1.0
     start = len(traces) // 2
     figure = go.Figure(
         data=[traces[start]],
@@ -112,9 +119,9 @@ def morph_view(morph: Morph, max_faces: int, count: int = 9) -> go.Figure:
     }
     up = morph.rotation[1]  # the screen's up direction of the movie
     camera = {
-        "eye": dict(zip("xyz", (1.25 * morph.rotation[2]).tolist(), strict=True)),
+        "eye": dict(zip("xyz", (1.3 * morph.rotation[2]).tolist(), strict=True)),
         "up": dict(zip("xyz", up.tolist(), strict=True)),
     }
-    scene = {**_scene(morph.extent * morph.pixel_size_A * 1.02), "camera": camera, "domain": {"y": [0.17, 1]}}
+    scene = {**_scene(reach_A, centre), "camera": camera, "domain": {"y": [0.15, 1]}}
     styled(figure, 470, scene=scene, sliders=[slider], showlegend=False)
     return figure.update_layout(margin={"l": 0, "r": 0, "t": 0, "b": 34})

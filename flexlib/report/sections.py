@@ -6,10 +6,11 @@ import numpy as np
 
 from flexlib.report import facts, morph, pictures, plots, scenes
 from flexlib.report.markup import grid, image, json_block, missing, number, plot, text
+from flexlib.report.packing import DENSITY, PackedParticles, column_label, pack_particles
 from flexlib.report.results import Results
 
-_MAX_POINTS = 20000  # particles drawn in a scatter plot
-_MORPH_FACES = 160_000  # triangles of all interactive morphs together
+LATENT_ROOM_BYTES = 6e6  # of the page, for what is drawn of the particles
+_MORPH_FACES = 120_000  # triangles of all interactive morphs together
 
 # 1 --------------------------------------------------------------------------------------------------------------
 
@@ -21,10 +22,10 @@ def input_section(results: Results) -> str:
     if particles is None:
         parts.append(missing("The prepared particles (particles/particles.star) are not there."))
     else:
-        parts.append(f'<p class="lead">{facts.particle_sentence(results)}</p>')
+        parts.append(f'<p class="lead">{facts.particle_sentence(results)} {facts.optics_sentence(results)}</p>')
         drawn = []
         if {"DefocusU", "DefocusV"} <= set(particles):
-            defocus_um = (particles["DefocusU"].astype(float) + particles["DefocusV"].astype(float)).to_numpy() / 2e4
+            defocus_um = facts.defocus_um(particles)
             drawn.append(
                 image(
                     pictures.defocus_histogram(defocus_um),
@@ -44,7 +45,7 @@ def input_section(results: Results) -> str:
                     "uniform distribution; empty regions mean that motion along those directions is seen less well.",
                 )
             )
-        parts.append(grid(*drawn))
+        parts.append(grid(*drawn, kind="pair"))
     if results.consensus is None:
         parts.append(missing("The consensus map (particles/consensus.mrc) is not there."))
     else:
@@ -54,6 +55,7 @@ def input_section(results: Results) -> str:
                 "Central slices of the consensus map",
                 "<b>Consensus map</b>, central slices at the training box; the orange line is the solvent mask at 0.5. "
                 "All density that should move must lie inside the line: what is outside is not modelled.",
+                "webp",
             )
         )
     return "".join(parts)
@@ -80,6 +82,7 @@ def mesh_section(results: Results) -> str:
             "scroll to zoom.",
         ),
         "<div>" + facts.mesh_table(quality) + "</div>" if quality else missing("mesh_quality.json is not there."),
+        kind="pair",
     )
     sections = image(
         pictures.mesh_sections(mesh, results.consensus),
@@ -111,10 +114,15 @@ def sweep_section(results: Results) -> str:
     known = sweep[sweep["validation_gain"].notna()]
     if len(known) > 1:
         caption = (
-            "<b>Held-out gain</b> of each point, with its standard error over particles; the band "
-            "is one standard error below the best. For particles that training "
-            "of map and motion never saw, half of each image places the particle and the other half is predicted; the "
-            "gain over the rigid model cannot be raised by over-fitting. Above zero: the motion is real."
+            "<b>Held-out gain</b> of each point. For particles that training of map and motion never saw, half of each "
+            "image places the particle and the other half is predicted; the gain over the rigid model cannot be raised "
+            "by over-fitting. Above zero: the motion is real. "
+        )
+        caption += (
+            "Bars are the standard error of the difference to the best (dashed), taken particle by particle: a point "
+            "whose bar reaches the line is as good."
+            if plots.paired(known)
+            else "Bars are the standard error over particles; the band is one standard error below the best (dashed)."
         )
         drawn = [plot(plots.sweep_gains(known), "sweep-gains", caption)]
         heat_map = plots.sweep_heat_map(known)
@@ -123,7 +131,8 @@ def sweep_section(results: Results) -> str:
                 plot(
                     heat_map,
                     "sweep-heat-map",
-                    "<b>The same over two settings</b>, the best of all others; the chosen point is framed.",
+                    "<b>The same as a map over the settings</b>, averaged over what is not shown; the chosen point is "
+                    "framed.",
                 )
             )
         parts.append(grid(*drawn))
@@ -139,7 +148,10 @@ def sweep_section(results: Results) -> str:
 def training_section(results: Results) -> str:
     """Training curves and the spectrum."""
     parts = []
-    curves = {} if results.log is None else plots.training_curves(results.log)
+    box, pixel_A = facts.training_box(results)
+    curves = (
+        {} if results.log is None else plots.training_curves(results.log, box * pixel_A if box and pixel_A else None)
+    )
     if not curves:
         parts.append(missing("There is no training log (log.csv) for the chosen point."))
     else:
@@ -154,7 +166,7 @@ def training_section(results: Results) -> str:
     else:
         parts.append(
             plot(
-                plots.spectrum_plot(results.spectrum),
+                plots.spectrum_plot(results.spectrum, results.validation.get("suggested_dims")),
                 "spectrum",
                 "<b>How many motions the images show</b> before any training: variance of the forces on the mesh's "
                 "elastic modes, in units of what pure noise gives. " + facts.spectrum_sentence(results),
@@ -166,58 +178,79 @@ def training_section(results: Results) -> str:
 # 5 --------------------------------------------------------------------------------------------------------------
 
 
-def latent_section(results: Results) -> str:
-    """Particles in latent space."""
+def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> str:
+    """Particles in latent space; no more of them than fit into ``room_bytes`` of the page."""
     latents = results.latents
     if latents is None:
         return missing("There are no latent coordinates (latents.star) for the chosen point.")
-    shown = latents
-    note = ""
-    if len(latents) > _MAX_POINTS:
-        shown = latents.sample(_MAX_POINTS, random_state=0).sort_index()
-        note = f" {_MAX_POINTS:,} of {len(latents):,} particles are drawn, picked at random."
+    dims = results.latent_dims
     lead = (
-        f'<p class="lead">{len(latents):,} particles, each with {results.latent_dims} latent '
-        f"coordinate{'s' if results.latent_dims > 1 else ''}. {facts.truth_sentence(results)}</p>"
+        f'<p class="lead">{len(latents):,} particles, each with {dims} latent '
+        f"coordinate{'s' if dims > 1 else ''}. {facts.truth_sentence(results)}</p>"
     )
-    if results.latent_dims == 1:
-        against = [name for name in (*results.truth_names, "Defocus (um)", "View tilt (deg)") if name in shown]
-        drawn = [plot(plots.latent_histogram(shown), "latent-histogram", _latent_caption(note))]
-        for index, name in enumerate(against[: len(results.truth_names) or 1]):
-            drawn.append(plot(plots.latent_against(shown, name), f"latent-against-{index}", _against_caption(name)))
-        return lead + grid(*drawn)
-    density = morph.density_2d(shown["z1"].to_numpy(), shown["z2"].to_numpy())
-    colours = {name: shown[name].to_numpy(float) for name in results.truth_names}
-    colours |= {"Density (relative)": density}
-    colours |= {
-        name: shown[name].to_numpy(float) for name in ("Half-set", "Defocus (um)", "View tilt (deg)") if name in shown
-    }
-    colours |= {f"latent {i + 1}": shown[f"z{i + 1}"].to_numpy() for i in range(2, results.latent_dims)}
-    first = next(iter(colours))
-    columns = {name: plots.plain_numbers(values) for name, values in colours.items()}
-    columns |= {f"z{i + 1}": plots.plain_numbers(shown[f"z{i + 1}"]) for i in range(results.latent_dims)}
-    picker = '<label>Colour by <select id="latent-colour">' + "".join(
-        f'<option value="{text(name)}">{text(name)}</option>' for name in colours
-    )
-    picker += "</select></label>"
-    if results.latent_dims > 2:
-        pairs = [(i, j) for i in range(1, results.latent_dims) for j in range(i + 1, results.latent_dims + 1)]
-        options = "".join(f'<option value="{i},{j}">{i} and {j}</option>' for i, j in pairs)
-        picker += f'<label>Latents <select id="latent-pair">{options}</select></label>'
-    scatter = plots.latent_scatter(shown, first, colours[first])
+    packed = pack_particles(results, room_bytes)
+    note = ""
+    if packed.drawn < len(latents):
+        note = (
+            f" {packed.drawn:,} of {len(latents):,} particles are drawn, picked at random, to keep this page small: a "
+            "lasso's list has only these, the <code>flex-select</code> command shown with it takes all."
+        )
+    scatter = plots.latent_scatter(packed.drawn)
     path = results.series_latents
-    if path is not None and {"series", "frame", "latent_1", "latent_2"} <= set(path):
+    if path is not None and {"series", "frame", "latent_1", "beyond_data"} <= set(path) and dims > 1:
         plots.add_series_paths(scatter, path)
         note += " The orange lines are the generated series, with a red cross where there are hardly any particles."
-    drawn_plots = grid(
-        plot(scatter, "latent-scatter", _latent_caption(note)),
-        plot(
-            plots.latent_density(shown),
+    if dims > 1:
+        gathered = plot(
+            plots.latent_density(),
             "latent-density",
             "<b>Where particles gather.</b> Separate clouds are states; an even band is a continuous motion.",
-        ),
+        )
+    else:
+        gathered = plot(
+            plots.latent_histogram(),
+            "latent-density",
+            "<b>Where particles gather.</b> Separate heaps are states; a single broad one is a continuous motion.",
+        )
+    drawn = grid(plot(scatter, "latent-scatter", _latent_caption(note)), gathered)
+    content = json_block("latent-columns", packed.content)
+    return lead + _latent_controls(packed) + drawn + _lasso_panel(results) + content
+
+
+def _latent_controls(packed: PackedParticles) -> str:
+    """Choices of colour and axes, and the button that starts a selection."""
+    # with a single latent, something else has to be the second axis
+    spare = [name for name in packed.colours if name != DENSITY] or [DENSITY]
+    second = packed.latents[1] if len(packed.latents) > 1 else spare[0]
+    return (
+        '<div class="controls">'
+        + _picker("Colour", "latent-colour", (*packed.colours, *packed.latents), packed.colours[0])
+        + _picker("Horizontal", "latent-x", (*packed.latents, *packed.colours), packed.latents[0])
+        + _picker("Vertical", "latent-y", (*packed.latents, *packed.colours), second)
+        + '<button type="button" id="latent-lasso" aria-pressed="false">Select with a lasso</button></div>'
     )
-    return lead + f'<div class="controls">{picker}</div>' + drawn_plots + json_block("latent-columns", columns)
+
+
+def _picker(label: str, name: str, columns: tuple[str, ...], chosen: str) -> str:
+    options = "".join(
+        f'<option value="{text(column)}"{" selected" if column == chosen else ""}>{text(column_label(column))}</option>'
+        for column in columns
+    )
+    return f'<label>{label} <select id="{name}">{options}</select></label>'
+
+
+def _lasso_panel(results: Results) -> str:
+    """What to do with the particles inside the lasso; page.js shows it once there are any."""
+    folder = results.stage_dir("train").as_posix()
+    suffix = ".cs" if str(results.prepared.get("particles")).endswith(".cs") else ".star"
+    return (
+        f'<div class="picked" id="latent-picked" data-folder="{text(folder)}" data-name="{text(results.name)}" '
+        f'data-suffix="{suffix}" hidden>'
+        '<p><b id="latent-count"></b> <button type="button" id="latent-save">Download their list (CSV)</button> '
+        '<button type="button" id="latent-clear">Clear</button></p>'
+        "<p>A subset of your own particle file, with every column as it was:</p>"
+        '<pre id="latent-command"></pre></div>'
+    )
 
 
 def _latent_caption(note: str) -> str:
@@ -225,12 +258,6 @@ def _latent_caption(note: str) -> str:
         "<b>Each point is a particle</b>; neighbours have similar shapes. Colouring by half-set, defocus or view "
         "should show no pattern: a pattern means that the latents follow the imaging and not the molecule." + note
     )
-
-
-def _against_caption(name: str) -> str:
-    if name.startswith("True"):
-        return f"<b>Latent 1 against {text(name.lower())}</b>: a thin monotonic band means that the motion was found."
-    return f"<b>Latent 1 against {text(name.lower())}</b>: no trend should be seen."
 
 
 # 6 --------------------------------------------------------------------------------------------------------------
@@ -257,6 +284,7 @@ def motion_section(results: Results, gallery: morph.Gallery) -> str:
                 "<b>How far each part moves</b>: the canonical map from two sides (the right one turned by 90° about "
                 "the vertical), coloured by the rms displacement over particles. Half of the mask moves by less than "
                 f"{number(painted.median_A, 2)} Å, the most mobile part by {number(painted.highest_A, 2)} Å rms.",
+                "webp",
             )
         )
     if not morphs:
@@ -283,6 +311,7 @@ def motion_section(results: Results, gallery: morph.Gallery) -> str:
                 f"Frames along {title}",
                 "<b>The same in still frames</b>, in per cent of the way. Last panel: the first frame in sand, the "
                 "last in blue.",
+                "webp",
             )
         )
         parts.append(
@@ -301,6 +330,9 @@ def motion_section(results: Results, gallery: morph.Gallery) -> str:
                 kind="centre",
             )
         )
+    if len(results.series) > len(morphs) > 0:
+        others = ", ".join(series.name for series in results.series[len(morphs) :])
+        parts.append(f"<p>Not shown, to keep this page small: {text(others)}. Their films lie in generate/.</p>")
     return "".join(parts)
 
 
@@ -351,6 +383,7 @@ def resolution_section(results: Results, gallery: morph.Gallery) -> str:
                 "<b>Central slices of the maps</b> (mean of the half-maps, not sharpened), at one grey scale. Parts "
                 "that move should be sharper and stronger in the flexible map; parts that do not move should look the "
                 "same.",
+                "webp",
             )
         )
     if gallery.compared:
@@ -359,6 +392,7 @@ def resolution_section(results: Results, gallery: morph.Gallery) -> str:
                 morph.compared_picture(gallery.compared),
                 "Surfaces of the rigid and flexible maps",
                 "<b>The same maps as surfaces</b>, from two sides, at one contour level.",
+                "webp",
             )
         )
     return "".join(parts)

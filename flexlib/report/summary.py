@@ -9,6 +9,7 @@ import numpy as np
 
 from flexlib.files import atomic_path
 from flexlib.report import morph, pictures
+from flexlib.report.packing import density_2d
 from flexlib.report.plots import fsc_column
 from flexlib.report.results import Results
 
@@ -51,7 +52,7 @@ def _draw_latents(figure, results: Results) -> None:
     x = latents["z1"].to_numpy()
     if results.latent_dims > 1:
         y = latents["z2"].to_numpy()
-        colour = latents[truth[0]] if truth else morph.density_2d(x, y)
+        colour = latents[truth[0]] if truth else density_2d(x, y)
         points = axes.scatter(x, y, c=colour, s=5, cmap="viridis", linewidths=0)
         axes.set_ylabel("latent 2")
         for values, limit in ((x, axes.set_xlim), (y, axes.set_ylim)):  # a few strays must not shrink the rest

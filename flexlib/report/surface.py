@@ -15,6 +15,7 @@ from flexlib.maps import fourier_crop_map, fourier_pad_map
 _LIGHT = np.array([-0.45, 0.6, 0.66])  # towards the light, from above and the left
 _SHARP_BOX = 128  # smaller boxes are padded in Fourier space to this one, so that voxels do not show
 PAINT = ("#d3dae2", "#f0c27a", "#e2711d", "#a5161c")  # still to moving: grey, sand, orange, red
+_COARSEST_BOX = 8  # for surfaces of few triangles
 _STEP, _LEAP = 0.6, 4  # voxels along a ray, near the surface and where nothing is near
 BLUE = (0.58, 0.73, 0.90)
 GREY = (0.72, 0.75, 0.79)
@@ -120,16 +121,16 @@ def isosurface(volume: np.ndarray, pixel_size_A: float, level: float, max_faces:
 
     if not volume.min() < level < volume.max():
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint16)
-    smooth = volume
-    for step in range(1, 9):
-        if step > 1:
-            smooth = ndimage.gaussian_filter(volume, 0.35 * step)
-        if not smooth.min() < level < smooth.max():
+    coarse = volume
+    while True:
+        corner, faces, _, _ = marching_cubes(coarse, level)
+        if len(faces) <= max_faces or len(coarse) <= _COARSEST_BOX:
             break
-        corner, faces, _, _ = marching_cubes(smooth, level, step_size=step)
-        if len(faces) <= max_faces:
+        box = 2 * int(0.49 * len(coarse) * np.sqrt(max_faces / len(faces)))  # even, and a little below what is needed
+        coarse = fourier_crop_map(volume, max(box, _COARSEST_BOX))
+        if not coarse.min() < level < coarse.max():
             break
-    vertices = (corner[:, ::-1] - volume.shape[0] // 2) * pixel_size_A
+    vertices = (corner[:, ::-1] - len(coarse) // 2) * (pixel_size_A * len(volume) / len(coarse))
     index_type = np.uint16 if len(vertices) < 65536 else np.uint32
     return vertices.astype(np.float32), faces.astype(index_type)
 
