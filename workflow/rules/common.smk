@@ -41,6 +41,9 @@ TRAIN = f"{RESULTS}/train/{POINT_PATTERN}"
 GENERATE = f"{RESULTS}/generate/{POINT_PATTERN}"
 RECONSTRUCT = f"{RESULTS}/reconstruct/{POINT_PATTERN}"
 
+# how Snakemake's own report names a point
+POINT_LABELS = {"cells": "{cells}", "dims": "{dims}", "rigidity": "{rigidity}", "seed": "{seed}"}
+
 MASK_KEYS = ["lowpass_A", "threshold", "dilate_A", "pad_A"]
 
 

@@ -7,7 +7,13 @@ rule generate:
         particles=rules.prepare.output.particles,
         extra=user_files("generate"),
     output:
-        series=directory(GENERATE),
+        series=report(
+            directory(GENERATE),
+            patterns=["{series}.webp"],
+            caption="../report/series.rst",
+            category="Motion",
+            labels={**POINT_LABELS, "series": "{series}"},
+        ),
     log:
         f"{LOGS}/generate/{POINT_PATTERN}.log",
     benchmark:

@@ -20,7 +20,12 @@ rule reconstruct:
             map=["flex_sharpened", "flex_local_resolution", "moving_mask"],
             allow_missing=True,
         ),
-        fsc=f"{RECONSTRUCT}/fsc.csv",
+        fsc=report(
+            f"{RECONSTRUCT}/fsc.csv",
+            caption="../report/fsc.rst",
+            category="Resolution",
+            labels=POINT_LABELS,
+        ),
         resolution=f"{RECONSTRUCT}/resolution.json",
         convergence=f"{RECONSTRUCT}/convergence.csv",
     log:

@@ -31,7 +31,7 @@ rule summarise:
         validation=TRAINED,
         resolutions=reconstructed("resolution.json"),
     output:
-        table=report(f"{RESULTS}/sweep.csv", category="Sweep"),
+        table=report(f"{RESULTS}/sweep.csv", caption="../report/sweep.rst", category="Sweep"),
     log:
         f"{LOGS}/summarise.log",
     benchmark:
@@ -58,7 +58,7 @@ rule report:
         fsc=reconstructed("fsc.csv"),
         truth=rules.simulate.output.truth if config["simulate"] is not None else [],
     output:
-        page=report(f"{RESULTS}/report.html", category="Report"),
+        page=report(f"{RESULTS}/report.html", caption="../report/report.rst", category="Report"),
     log:
         f"{LOGS}/report.log",
     benchmark:

@@ -17,7 +17,12 @@ rule train:
         model=f"{TRAIN}/model.pt",
         canonical=f"{TRAIN}/canonical.mrc",
         latents=f"{TRAIN}/latents.star",
-        history=f"{TRAIN}/log.csv",
+        history=report(
+            f"{TRAIN}/log.csv",
+            caption="../report/training.rst",
+            category="Training",
+            labels=POINT_LABELS,
+        ),
         spectrum=f"{TRAIN}/spectrum.csv",
         validation=f"{TRAIN}/validation.json",
     log:
