@@ -2,8 +2,9 @@ PYTHON ?= python3
 CORES ?= $(shell nproc)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-slurm lint clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +22,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# a real one-node SLURM, as root, from Debian's packages (installed if they are missing); for a container or a CI machine
+test-slurm: setup
+	$(SUDO) tests/slurm/cluster.sh start
+	$(BIN)/python -m pytest tests/slurm --slurm; status=$$?; $(SUDO) tests/slurm/cluster.sh stop; exit $$status
 
 lint: setup
 	$(BIN)/ruff format --check .

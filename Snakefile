@@ -29,6 +29,10 @@ localrules:
     summarise,
 
 
+onstart:
+    check_gpu()
+
+
 rule all:
     default_target: True
     input:

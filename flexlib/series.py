@@ -117,6 +117,13 @@ def check_series(value: str | Sequence[str], latent_dims: Iterable[int]) -> None
                 raise InputError(f"generate.series: between: the point {text} has {len(end)} of {wrong[0]} coordinates")
 
 
+def count_maps(value: str | Sequence[str], frames: int, latent_dims: int) -> int:
+    """How many maps ``generate.series`` makes of a point; a file of points is counted as ``frames``."""
+    odd = frames + 1 - frames % 2
+    counts = {"axes": odd * latent_dims, "curve": frames, "between": frames, "file": frames}
+    return sum(counts.get(request.kind, request.count) for request in parse_series(value))
+
+
 def series_files(value: str | Sequence[str]) -> Iterator[Path]:
     """The files that ``generate.series`` names. Raises InputError as ``parse_series``."""
     return (request.path for request in parse_series(value) if request.kind == "file")

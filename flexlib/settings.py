@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from flexlib.errors import InputError
+from flexlib.estimates import MapSize, read_map_size
 from flexlib.series import series_files
 
 Auto = Literal["auto"]
@@ -191,16 +193,20 @@ def _understand_numbers(config: Mapping[str, Any], schema: Mapping[str, Any]) ->
 
 
 def _fill(instance: Any, schema: Mapping[str, Any]) -> Any:
-    """``instance`` with the schema's defaults where it says nothing, section by section."""
+    """``instance`` with the schema's defaults where it says nothing, section by section.
+
+    Keys come in the schema's order: Snakemake compares parameters as text, and a config that says the same in another
+    order must not repeat what is done.
+    """
     if not isinstance(instance, dict):
         return instance
-    filled = dict(instance)
+    filled = {}
     for key, subschema in schema.get("properties", {}).items():
-        if key not in filled and "default" in subschema:
-            filled[key] = copy.deepcopy(subschema["default"])
-        if key in filled:
-            filled[key] = _fill(filled[key], subschema)
-    return filled
+        if key in instance:
+            filled[key] = _fill(instance[key], subschema)
+        elif "default" in subschema:
+            filled[key] = _fill(copy.deepcopy(subschema["default"]), subschema)
+    return {**filled, **{key: value for key, value in instance.items() if key not in filled}}
 
 
 def _explain(error: Any) -> str:
@@ -257,3 +263,69 @@ def check_paths(config: Mapping[str, Any]) -> None:
     for key, path in input_paths(config):
         if not path.exists() and path.parent != made:
             raise InputError(f"config: {key}: {path} does not exist (looked for at {path.absolute()})")
+
+
+def check_maps(config: Mapping[str, Any]) -> None:
+    """Refuse a consensus or mask that no preparation can use, by their headers alone; what is not there is passed over.
+
+    A mask may have another box than the consensus (it is resampled), but must be a cube of the same extent.
+
+    Raises
+    ------
+    InputError
+        Names the file and both sizes.
+    """
+    sizes = {
+        key: size
+        for key in ("consensus", "mask")
+        if config.get(key) is not None and Path(config[key]).is_file() and (size := read_map_size(config[key]))
+    }
+    for key, size in sizes.items():
+        if len(set(size.voxels)) != 1:
+            box = " x ".join(str(side) for side in size.voxels)
+            raise InputError(f"config: {key}: {config[key]} has {box} voxels; a cubic map is needed")
+    if len(sizes) < 2 or not all(size.extent_A[0] > 0 for size in sizes.values()):
+        return
+    consensus, mask = sizes["consensus"], sizes["mask"]
+    voxel_A = max(size.extent_A[0] / size.voxels[0] for size in sizes.values())
+    if abs(mask.extent_A[0] - consensus.extent_A[0]) > max(voxel_A, 0.01 * consensus.extent_A[0]):
+        raise InputError(
+            f"config: mask: {config['mask']} is {_extent(mask)}, but the consensus {config['consensus']} is "
+            f"{_extent(consensus)}: make the mask in the consensus' box"
+        )
+
+
+def _extent(size: MapSize) -> str:
+    voxels, extent_A = size.voxels[0], size.extent_A[0]
+    return f"{extent_A:.5g} A wide ({voxels} voxels of {extent_A / voxels:.5g} A)"
+
+
+def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any]) -> str | None:
+    """Why ``device: cuda`` cannot work here, in one line; None where it can, or is not asked for.
+
+    Parameters
+    ----------
+    device : ``device`` of the config
+    local : whether jobs run on this machine
+    asked_for : GPUs that each rule which uses one asks the scheduler for
+    """
+    if device != "cuda":
+        return None
+    if local and not _has_gpu():
+        return (
+            "config: device: cuda, but this machine shows no GPU: set device: auto, "
+            "or run on a cluster with --profile slurm"
+        )
+    without = [rule for rule, gpus in asked_for.items() if str(gpus) == "0"]
+    if not local and without:
+        return (
+            f"config: device: cuda, but no GPU is asked for {' and '.join(without)}: give them gpu: 1 in the profile's "
+            "set-resources, or set device: auto"
+        )
+    return None
+
+
+def _has_gpu() -> bool:
+    """Whether a GPU's driver is loaded and not hidden, without importing torch (seconds)."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path(place).exists() for place in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))

@@ -7,10 +7,13 @@ import tomllib
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
+import mrcfile
+import numpy as np
 import pytest
 import yaml
 
 from flexlib.errors import InputError
+from flexlib.maps import write_map
 from flexlib.settings import (
     SECTIONS,
     MeshSettings,
@@ -18,7 +21,9 @@ from flexlib.settings import (
     SimulateSettings,
     TrainSettings,
     check_config,
+    check_maps,
     check_paths,
+    gpu_complaint,
     make_settings,
 )
 from flexlib.simulate import simulate_particles
@@ -101,6 +106,11 @@ def test_demo_config_is_valid():
         ("prepare: {train_box: 65}", "prepare.train_box: 65 is not a multiple of 2"),
         ("prepare: {symmetry: X3}", "prepare.symmetry: 'X3' is not understood; Point group"),
         ("reconstruct: {points: [{lambda: 1}]}", "reconstruct.points: [{'lambda': 1}] is not understood"),
+        ("reconstruct: {points: []}", "reconstruct.points: [] is not understood; Which points"),
+        ("generate: {series: []}", "generate.series: [] is not understood; Which series."),
+        ("train: {rigidity: 1e-x}", "train.rigidity: '1e-x' is not of type 'number', 'array'"),
+        ("sweep: {exclude: [{cell: 20}]}", "unknown key 'cell' in sweep.exclude.0; did you mean 'cells'?"),
+        ("device: gpu", "device: 'gpu' is not one of ['auto', 'cpu', 'cuda']"),
         ("name: a/b", "name: 'a/b' is not understood"),
         ("particles: null", "particles: None is not of type 'string'"),
     ],
@@ -131,6 +141,11 @@ def test_empty_sections_and_the_given_config_stay_as_they_are():
     assert given["mesh"] is None
     assert given["train"] == {"seed": 3}
     assert "cells" not in SCHEMA["properties"]["mesh"]["default"]
+
+
+def test_order_of_the_keys_does_not_matter():
+    one = check("{train: {seed: 0, rigidity: 2.0}, mesh: {cells: 20}}")
+    assert json.dumps(one) == json.dumps(check("{}"))  # as text, which is what Snakemake compares
 
 
 def test_settings_are_typed():
@@ -165,6 +180,56 @@ def test_missing_files_are_named(tmp_path, monkeypatch, text, key):
     config = check(text)
     with pytest.raises(InputError, match=f"^config: {re.escape(key)}: .* does not exist"):
         check_paths(config)
+
+
+def write_size(path, voxels, voxel_A):
+    write_map(path, np.zeros((8, 8, 8), np.float32), 1.0)  # headers alone are read, so the rest may be wrong
+    with mrcfile.open(path, "r+", permissive=True, header_only=True) as file:
+        file.header.nx, file.header.ny, file.header.nz = voxels
+        file.header.cella = tuple(side * voxel_A for side in voxels)
+
+
+@pytest.mark.parametrize(
+    ("consensus", "mask", "message"),
+    [
+        (((40, 40, 40), 5.0), ((40, 40, 40), 5.0), None),
+        (((40, 40, 40), 5.0), ((80, 80, 80), 2.5), None),  # resampled
+        (((40, 40, 40), 5.0), ((81, 81, 81), 2.5), None),  # odd: within a voxel
+        (
+            ((40, 40, 40), 5.0),
+            ((20, 20, 20), 5.0),
+            r"mask: mask\.mrc is 100 A wide \(20 voxels of 5 A\), but the consensus",
+        ),
+        (((40, 40, 40), 5.0), ((40, 40, 40), 1.0), r"mask: mask\.mrc is 40 A wide"),
+        (((40, 40, 40), 5.0), ((40, 40, 20), 5.0), r"mask: mask\.mrc has 40 x 40 x 20 voxels; a cubic map is needed"),
+        (((40, 20, 40), 5.0), ((40, 40, 40), 5.0), r"consensus: c\.mrc has 40 x 20 x 40 voxels; a cubic map is needed"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused_by_their_headers(tmp_path, monkeypatch, consensus, mask, message):
+    monkeypatch.chdir(tmp_path)
+    write_size(Path("c.mrc"), *consensus)
+    write_size(Path("mask.mrc"), *mask)
+    config = check("{mask: mask.mrc}")
+    if message is None:
+        check_maps(config)
+    else:
+        with pytest.raises(InputError, match=f"^config: {message}"):
+            check_maps(config)
+
+
+def test_a_gpu_that_is_needed_must_be_there_or_asked_for(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_complaint("auto", True, {"train": 0}) is None
+    assert "this machine shows no GPU" in gpu_complaint("cuda", True, {"train": 1})
+    assert "no GPU is asked for train and reconstruct" in gpu_complaint("cuda", False, {"train": 0, "reconstruct": "0"})
+    assert gpu_complaint("cuda", False, {"train": 1, "reconstruct": "1"}) is None
+
+
+def test_examples_are_valid():
+    examples = sorted((ROOT / "config/examples").glob("*.yaml"))
+    assert [path.stem for path in examples] == ["cryosparc", "empiar-10180", "relion"]
+    for path in examples:
+        assert check_config(yaml.safe_load(path.read_text()), SCHEMA)["particles"]
 
 
 def test_what_simulate_makes_is_not_missed(tmp_path, monkeypatch):

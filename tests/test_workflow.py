@@ -1,30 +1,45 @@
 """The workflow as a user meets it, by dry runs: how many jobs of which rule, what a mistake in the config says."""
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from run_snakemake import ROOT, snakemake
 
-CONFIG = {"name": "tiny", "particles": "data/p.star", "consensus": "data/c.mrc"}
+from flexlib.maps import write_map
+
+CONFIG = {"name": "tiny", "particles": "data/p.star", "consensus": "data/c.mrc", "prepare": {"train_box": 32}}
+DONE = "{train: {rigidity: 2.0}, reconstruct: {points: all}}"  # of a finished run
+
+
+class DryRun:
+    """Dry runs with ``CONFIG`` and more in a folder, which keeps what runs leave."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "data").mkdir()
+        for name in ("p.star", "c.mrc"):
+            (folder / "data" / name).touch()
+
+    def output(self, text: str = "{}", *arguments: str) -> str:
+        """What Snakemake says to the given YAML."""
+        (self.folder / "my.yaml").write_text(yaml.safe_dump({**CONFIG, **yaml.safe_load(text)}))
+        result = snakemake(self.folder, "--configfile", "my.yaml", "--dry-run", *arguments)
+        assert result.returncode == 0, result.stderr + result.stdout
+        return result.stdout + result.stderr
+
+    def __call__(self, text: str = "{}", *arguments: str) -> dict[str, int]:
+        """Job counts per rule."""
+        counts = re.findall(r"^(\w+) +(\d+)$", self.output(text, *arguments), re.M)
+        return {rule: int(count) for rule, count in counts}
 
 
 @pytest.fixture
 def dry_run(tmp_path):
-    """Job counts per rule of a dry run with ``CONFIG`` and the given YAML; the folder keeps what runs leave."""
-    (tmp_path / "data").mkdir()
-    for name in ("p.star", "c.mrc"):
-        (tmp_path / "data" / name).touch()
-
-    def run(text: str = "{}", *arguments: str) -> dict[str, int]:
-        (tmp_path / "my.yaml").write_text(yaml.safe_dump({**CONFIG, **yaml.safe_load(text)}))
-        result = snakemake(tmp_path, "--configfile", "my.yaml", "--dry-run", *arguments)
-        assert result.returncode == 0, result.stderr + result.stdout
-        return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", result.stdout + result.stderr, re.M)}
-
-    run.folder = tmp_path
-    return run
+    return DryRun(tmp_path)
 
 
 def jobs(mesh=1, train=1, generate=1, reconstruct=0, choose=0) -> dict[str, int]:
@@ -53,14 +68,44 @@ def test_named_points_are_reconstructed(dry_run):
     assert dry_run(sweep) == jobs(train=4, generate=4, reconstruct=2)
 
 
-def test_adding_a_rigidity_repeats_nothing_that_is_done(dry_run):
-    first = "{train: {rigidity: 2.0}, reconstruct: {points: all}}"
-    dry_run(first)
+def test_excluded_and_single_points(dry_run):
+    sweep = "mesh: {cells: [10, 20]}, train: {rigidity: [0.5, 2.0]}, reconstruct: {points: all}"
+    assert dry_run(f"{{{sweep}, sweep: {{exclude: [{{cells: 20, rigidity: 0.5}}]}}}}") == jobs(2, 3, 3, 3)
+    assert dry_run(f"{{{sweep}, sweep: {{points: [{{cells: 30}}, {{rigidity: 9}}]}}}}") == jobs(3, 6, 6, 6)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Dry runs after a run of ``DONE``."""
+    dry_run = DryRun(tmp_path_factory.mktemp("finished"))
+    dry_run(DONE)
     make_outputs(dry_run.folder)
-    assert snakemake(dry_run.folder, "--configfile", "my.yaml", "--cores", "1", "--touch").returncode == 0
-    assert dry_run(first) == {}
-    counts = dry_run("{train: {rigidity: [2.0, 4.0]}, reconstruct: {points: all}}")
-    assert counts == dict(train=1, generate=1, reconstruct=1, summarise=1, report=1, all=1, total=6)
+    assert snakemake(dry_run.folder, "--configfile", "my.yaml", "--cores", "1", "--touch", "--forceall").returncode == 0
+    assert dry_run(DONE) == {}
+    return dry_run
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        # another point is trained; nothing is prepared or meshed again, and the first point is left alone
+        ("{train: {rigidity: [2.0, 4.0]}, reconstruct: {points: all}}", dict(train=1, generate=1, reconstruct=1)),
+        ("{mesh: {cells: [20, 30]}, reconstruct: {points: all}}", dict(mesh=1, train=1, generate=1, reconstruct=1)),
+        ("{train: {epochs: 30}, reconstruct: {points: all}}", dict(train=1, generate=1, reconstruct=1)),
+        ("{generate: {frames: 5}, reconstruct: {points: all}}", dict(generate=1)),
+        (
+            "{mesh: {min_rigidity_weight: 0.4}, reconstruct: {points: all}}",
+            dict(mesh=1, train=1, generate=1, reconstruct=1),
+        ),
+        ("{device: cpu, reconstruct: {points: all}}", {}),
+        ("{train: {rigidity: [2.0]}, sweep: {points: [{rigidity: 8}]}}", dict(train=1, choose=1, generate=1)),
+    ],
+)
+def test_a_change_repeats_only_what_depends_on_it(finished, text, again):
+    counts = finished(text)
+    for rule in ("all", "summarise", "report", "total"):
+        counts.pop(rule, None)
+    assert counts == again
 
 
 def make_outputs(folder: Path) -> None:
@@ -73,6 +118,8 @@ def make_outputs(folder: Path) -> None:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+    record = json.dumps({"num_rows": 100, "crop_box": 32, "train_box": 32})
+    (folder / "results/tiny/particles/prepared.json").write_text(record)
 
 
 def test_users_config_does_not_inherit_the_demo(dry_run):
@@ -90,33 +137,59 @@ def test_demo_is_the_default():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("particles: nowhere.star", "ERROR config: particles: nowhere.star does not exist"),
-        ("train: {rigidty: 2}", "ERROR config: unknown key 'rigidty' in train; did you mean 'rigidity'?"),
-        ("mesh: {connections: 0>1}", "ERROR mesh.connections: there is nothing to connect"),
+        ("particles: nowhere.star", "config: particles: nowhere.star does not exist"),
+        ("train: {rigidty: 2}", "config: unknown key 'rigidty' in train; did you mean 'rigidity'?"),
+        ("train: {rigidity: []}", "config: train.rigidity: [] should be non-empty"),
+        (
+            "mask: other_box.mrc",
+            "config: mask: other_box.mrc is 100 A wide (20 voxels of 5 A), but the consensus map.mrc is",
+        ),
+        ("device: cuda", "config: device: cuda, but this machine shows no GPU: set device: auto, or run on a cluster"),
+        ("generate: {frames: 1000000000}", "results/tiny: no room for the results of 1 points, about "),
         (
             "mesh: {segmentation: c.mrc, connections: '0>1, 1>0'}",
-            "ERROR mesh.connections: 1>0: segment 0 is joined already, this closes a cycle",
+            "mesh.connections: 1>0: segment 0 is joined already, this closes a cycle",
         ),
-        ("generate: {series: axis}", "ERROR generate.series: 'axis' is not understood; known are axes, curve, "),
-        ("generate: {series: 'between 1,2,3 4'}", "ERROR generate.series: between: the point 1,2,3 has 3 of 2"),
-        (
-            "reconstruct: {points: [{cells: 5}]}",
-            "ERROR config: reconstruct.points: {'cells': 5} is no point of the sweep",
-        ),
+        ("generate: {series: axis}", "generate.series: 'axis' is not understood; known are axes, curve, "),
+        ("reconstruct: {points: [{cells: 5}]}", "config: reconstruct.points: {'cells': 5} is no point of the sweep"),
+        ("sweep: {exclude: [{cells: 5}]}", "config: sweep.exclude: {'cells': 5} is no point of the sweep"),
     ],
 )
-def test_mistakes_end_the_run_in_one_line(tmp_path, text, message):
+def test_mistakes_end_the_run_in_one_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("p.star", "c.mrc"):
         (tmp_path / name).touch()
-    config = {"name": "tiny", "particles": "p.star", "consensus": "c.mrc", **yaml.safe_load(text)}
+    write_map(tmp_path / "map.mrc", np.zeros((40,) * 3, np.float32), 5.0)
+    write_map(tmp_path / "other_box.mrc", np.zeros((20,) * 3, np.float32), 5.0)
+    config = {"name": "tiny", "particles": "p.star", "consensus": "map.mrc", **yaml.safe_load(text)}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
     result = snakemake(tmp_path, "--configfile", "my.yaml", "--cores", "1")
     assert result.returncode != 0
     assert [line for line in result.stderr.splitlines() if "ERROR" in line] == [
-        line for line in result.stderr.splitlines() if line.startswith(message)
+        line for line in result.stderr.splitlines() if line.startswith(f"ERROR {message}")
     ]
+    assert f"ERROR {message}" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_a_mask_of_another_box_but_the_same_extent_is_taken(dry_run):
+    write_map(dry_run.folder / "data/c.mrc", np.zeros((40,) * 3, np.float32), 5.0)
+    write_map(dry_run.folder / "mask.mrc", np.zeros((80,) * 3, np.float32), 2.5)
+    assert dry_run("mask: mask.mrc") == jobs(reconstruct=1)
+
+
+def test_a_job_whose_output_has_no_room_ends_in_one_line(tmp_path):
+    for name in ("p.star", "c.mrc"):
+        (tmp_path / name).touch()
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({**CONFIG, "particles": "p.star", "consensus": "c.mrc"}))
+    result = snakemake(
+        tmp_path, "--configfile", "my.yaml", "--cores", "1", "--set-resources", "prepare:disk_mb=1000000000"
+    )
+    assert result.returncode != 0
+    log = (tmp_path / "logs/tiny/prepare.log").read_text().splitlines()
+    assert len(log) == 1
+    assert "ERROR prepare: results/tiny/particles: no room for what prepare writes, about 976562.5 GB" in log[0]
 
 
 def test_bad_particles_end_the_job_in_one_line(tmp_path):
@@ -140,7 +213,7 @@ def test_slurm_profile_is_found_and_understood(dry_run):
     default = yaml.safe_load((ROOT / "workflow/profiles/default/config.yaml").read_text())
     assert profile["executor"] == "slurm"
     assert profile["retries"] >= 1
-    assert profile["set-resources"]["train"]["gpu"] == 1
+    assert profile["set-resources"]["train"]["gpu"] == profile["set-resources"]["reconstruct"]["gpu"] == 1
     assert "--signal=TERM@120" in profile["set-resources"]["train"]["slurm_extra"]
     assert not set(profile) & set(default)  # the default profile would win
     assert [path.name for path in (ROOT / "slurm").iterdir()] == ["config.yaml"]  # names beside it would be paths
@@ -161,7 +234,42 @@ def test_rules_leave_retries_to_profiles_and_have_their_script():
                 "resources:",
                 "mem_mb=",
                 "runtime=",
+                "disk_mb=",
                 "message:",
             ):
                 assert directive in body, f"rule {name} has no {directive}"
             assert (ROOT / f"workflow/scripts/{name}.py").exists()
+
+
+def test_another_workflow_uses_this_one_as_a_module(dry_run):
+    (dry_run.folder / "Snakefile").write_text(
+        f"""
+configfile: "my.yaml"
+
+module flex:
+    snakefile: "{ROOT / "Snakefile"}"
+    config: config["flex"]
+
+use rule * from flex as flex_*
+
+rule everything:
+    default_target: True
+    input: rules.flex_all.input
+"""
+    )
+    (dry_run.folder / "my.yaml").write_text(yaml.safe_dump({"flex": {**CONFIG, "train": {"rigidity": [1, 2]}}}))
+    result = snakemake(dry_run.folder, "--dry-run", snakefile=dry_run.folder / "Snakefile")
+    assert result.returncode == 0, result.stderr
+    counts = dict(re.findall(r"^flex_(\w+) +(\d+)$", result.stdout, re.M))
+    expected = jobs(train=2, generate=2, choose=1)
+    assert counts == {rule: str(count) for rule, count in expected.items() if rule not in ("all", "total")}
+
+
+def test_500_points_are_planned_and_submitted_in_groups(dry_run):
+    (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
+    sweep = {
+        "mesh": {"cells": [10, 12, 14, 16, 20]},
+        "train": {"latent_dims": [1, 2, 3, 4, 5], "rigidity": [2.0**k for k in range(-2, 8)], "seed": [0, 1]},
+        "generate": {"frames": 2},
+    }
+    assert dry_run(yaml.safe_dump(sweep), "--profile", "slurm") == jobs(mesh=5, train=500, generate=500, choose=1)

@@ -6,10 +6,19 @@ from pathlib import Path
 
 import yaml
 
+from flexlib import estimates
 from flexlib.errors import InputError
 from flexlib.mesh.connections import check_mesh_keys
-from flexlib.series import check_series
-from flexlib.settings import MeshSettings, check_config, check_paths, input_paths, make_settings
+from flexlib.series import check_series, count_maps
+from flexlib.settings import (
+    MeshSettings,
+    check_config,
+    check_maps,
+    check_paths,
+    gpu_complaint,
+    input_paths,
+    make_settings,
+)
 from flexlib.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
 
 
@@ -19,6 +28,7 @@ def checked(config):
         schema = yaml.safe_load(Path(workflow.source_path("../schemas/config.schema.yaml")).read_text())
         complete = check_config(config, schema)
         check_paths(complete)
+        check_maps(complete)
         check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
         points = sweep_points(complete)
         check_series(complete["generate"]["series"], sorted({point.latent_dims for point in points}))
@@ -40,6 +50,12 @@ MESH = f"{RESULTS}/mesh/{MESH_PATTERN}"
 TRAIN = f"{RESULTS}/train/{POINT_PATTERN}"
 GENERATE = f"{RESULTS}/generate/{POINT_PATTERN}"
 RECONSTRUCT = f"{RESULTS}/reconstruct/{POINT_PATTERN}"
+
+PREPARED = f"{PARTICLES}/prepared.json"
+
+GPU_RULES = ["train", "reconstruct"]
+# asked for where the config insists on one; with device: auto the profile decides
+GPUS = 1 if config["device"] == "cuda" else 0
 
 # how Snakemake's own report names a point
 POINT_LABELS = {"cells": "{cells}", "dims": "{dims}", "rigidity": "{rigidity}", "seed": "{seed}"}
@@ -111,13 +127,60 @@ def reconstructed(name):
     return lambda wildcards: expand(f"{RESULTS}/reconstruct/{{point}}/{name}", point=reconstructed_points())
 
 
-def memory(base_mb):
-    """Memory that grows by half when a job is tried again (``retries`` is the profile's)."""
-    return lambda wildcards, attempt: base_mb * (1 + attempt) // 2
+def data_size():
+    """The size of the data as known by now."""
+    return estimates.data_size(config, PREPARED)
 
 
-def generate_memory(wildcards, attempt):
-    """A frame needs about 14 times the bytes of the map that is deformed."""
-    volume = config["generate"]["volume"]
-    size_mb = Path(volume).stat().st_size // 2**20 if volume else 0
-    return memory(4000 + 14 * size_mb)(wildcards, attempt)
+def memory(stage, **more):
+    """The stage's memory in MiB, half as much again at each further attempt (``retries`` is the profile's)."""
+    return lambda wildcards, attempt: estimates.memory_mb(stage, data_size(), **more) * (1 + attempt) // 2
+
+
+def runtime(stage):
+    """The stage's longest time in minutes, half as much again at each further attempt."""
+    return lambda wildcards, attempt: min(
+        estimates.LONGEST_MIN, estimates.runtime_min(stage, data_size()) * (1 + attempt) // 2
+    )
+
+
+def disk(stage):
+    """What the stage writes, in MiB; its job is refused where there is less room (``workflow/scripts/_common.py``)."""
+    return lambda wildcards: estimates.disk_mb(stage, data_size())
+
+
+def generate_disk(wildcards):
+    """What the series of one point take, in MiB."""
+    return point_generate_disk(point_of(wildcards))
+
+
+def point_generate_disk(point):
+    """What the series of a point take, in MiB."""
+    settings = config["generate"]
+    maps = count_maps(settings["series"], settings["frames"], point.latent_dims)
+    return estimates.disk_mb("generate", data_size(), maps=maps, volume=settings["volume"])
+
+
+def check_disk():
+    """Refuse a run whose results have no room, as far as sizes are known; what exists already is not counted."""
+    needed_mb = 0 if Path(PREPARED).exists() else estimates.disk_mb("prepare", data_size())
+    missing = [point for path, point in POINTS.items() if not Path(RESULTS, "generate", path).exists()]
+    needed_mb += sum(point_generate_disk(point) for point in missing)
+    wanted = config["reconstruct"]["points"]
+    needed_mb += estimates.disk_mb("reconstruct", data_size()) * (len(missing) if wanted == "all" else 1)
+    try:
+        estimates.check_free_space(RESULTS, needed_mb, f"the results of {len(POINTS)} points")
+    except InputError as error:
+        sys.exit(f"ERROR {error}")
+
+
+def check_gpu():
+    """Refuse ``device: cuda`` before any job where no job could have a GPU."""
+    given = workflow.resource_settings.overwrite_resources
+    asked_for = {name: given[name]["gpu"].raw if "gpu" in given.get(name, {}) else GPUS for name in GPU_RULES}
+    if complaint := gpu_complaint(config["device"], workflow.local_exec, asked_for):
+        sys.exit(f"ERROR {complaint}")
+
+
+if workflow.is_main_process:
+    check_disk()

@@ -22,8 +22,9 @@ rule generate:
         "../../envs/flexlib.yaml"
     threads: 2
     resources:
-        mem_mb=generate_memory,
-        runtime=60,
+        mem_mb=memory("generate", volume=config["generate"]["volume"]),
+        runtime=runtime("generate"),
+        disk_mb=generate_disk,
     params:
         settings=config["generate"],
     message:

@@ -20,8 +20,9 @@ rule mesh:
         "../../envs/flexlib.yaml"
     threads: 2
     resources:
-        mem_mb=memory(4000),
-        runtime=60,
+        mem_mb=memory("mesh"),
+        runtime=runtime("mesh"),
+        disk_mb=disk("mesh"),
     params:
         settings=mesh_settings,
     message:

@@ -16,8 +16,9 @@ if config["simulate"] is not None:
             "../../envs/flexlib.yaml"
         threads: 8
         resources:
-            mem_mb=memory(4000),
-            runtime=60,
+            mem_mb=memory("simulate"),
+            runtime=runtime("simulate"),
+            disk_mb=disk("simulate"),
         params:
             settings=config["simulate"],
         message:
@@ -40,7 +41,7 @@ rule prepare:
         full_consensus=f"{PARTICLES}/full/consensus.mrc",
         full_mask=f"{PARTICLES}/full/mask.mrc",
         noise=f"{PARTICLES}/noise.csv",
-        record=f"{PARTICLES}/prepared.json",
+        record=PREPARED,
     log:
         f"{LOGS}/prepare.log",
     benchmark:
@@ -49,8 +50,9 @@ rule prepare:
         "../../envs/flexlib.yaml"
     threads: 8
     resources:
-        mem_mb=memory(8000),
-        runtime=240,
+        mem_mb=memory("prepare"),
+        runtime=runtime("prepare"),
+        disk_mb=disk("prepare"),
     params:
         settings=config["prepare"],
         mask_settings=mask_settings,

@@ -36,8 +36,10 @@ rule reconstruct:
         "../../envs/flexlib.yaml"
     threads: 8
     resources:
-        mem_mb=memory(8000),
-        runtime=720,
+        mem_mb=memory("reconstruct", all_in_ram=config["reconstruct"]["all_in_ram"]),
+        runtime=runtime("reconstruct"),
+        disk_mb=disk("reconstruct"),
+        gpu=GPUS,
     params:
         settings=reconstruct_settings,
     message:

@@ -1,11 +1,14 @@
 """What the sweep came to: the best point, the table, the report."""
 
-TRAINED = expand(f"{RESULTS}/train/{{point}}/validation.json", point=POINTS)
+TRAINED = {
+    name: expand(f"{RESULTS}/train/{{point}}/{name}", point=POINTS) for name in ["validation.json", "held_out.csv"]
+}
 
 
 checkpoint choose:
     input:
-        validation=TRAINED,
+        validation=TRAINED["validation.json"],
+        held_out=TRAINED["held_out.csv"],
     output:
         best=f"{RESULTS}/best_point.json",
     log:
@@ -16,8 +19,9 @@ checkpoint choose:
         "../../envs/flexlib.yaml"
     threads: 1
     resources:
-        mem_mb=600,
-        runtime=5,
+        mem_mb=memory("choose"),
+        runtime=runtime("choose"),
+        disk_mb=disk("choose"),
     params:
         points=list(POINTS.values()),
     message:
@@ -28,7 +32,8 @@ checkpoint choose:
 
 rule summarise:
     input:
-        validation=TRAINED,
+        validation=TRAINED["validation.json"],
+        held_out=TRAINED["held_out.csv"],
         resolutions=reconstructed("resolution.json"),
     output:
         table=report(f"{RESULTS}/sweep.csv", caption="../report/sweep.rst", category="Sweep"),
@@ -40,8 +45,9 @@ rule summarise:
         "../../envs/flexlib.yaml"
     threads: 1
     resources:
-        mem_mb=600,
-        runtime=5,
+        mem_mb=memory("summarise"),
+        runtime=runtime("summarise"),
+        disk_mb=disk("summarise"),
     params:
         points=list(POINTS.values()),
     message:
@@ -67,8 +73,9 @@ rule report:
         "../../envs/flexlib.yaml"
     threads: 1
     resources:
-        mem_mb=memory(4000),
-        runtime=60,
+        mem_mb=memory("report"),
+        runtime=runtime("report"),
+        disk_mb=disk("report"),
     params:
         config=config,
     message:

@@ -25,6 +25,7 @@ rule train:
         ),
         spectrum=f"{TRAIN}/spectrum.csv",
         validation=f"{TRAIN}/validation.json",
+        held_out=f"{TRAIN}/held_out.csv",
     log:
         f"{LOGS}/train/{POINT_PATTERN}.log",
     benchmark:
@@ -33,8 +34,10 @@ rule train:
         "../../envs/flexlib.yaml"
     threads: 8
     resources:
-        mem_mb=memory(8000),
-        runtime=720,
+        mem_mb=memory("train"),
+        runtime=runtime("train"),
+        disk_mb=disk("train"),
+        gpu=GPUS,
     params:
         settings=train_settings,
     message:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlib.errors import InputError
+from flexlib.estimates import check_free_space
 
 
 def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
@@ -18,6 +19,8 @@ def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
     _set_threads(snakemake.threads)
     _log_to(snakemake.log[0])
     try:
+        place = folder(snakemake.output[0])
+        check_free_space(place, snakemake.resources.get("disk_mb", 0), f"what {snakemake.rule} writes")
         stage(snakemake)
     except InputError as error:
         logging.getLogger(snakemake.rule).error("%s", error)
@@ -25,6 +28,22 @@ def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
     except Exception:
         logging.getLogger(snakemake.rule).exception("failed")
         sys.exit(1)
+
+
+def chosen_device(snakemake: Any) -> str:
+    """``device:`` of the config, which is no parameter of a rule: another device must not repeat what is done.
+
+    Raises
+    ------
+    InputError
+        A GPU is asked for and torch sees none.
+    """
+    import torch
+
+    device = snakemake.config["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda, but torch sees no GPU here: ask for one (resources: gpu) or set device: auto")
+    return device
 
 
 def use_torch_threads(snakemake: Any) -> None:

@@ -1,6 +1,6 @@
 """Rule reconstruct: half-maps of one point, with and without its motion."""
 
-from _common import folder, run_stage, use_torch_threads
+from _common import chosen_device, folder, run_stage, use_torch_threads
 
 
 def reconstruct(snakemake):
@@ -13,6 +13,7 @@ def reconstruct(snakemake):
         folder(snakemake.input.model),
         folder(snakemake.output.fsc),
         make_settings(ReconstructSettings, snakemake.params.settings),
+        chosen_device(snakemake),
     )
 
 

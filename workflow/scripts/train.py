@@ -1,6 +1,6 @@
 """Rule train: flow, latents and canonical map of one point of the sweep."""
 
-from _common import folder, run_stage, use_torch_threads
+from _common import chosen_device, folder, run_stage, use_torch_threads
 
 
 def train(snakemake):
@@ -13,6 +13,7 @@ def train(snakemake):
         folder(snakemake.input.mesh),
         folder(snakemake.output.model),
         make_settings(TrainSettings, snakemake.params.settings),
+        chosen_device(snakemake),
         discard_other_checkpoint=True,  # Snakemake runs this when settings or inputs have changed
     )
 
