@@ -17,7 +17,7 @@ from flexlib.phantoms import Phantom, make_phantom
 from flexlib.report import write_report
 from flexlib.settings import MeshSettings
 from flexlib.simulate import atoms_to_map
-from flexlib.sweep import COLUMNS, SweepPoint, write_sweep_table
+from flexlib.sweep import SweepPoint, write_sweep_table
 
 POINT = SweepPoint(cells=8, latent_dims=2, rigidity=2.0, seed=0)
 CONFIG = {
@@ -193,5 +193,4 @@ def _write_sweep(root: Path, chosen: SweepPoint, rng: np.random.Generator) -> No
                     "difference_to_best_se": 0.0 if gain == 30.6 else 0.7,
                 }
             )
-    rows = [{key: value for key, value in row.items() if key in COLUMNS} for row in rows]
     write_sweep_table(rows, root / "sweep.csv")

@@ -152,6 +152,15 @@ def test_report_is_self_contained(results):
     assert '<link rel="stylesheet" href="http' not in page
 
 
+def test_snakemakes_own_report(run):
+    result = snakemake(run, "--configfile", "my.yaml", "--report", "all.html")
+    assert result.returncode == 0, result.stderr[-3000:]
+    page = (run / "all.html").read_text()
+    assert all(f'"{category}"' in page for category in ("Report", "Sweep", "Training", "Motion", "Resolution"))
+    assert page.count("image/webp") >= 4  # a film for each series of both points
+    assert "the simplest point within one standard error of the best" in page.replace("\\n", " ")
+
+
 def test_finished_run_has_nothing_left_to_do(run):
     again = snakemake(run, "--configfile", "my.yaml", "--cores", "2", "--dry-run")
     assert "Nothing to be done" in again.stdout + again.stderr

@@ -16,7 +16,7 @@ import pytest
 from fake_results import CONFIG, NASTY, finished_report, write_fake_results
 from PIL import Image
 
-from flexlib.report import facts, sections, write_report, write_summary_figure
+from flexlib.report import facts, plots, sections, write_report, write_summary_figure
 from flexlib.report.facts import neighbour_r2
 from flexlib.report.morph import Gallery
 from flexlib.report.packing import pack_column, pack_rows
@@ -130,6 +130,38 @@ def test_resolution_in_the_table_is_the_crossing(results: Path) -> None:
     row = re.search(r"<td>corrected</td><td>([\d.]+) Å</td><td>([\d.]+) Å", (results / "report.html").read_text())
     assert row and ends_A[0] - 0.1 <= float(row[2]) <= ends_A[1] + 0.1
     assert float(row[2]) < float(row[1])
+
+
+def test_choice_is_told_by_the_errors_of_differences(results: Path, tmp_path: Path) -> None:
+    told = facts.choice_sentence(Results(results, CONFIG))
+    assert "simplest within one standard error" in told and "particle by particle, it gains 0.5 ± 0.7 nats less" in told
+    sweep = Results(results, CONFIG).sweep
+    assert sweep is not None
+    groups = {trace.name: list(trace.y) for trace in plots.sweep_gains(sweep).data}
+    assert groups == {
+        "chosen": ["K 2, λ 2"],
+        "within one standard error of the best": ["K 3, λ 2"],
+        "worse": ["K 3, λ 0.5", "K 2, λ 0.5", "K 1, λ 2", "K 1, λ 0.5"],
+    }
+    alone = sweep.drop(columns=["difference_to_best", "difference_to_best_se"])
+    assert set(plots.gain_errors(alone)) == {1.2} and set(plots.gain_errors(sweep)) == {0.0, 0.7}
+
+
+def test_heat_map_has_a_panel_for_each_value_of_a_third_setting() -> None:
+    points = [(cells, dims, rigidity) for cells in (10, 14, 20) for dims in (1, 2) for rigidity in (0.5, 2.0)]
+    sweep = pd.DataFrame(points, columns=["cells", "latent_dims", "rigidity"]).assign(seed=0, chosen=False)
+    sweep["validation_gain"] = sweep["cells"] + 10 * sweep["latent_dims"] + 100 * sweep["rigidity"]
+    sweep.loc[7, "chosen"] = True  # cells 14, dims 2, rigidity 2
+    figure = plots.sweep_heat_map(sweep)
+    assert figure is not None
+    *panels, frame = figure.data
+    # cells across, dims up, a panel for each rigidity
+    assert [np.array(panel.z).tolist() for panel in panels] == [
+        [[70.0, 74.0, 80.0], [80.0, 84.0, 90.0]],
+        [[220.0, 224.0, 230.0], [230.0, 234.0, 240.0]],
+    ]
+    assert (list(frame.x), list(frame.y), frame.xaxis) == (["14"], ["2"], "x2")
+    assert plots.sweep_heat_map(sweep.query("rigidity == 2 and cells == 10")) is None
 
 
 def test_summary_figure(results: Path) -> None:

@@ -13,9 +13,10 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 
 SWEPT = {"cells": "mesh cells", "latent_dims": "latent dims", "rigidity": "rigidity λ", "seed": "seed"}
 _MAX_EIGENVALUES = 24
 _MOST_PANELS = 6
+_MOST_POINTS = 20  # of the sweep, drawn beside each other
+_TERSE = {"cells": "mesh", "latent_dims": "K", "rigidity": "λ", "seed": "seed"}
 _LOG_ABOVE = 60  # eigenvalues this large need a logarithmic axis
 _PALE = "#a9c8e6"
-_SERIES = (FLEX, ACCENT, "#2a9d6f", "#8a4fbf", "#c2384f", "#6b7a2b", "#3d4a59", "#b08900")
 
 
 def styled(figure: go.Figure, height: int = 380, **layout) -> go.Figure:
@@ -59,63 +60,51 @@ def gain_errors(sweep: pd.DataFrame) -> pd.Series:
 
 
 def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
-    """Held-out gain of each point with the standard error that decides the choice (``gain_errors``).
+    """Held-out gain of each point, best at the top, with the standard error that decides the choice (``gain_errors``).
 
-    The line is the best; where errors are those of the gains, the band is one of them below it.
+    The line is the best; the colours tell the chosen point, those within one standard error of the best, and the rest.
     """
-    varied = [name for name in swept_columns(sweep) if name != "seed"]
-    along = max(varied, key=lambda name: sweep[name].nunique()) if varied else "seed"
-    groups = [name for name in (*varied, "seed") if name != along and name in sweep and sweep[name].nunique() > 1]
+    ordered = sweep.sort_values("validation_gain", ascending=False)
+    best = ordered.iloc[0]
+    errors = gain_errors(ordered).fillna(0.0)
+    # the errors of differences are the points' own; else it is the best's error that counts
+    as_good = ordered["validation_gain"] + (errors if paired(sweep) else errors.iloc[0]) >= best["validation_gain"]
+    chosen = ordered["chosen"] if "chosen" in ordered else pd.Series(False, ordered.index)
+    keep = (np.arange(len(ordered)) < _MOST_POINTS) | chosen.to_numpy()
+    names = [name for name in SWEPT if name in sweep and (sweep[name].nunique() > 1 or len(swept_columns(sweep)) == 0)]
+    labels = pd.Series(
+        [", ".join(f"{_TERSE[name]} {_short(row[name])}" for name in names) for _, row in ordered.iterrows()],
+        ordered.index,
+    )
     figure = go.Figure()
-    errors = gain_errors(sweep)
-    values = sorted(sweep[along].unique())
-    chosen: list[tuple[float, float]] = []
-    parts = list(sweep.groupby(groups)) if groups else [((), sweep)]
-    for number, (key, part) in enumerate(parts):
-        part = part.sort_values(along)
-        shift = 0.08 * (number - (len(parts) - 1) / 2) * min(1.0, 6 / len(parts))
-        key = key if isinstance(key, tuple) else (key,)
-        label = ", ".join(f"{SWEPT[name]} {_short(value)}" for name, value in zip(groups, key, strict=True))
+    groups = (
+        ("chosen", chosen, FLEX, 12),
+        ("within one standard error of the best", as_good & ~chosen, "#7fb0dc", 9),
+        ("worse", ~as_good & ~chosen, RIGID, 9),
+    )
+    for name, rows, colour, size in groups:
+        rows = rows & keep
+        if not rows.any():
+            continue
         figure.add_scatter(
-            x=[values.index(value) + shift for value in part[along]],
-            y=part["validation_gain"],
-            error_y={"type": "data", "array": errors[part.index].fillna(0), "thickness": 1.4, "width": 4},
-            mode="lines+markers",
-            name=label or "points",
-            line={"width": 1, "dash": "dot", "color": _SERIES[number % len(_SERIES)]},
-            marker={"size": 9, "color": _SERIES[number % len(_SERIES)]},
-            hovertemplate="%{y:.2f} nats per particle<extra>" + label + "</extra>",
-        )
-        for row in part.index[part["chosen"]] if "chosen" in part else []:
-            chosen.append((values.index(sweep.loc[row, along]) + shift, sweep.loc[row, "validation_gain"]))
-    for x, y in chosen:
-        figure.add_scatter(
-            x=[x],
-            y=[y],
+            x=ordered.loc[rows, "validation_gain"],
+            y=labels[rows],
+            error_x={"type": "data", "array": errors[rows], "thickness": 1.6, "width": 4},
             mode="markers",
-            name="chosen",
-            marker={"symbol": "circle-open", "size": 20, "color": INK, "line": {"width": 2.5}},
-            hoverinfo="skip",
+            name=name,
+            marker={"size": size, "color": colour},
+            hovertemplate="%{y}: %{x:.2f} nats per particle<extra></extra>",
         )
-    best = sweep["validation_gain"].idxmax()
-    top = sweep.loc[best, "validation_gain"]
-    figure.add_hline(y=top, line={"color": ACCENT, "width": 1.2, "dash": "dash"})
-    if np.isfinite(errors[best]) and len(sweep) > 1 and not paired(sweep):
-        figure.add_hrect(
-            y0=top - errors[best],
-            y1=top,
-            fillcolor=ACCENT,
-            opacity=0.16,
-            line_width=0,
-        )
-    figure.update_xaxes(title=SWEPT[along], tickvals=list(range(len(values))), ticktext=[_short(v) for v in values])
+    figure.add_vline(x=best["validation_gain"], line={"color": ACCENT, "width": 1.2, "dash": "dash"})
     # far from zero, the differences between points are what matters
-    near_zero = (sweep["validation_gain"] - errors.fillna(0)).min() < 0.5 * sweep["validation_gain"].max()
-    figure.update_yaxes(title="held-out gain (nats per particle)", rangemode="tozero" if near_zero else "normal")
-    figure.update_xaxes(range=[-0.5, len(values) - 0.5])
-    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
-    margin = {"l": 70, "r": 20, "t": 60, "b": 56}  # the legend lies below the tool bar
-    return styled(figure, 400, showlegend=len(figure.data) > 1, legend=legend, margin=margin)
+    shown = ordered.loc[keep, "validation_gain"]
+    near_zero = (shown - errors[keep]).min() < 0.3 * shown.max()
+    figure.update_xaxes(title="held-out gain (nats per particle)", rangemode="tozero" if near_zero else "normal")
+    order = labels[keep].tolist()[::-1]
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, automargin=True)
+    legend = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"}
+    height = int(np.clip(130 + 24 * keep.sum(), 260, 620))
+    return styled(figure, height, legend=legend, showlegend=True, margin={"l": 20, "r": 20, "t": 64, "b": 56})
 
 
 def sweep_heat_map(sweep: pd.DataFrame) -> go.Figure | None:
@@ -163,7 +152,8 @@ def sweep_heat_map(sweep: pd.DataFrame) -> go.Figure | None:
     figure.update_yaxes(title=SWEPT[up], row=1, col=1)
     bar = {"title": {"text": "nats per particle", "side": "right"}, "thickness": 14}
     colours = {"colorscale": "YlGnBu", "cmin": low - spare, "cmax": high + spare, "colorbar": bar}
-    return styled(figure, 400, showlegend=False, coloraxis=colours)
+    margin = {"l": 70, "r": 20, "t": 52, "b": 56}
+    return styled(figure, 400, showlegend=False, coloraxis=colours, margin=margin)
 
 
 def _short(value) -> str:

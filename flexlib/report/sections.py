@@ -122,7 +122,7 @@ def sweep_section(results: Results) -> str:
             "Bars are the standard error of the difference to the best (dashed), taken particle by particle: a point "
             "whose bar reaches the line is as good."
             if plots.paired(known)
-            else "Bars are the standard error over particles; the band is one standard error below the best (dashed)."
+            else "Bars are the standard error over particles; the dashed line is the best."
         )
         drawn = [plot(plots.sweep_gains(known), "sweep-gains", caption)]
         heat_map = plots.sweep_heat_map(known)
@@ -212,9 +212,10 @@ def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> s
             "latent-density",
             "<b>Where particles gather.</b> Separate heaps are states; a single broad one is a continuous motion.",
         )
-    drawn = grid(plot(scatter, "latent-scatter", _latent_caption(note)), gathered)
+    points = plot(scatter, "latent-scatter", _latent_caption(note))
+    drawn = grid(f"<div>{points}{_lasso_panel(results)}</div>", gathered)
     content = json_block("latent-columns", packed.content)
-    return lead + _latent_controls(packed) + drawn + _lasso_panel(results) + content
+    return lead + _latent_controls(packed) + drawn + content
 
 
 def _latent_controls(packed: PackedParticles) -> str:
