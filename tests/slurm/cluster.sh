@@ -17,6 +17,8 @@ stop() {
     for pid_file in /run/slurm/slurmd.pid /run/slurm/slurmctld.pid /run/munge/munged.pid; do
         stop_daemon "$pid_file"
     done
+    # SLURM's commands, which Snakemake asks at each start, would wait ten seconds for the cluster that is named there
+    ! grep -qsF "$marker" "$conf" || rm "$conf"
 }
 
 stop_daemon() {
