@@ -141,9 +141,10 @@ def select_points(
 def choose_point(scores: Sequence[Score]) -> Score:
     """The simplest point within one standard error of the best held-out score (the one-standard-error rule).
 
-    The standard error is that of the difference between the two (``Score.difference``). Simplest is, in this order:
-    fewer latent dimensions, coarser mesh, higher rigidity. Points that differ in the seed alone are equally simple: the
-    one with the higher score is taken.
+    The standard error is that of the difference between the two (``Score.difference``). With several seeds, a point
+    must be that near the best of its own seed too, where the difference is paired and so far better known. Simplest
+    is, in this order: fewer latent dimensions, coarser mesh, higher rigidity. Points that differ in the seed alone are
+    equally simple: the one with the higher score is taken.
 
     Raises
     ------
@@ -156,7 +157,14 @@ def choose_point(scores: Sequence[Score]) -> Score:
             "no point has a held-out score, so none is best: set train.validation_fraction above 0 "
             "or name the points in reconstruct.points"
         )
-    return min((score for score in scores if _within_one_error(score, best)), key=_simplicity)
+    seeds = {score.point.seed for score in scores}
+    of_seed = {seed: best_score(score for score in scores if score.point.seed == seed) for seed in seeds}
+    near = [
+        score
+        for score in scores
+        if all(_within_one_error(score, rival) for rival in (best, of_seed[score.point.seed]) if rival is not None)
+    ]
+    return min(near, key=_simplicity)
 
 
 def best_score(scores: Iterable[Score]) -> Score | None:

@@ -108,6 +108,20 @@ def test_error_is_that_of_the_paired_difference():
     assert choose_point([scores[0], unpaired]) == unpaired
 
 
+def test_with_several_seeds_a_point_is_paired_with_the_best_of_its_own():
+    def scored(dims, seed, shift):
+        rows = range(100 * seed, 100 * seed + 100)
+        gains = {row: 10.0 * (row % 7) + shift + 0.1 * (row % 2) * (dims == 1) for row in rows}
+        return Score(SweepPoint(20, dims, 2.0, seed), fmean(gains.values()), stdev(gains.values()) / 10, gains)
+
+    scores = [scored(1, 0, -1.0), scored(2, 0, 0.0), scored(1, 1, -0.5), scored(2, 1, 0.5)]
+    # one dimension is worse by 1.0 on the same particles; the unpaired error of 2.8 nats must not hide that
+    assert abs(scores[0].difference(scores[3])[0]) < scores[0].difference(scores[3])[1]
+    assert choose_point(scores) == scores[3]
+    lost = scored(1, 2, -30.0)  # the only point of its seed, and far below the others: not taken for its simplicity
+    assert choose_point([*scores, lost]) == scores[3]
+
+
 def test_exclude_and_points_change_the_product():
     swept = dict(cells=[10, 20], dims=[2, 3], rigidity=[0.5, 2])
     points = sweep_points(config(**swept, exclude=[{"cells": 20, "latent_dims": 3}], points=[{"rigidity": 50}]))
