@@ -139,7 +139,7 @@ class Results:
     def latents(self) -> pd.DataFrame | None:
         """One row per particle with latents: z1..zK, ``row`` in the input file, and whatever can colour a plot.
 
-        Columns beside z: ``True angle 1 (deg)``... with truth, ``Half-set``, ``Defocus (um)``, ``View tilt (deg)``, and
+        Columns beside z: ``True angle 1 (deg)``... with truth, ``Half-set``, ``Defocus (µm)``, ``View tilt (deg)``, and
         every numeric column of latents.star that varies, under its name there
         (without ``rln``).
         """
@@ -192,7 +192,7 @@ class Results:
             latents = latents.assign(**{"Half-set": own["RandomSubset"].to_numpy()})
         if "DefocusU" in own and "DefocusV" in own:
             defocus_um = (own["DefocusU"].astype(float) + own["DefocusV"].astype(float)).to_numpy() / 2e4
-            latents = latents.assign(**{"Defocus (um)": defocus_um})
+            latents = latents.assign(**{"Defocus (µm)": defocus_um})
         if "AngleTilt" in own:
             latents = latents.assign(**{"View tilt (deg)": own["AngleTilt"].astype(float).to_numpy()})
         return latents

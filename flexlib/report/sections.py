@@ -221,8 +221,8 @@ def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> s
 def _latent_controls(packed: PackedParticles) -> str:
     """Choices of colour and axes, and the button that starts a selection."""
     # with a single latent, something else has to be the second axis
-    spare = [name for name in packed.colours if name != DENSITY] or [DENSITY]
-    second = packed.latents[1] if len(packed.latents) > 1 else spare[0]
+    spread = (name for name in packed.colours if name.startswith("True angle") or name == "Defocus (µm)")
+    second = packed.latents[1] if len(packed.latents) > 1 else next(spread, DENSITY)
     return (
         '<div class="controls">'
         + _picker("Colour", "latent-colour", (*packed.colours, *packed.latents), packed.colours[0])
