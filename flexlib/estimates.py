@@ -100,7 +100,8 @@ def memory_mb(stage: str, size: DataSize, *, all_in_ram: bool = False, volume: s
     if stage == "mesh":
         return round(BASE_MB + 15 * _map_mb(size.train_box))
     if stage == "train":
-        return round(BASE_MB + 20 * _map_mb(size.train_box) + 6000 * rows_mb)
+        batch_mb = 0.06 * size.train_box**2  # a batch's images, their transforms and gradients
+        return round(BASE_MB + batch_mb + 20 * _map_mb(size.train_box) + 6000 * rows_mb)
     if stage == "generate":
         deformed = _map_mb(size.train_box) if volume is None else Path(volume).stat().st_size / 2**20
         return round(BASE_MB + 14 * deformed)
