@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fake_results import finished_report
+from fake_results import CONFIG, finished_report
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
@@ -22,6 +23,10 @@ from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.support.ui import Select
 
 from flexlib.particles.star import read_tables
+from flexlib.report import sections
+from flexlib.report.morph import Gallery
+from flexlib.report.page import build_page
+from flexlib.report.results import Results
 from flexlib.select import main as flex_select
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -71,9 +76,9 @@ def page(results: Path, downloads: Path) -> Iterator[Chrome]:
 
 
 @pytest.fixture
-def latents(page: Chrome) -> Chrome:
-    """The page, reloaded, at its latent plot with every point drawn."""
-    page.refresh()
+def latents(results: Path, page: Chrome) -> Chrome:
+    """The page, loaded anew, at its latent plot with every point drawn."""
+    page.get((results / "report.html").as_uri())
     wait_for(lambda: page.execute_script("return Boolean(document.querySelector('#latent-scatter')._fullData)"), "plot")
     scroll_to(page, "#latent-scatter")
     return page
@@ -268,6 +273,33 @@ def test_lasso_lists_the_particles_inside_it(results: Path, latents: Chrome, dow
     assert console_errors(latents) == []
 
 
+def test_outline_takes_particles_that_are_not_drawn(
+    results: Path, page: Chrome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sections, "LATENT_ROOM_BYTES", 8000)
+    build_page(Results(results, CONFIG), Gallery([], None, []), tmp_path / "part.html")
+    page.get((tmp_path / "part.html").as_uri())
+    drawn = page.execute_script("return document.querySelector('#latent-scatter').data[0].x.length")
+    assert 300 < drawn < 700
+    scroll_to(page, "#latent-scatter")
+    page.execute_script("Plotly.relayout('latent-scatter', {dragmode: 'select'})")
+    window, units = plot_area(page)
+    corners = window[0] + np.ptp(window, axis=0) * [[0.3, 0.2], [0.6, 0.8]]
+    drag(page, corners.round())
+    wait_for(lambda: page.find_element("id", "latent-picked").is_displayed(), "the selection")
+    command = shlex.split(page.find_element("id", "latent-command").text)
+    assert command[0] == "flex-select" and "--polygon" in command and command[-1] == "subset.star"
+    assert flex_select([*command[1:-1], str(tmp_path / "subset.star")]) == 0
+    z = read_tables(next(results.rglob("latents.star"))).particles[["flexLatent1", "flexLatent2"]].to_numpy(float)
+    pixel = np.abs((units[1] - units[0]) / (window[1] - window[0]))
+    ends = units[0] + (corners.round() - window[0]) * (units[1] - units[0]) / (window[1] - window[0])
+    low, high = ends.min(0), ends.max(0)
+    taken = len(read_tables(tmp_path / "subset.star").particles)
+    smallest, largest = (((z > low + s * pixel) & (z < high - s * pixel)).all(1).sum() for s in (1.5, -1.5))
+    picked = int(page.find_element("id", "latent-count").text.split()[0])
+    assert 2 * picked < smallest <= taken <= largest
+
+
 def test_a_box_a_second_lasso_and_clearing(latents: Chrome, downloads: Path) -> None:
     page = latents
     window, _ = plot_area(page)
@@ -301,13 +333,13 @@ def test_axes_and_colours_are_any_column(latents: Chrome) -> None:
 
     colours = Select(latents.find_element("id", "latent-colour"))
     names = [option.text for option in colours.options]
-    assert {"True angle 1 (deg)", "Half-set", "Defocus (um)", "DefocusU", "AngleRot", "latent 2"} <= set(names)
+    assert {"True angle 1 (deg)", "Half-set", "Defocus (µm)", "DefocusU", "AngleRot", "latent 2"} <= set(names)
     before = scatter("data[0].marker.color[7]")
     colours.select_by_visible_text("AngleRot")
     assert scatter("data[0].marker.color[7]") != before
     assert scatter("layout.coloraxis") is None and scatter("data[0].marker.colorbar.title.text") == "AngleRot"
-    Select(latents.find_element("id", "latent-y")).select_by_visible_text("Defocus (um)")
-    assert scatter("layout.yaxis.title.text") == "Defocus (um)"
+    Select(latents.find_element("id", "latent-y")).select_by_visible_text("Defocus (µm)")
+    assert scatter("layout.yaxis.title.text") == "Defocus (µm)"
     assert 0.5 < min(scatter("layout.yaxis.range")) < max(scatter("layout.yaxis.range")) < 3
     assert all(scatter("data.slice(1).map((path) => path.visible === false)"))  # series have no defocus
     Select(latents.find_element("id", "latent-y")).select_by_visible_text("latent 2")
