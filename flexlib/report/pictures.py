@@ -9,7 +9,6 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 
 from flexlib.maps import Map
 from flexlib.mesh.chimerax import segment_colours
@@ -52,13 +51,6 @@ def webp(figure: Figure, dpi: int = 130) -> bytes:
     """The figure as WebP, a quarter of a PNG's size where surfaces are shaded."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="webp", dpi=dpi, pil_kwargs={"quality": 90, "method": 5})
-    return buffer.getvalue()
-
-
-def picture_png(rgb: np.ndarray) -> bytes:
-    """A (h, w, 3) or (h, w, 4) uint8 picture as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(rgb).save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 
