@@ -204,6 +204,15 @@ def test_moving_part_and_maps_that_did_not_converge_are_told(results: Path, tmp_
     assert re.search(rf"<td>corrected, where it moves</td>.*<td>{half_A:.1f}", html)
 
 
+def test_a_model_set_to_rest_is_told(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path / "results")
+    for path in (tmp_path / "results").rglob("validation.json"):
+        scores = json.loads(path.read_text()) | {"validation_gain": 0.0, "validation_gain_se": 0.0}
+        path.write_text(json.dumps(scores | {"rejected_gain": 0.123, "rejected_gain_se": 0.05}))
+    text = facts.verdict(Results(tmp_path / "results", CONFIG))
+    assert "No motion was found" in text and "0.123 ± 0.05 nats" in text and "Motion is doubtful" not in text
+
+
 def test_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     write_report(tmp_path, tmp_path / "report.html", {})
     assert "This run is not complete" in " ".join(_parse(tmp_path / "report.html").text)

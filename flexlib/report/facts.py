@@ -147,7 +147,13 @@ def verdict(results: Results) -> str:
     flex, rigid = resolutions(results)
     rms = results.validation.get("rms_displacement_A")
     parts = []
-    if value is not None and error is not None and error > 0:
+    rejected, its_error = (results.validation.get(name) for name in ("rejected_gain", "rejected_gain_se"))
+    if rejected is not None:
+        parts.append(
+            "No motion was found: what the flexible model gains on unseen images "
+            f"({number(rejected)} ± {number(its_error, 2)} nats per particle) confirms none, so it was set to rest."
+        )
+    elif value is not None and error is not None and error > 0:
         if value > 3 * error:
             moves = f" Density moves by {number(rms)} Å rms." if rms is not None else ""
             parts.append(
