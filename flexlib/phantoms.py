@@ -54,6 +54,13 @@ class Hinge:
         sign = generator.choice([-1.0, 1.0], count)
         return sign * self.range_rad + self.state_sd_rad * generator.standard_normal(count)
 
+    def log_prior(self, angles_rad: np.ndarray) -> np.ndarray:
+        """Log density of the angles that ``sample`` draws, up to a constant; minus infinity where there are none."""
+        if self.state_sd_rad == 0:
+            return np.where(np.abs(angles_rad) <= self.range_rad, 0.0, -np.inf)
+        away = (angles_rad[..., None] - self.range_rad * np.array([-1.0, 1.0])) / self.state_sd_rad
+        return np.logaddexp(*np.moveaxis(-0.5 * away**2, -1, 0))
+
 
 @dataclass(frozen=True)
 class Phantom:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
@@ -36,6 +37,7 @@ _MEAN_STATES = 48  # quantiles of each hinge angle that stand for the whole set 
 _PARTICLES_PER_MICROGRAPH = 100
 _LIMIT_PARTICLES = 512  # whose information on the hinge angles is averaged
 _LIMIT_STEP_RAD = 0.01
+_LIMIT_ANGLES = 61  # of the exact posterior's grid
 _NOISE_CORNER = 0.05  # cycles/pixel below which coloured noise is flat
 
 
@@ -254,7 +256,8 @@ def information_limit_r2(
 
     The Cramer-Rao bound: the information of an image on the angles is the squared change of its exact transform per
     radian, over the unit variance of the noise; a hinge angle's variance is at least the inverse's diagonal. A prior
-    on the angles is not used, so an estimate that knows their distribution may do slightly better.
+    on the angles is not used. Where the signal is weak, noise makes far angles likely too, and no estimate comes near
+    this bound: ``posterior_limit_r2`` is then the limit.
     """
     spread = metadata.angles_rad.var(axis=0)
     box, dims = optics.box, metadata.angles_rad.shape[1]
@@ -274,6 +277,32 @@ def information_limit_r2(
         information = np.einsum("bikx,bjkx,x->bij", slope, slope.conj(), weight).real
         bounds.append(np.linalg.inv(information).diagonal(axis1=1, axis2=2))
     return 1.0 - np.concatenate(bounds).mean(axis=0) / spread
+
+
+def posterior_limit_r2(
+    phantom: Phantom, metadata: _Metadata, optics: _Optics, sigma_A: float, density_scale: float, stack: Path
+) -> float:
+    """R^2 of the best estimate there is of a single hinge's angle from an image, map and motion known.
+
+    The posterior mean, from the exact likelihood of the noisy images of ``stack`` on a grid of angles. No estimate has
+    a smaller squared error on average.
+    """
+    (hinge,) = phantom.hinges
+    count, box = min(len(metadata.angles_rad), _LIMIT_PARTICLES), optics.box
+    angles = (hinge.range_rad + 4.0 * hinge.state_sd_rad) * np.linspace(-1.0, 1.0, _LIMIT_ANGLES)
+    weight = np.where(np.arange(box // 2 + 1) == 0, 1.0, 2.0) / box**2
+    log_posterior = np.tile(hinge.log_prior(angles), (count, 1))
+    with mrcfile.mmap(stack) as file:
+        for rows in _batches(count):
+            images = fft.rfft2(fft.ifftshift(np.asarray(file.data[rows], np.float64), axes=(1, 2)))
+            for number, angle in enumerate(angles):
+                turned = replace(metadata, angles_rad=np.full_like(metadata.angles_rad, angle))
+                clean = density_scale * _clean_transforms(phantom, turned, rows, optics, sigma_A)
+                log_posterior[rows, number] -= 0.5 * (np.abs(images - clean) ** 2 * weight).sum((1, 2))
+    posterior = np.exp(log_posterior - log_posterior.max(1, keepdims=True))
+    mean = posterior @ angles / posterior.sum(1)
+    truth = metadata.angles_rad[:count, 0]
+    return float(1.0 - ((mean - truth) ** 2).mean() / truth.var())
 
 
 def _batches(count: int) -> Iterator[slice]:
@@ -417,6 +446,7 @@ def simulate_particles(
     view_preference: float = 0.0,
     noise_power_law: float = 0.0,
     gaussian_sigma_A: float = _GAUSSIAN_SIGMA_A,
+    exact_limit: bool = False,
 ) -> SimulationTruth:
     """Simulate a particle set and write it as a user would have it after a rigid refinement, with the truth beside it.
 
@@ -428,13 +458,14 @@ def simulate_particles(
     shift_sd_A : standard deviation of the origins along x and y.
     view_preference : views are distributed as ``1 + view_preference * cos(tilt)^2``; 0 is uniform.
     noise_power_law : noise power falls as ``|k|^-noise_power_law``; 0 is white.
+    exact_limit : also tell how well the angle can be told at best (one hinge and white noise only; half a minute).
 
     Writes ``particles.star`` (RELION 3.1), ``particles.cs`` (CryoSPARC), ``particles.mrcs`` (float32, contrast white),
     ``consensus.mrc`` (a rigid reconstruction of the noisy images), ``truth_mean.mrc``, ``truth_state_*.mrc`` (exact,
     in the density units of a reconstruction from the images) and ``truth.npz`` (angles_rad (n, d), half (n,) 1 or 2,
-    states_rad (s, d), noise_sd, density_scale, and for white noise information_limit_r2 (d,)). The same arguments give
-    the same files, whatever the thread count up to rounding. Raises ``InputError`` for settings out of range or a
-    phantom larger than the box.
+    states_rad (s, d), noise_sd, density_scale, for white noise information_limit_r2 (d,), and with ``exact_limit``
+    posterior_limit_r2). The same arguments give the same files, whatever the thread count up to rounding. Raises
+    ``InputError`` for settings out of range or a phantom larger than the box.
     """
     model = make_phantom(phantom) if isinstance(phantom, str) else phantom
     if num_particles < 2 or box < 16 or box % 2 or snr <= 0 or pixel_size_A <= 0:
@@ -442,6 +473,8 @@ def simulate_particles(
             "simulate: at least 2 particles, an even box of at least 16, a positive snr and pixel size are needed, "
             f"not num_particles={num_particles}, box={box}, snr={snr}, pixel_size_A={pixel_size_A}"
         )
+    if exact_limit and (len(model.hinges) != 1 or noise_power_law != 0):
+        raise InputError("simulate: exact_limit needs a phantom of one hinge and white noise")
     states_rad = model.states_rad()
     radius_A = max(np.linalg.norm(atoms, axis=1).max() for atoms in model.positions_A(states_rad))
     if radius_A > 0.5 * box * pixel_size_A:
@@ -480,16 +513,20 @@ def simulate_particles(
     write_map(folder / "truth_mean.mrc", mean_map, pixel_size_A)
     flexible = bool(model.hinges) and noise_power_law == 0
     limit = information_limit_r2(model, metadata, optics, gaussian_sigma_A, density_scale) if flexible else np.zeros(0)
-    with atomic_path(folder / "truth.npz") as temporary:
-        np.savez(
-            temporary,
-            angles_rad=metadata.angles_rad,
-            half=metadata.half_set.astype(np.int64) + 1,
-            states_rad=states_rad,
-            noise_sd=1.0,
-            density_scale=density_scale,
-            information_limit_r2=limit,
+    known: dict[str, Any] = {
+        "angles_rad": metadata.angles_rad,
+        "half": metadata.half_set.astype(np.int64) + 1,
+        "states_rad": states_rad,
+        "noise_sd": 1.0,
+        "density_scale": density_scale,
+        "information_limit_r2": limit,
+    }
+    if exact_limit:
+        known["posterior_limit_r2"] = posterior_limit_r2(
+            model, metadata, optics, gaussian_sigma_A, density_scale, stack
         )
+    with atomic_path(folder / "truth.npz") as temporary:
+        np.savez(temporary, **known)
     return SimulationTruth(
         folder / "particles.star",
         folder / "particles.cs",

@@ -259,6 +259,22 @@ def test_clamp_moves_a_third_of_its_mass():
     assert (phantom.mass * phantom.hinges[0].weight).sum() / phantom.mass.sum() == pytest.approx(1 / 3, abs=0.05)
 
 
+def test_exact_limit_is_the_cramer_rao_bound_where_the_signal_is_strong(tmp_path):
+    """It must also fall with the signal, and never below what the prior alone gives."""
+    limits = []
+    for snr in (2.0, 0.1):
+        clamp = simulate_particles(
+            tmp_path, phantom="clamp", num_particles=100, box=24, pixel_size_A=8.0, snr=snr, seed=2, exact_limit=True
+        )
+        truth = np.load(clamp.truth_npz)
+        limits.append((float(truth["information_limit_r2"][0]), float(truth["posterior_limit_r2"])))
+    (strong_bound, strong), (_, weak) = limits
+    assert strong_bound > 0.99 and abs(strong - strong_bound) < 0.25 * (1 - strong_bound), limits
+    assert 0.5 < weak < strong - 0.05, limits
+    with pytest.raises(InputError, match="one hinge"):
+        simulate_particles(tmp_path, num_particles=4, exact_limit=True)
+
+
 def test_slider_slides_in_its_plane_of_contact():
     """The upper layer stays above the lower one, touches it throughout, and moves along it, not away."""
     phantom = make_phantom("slider")

@@ -20,6 +20,7 @@ def prepared(
     box: int = 32,
     cells: int = 10,
     field_of_view_A: float = 224.0,
+    exact_limit: bool = False,
 ) -> Path:
     """``folder`` with sim/, particles/ and mesh/ of a simulated set."""
     simulate_particles(
@@ -30,6 +31,7 @@ def prepared(
         pixel_size_A=field_of_view_A / box,
         snr=snr,
         seed=3,
+        exact_limit=exact_limit,
     )
     prepare_particles(
         folder / "sim/particles.star",

@@ -121,12 +121,16 @@ def test_rigidity_far_too_low_scores_worse(folder, tmp_path):
 
 
 def test_weak_signal_of_a_third_of_the_mass(tmp_path):
-    """A jaw, a third of the mass, at a quarter of the IgG set's signal: within 0.05 of the information limit."""
-    prepared(tmp_path, "clamp", 4000, 0.02, box=64, cells=20, field_of_view_A=192.0)
+    """A jaw, a third of the mass, at three eighths of the IgG set's signal: within 0.05 of what can be told at all.
+
+    That is the exact posterior mean. The Cramer-Rao bound is .977 here, but noise makes far angles likely in some
+    images: the best estimate that knows map and motion reaches .949, its most likely angle .927.
+    """
+    prepared(tmp_path, "clamp", 4000, 0.03, box=64, cells=20, field_of_view_A=192.0, exact_limit=True)
     training.train(tmp_path / "particles", tmp_path / "mesh", tmp_path / "train", TrainSettings(latent_dims=1))
     known = np.load(tmp_path / "sim/truth.npz")
-    (limit,) = known["information_limit_r2"]
+    limit = float(known["posterior_limit_r2"])
     (r2,) = neighbour_regression_r2(latents_of(tmp_path / "train"), known["angles_rad"])
-    print("harder set: R^2", r2, "limit", limit, scores_of(tmp_path / "train"))
+    print("harder set: R^2", r2, "limit", limit, known["information_limit_r2"], scores_of(tmp_path / "train"))
     assert 0.93 < limit < 0.97
     assert r2 > limit - 0.05
