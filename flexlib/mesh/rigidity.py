@@ -7,11 +7,13 @@ Nature Methods 2023). Rotations of a cell cost nothing; stretching, compressing 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 import torch
 
 from flexlib.mesh.tetmesh import TetraMesh
+from flexlib.projection.op import has_triton
 
 _NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
 _DEGENERATE = 1e-3  # relative to |F|^3
@@ -152,13 +154,12 @@ def rigidity_energy(gradients: torch.Tensor, weight: torch.Tensor) -> torch.Tens
 
 
 class _MeshRigidity(torch.autograd.Function):
-    """``mesh_rigidity`` by the CPU kernel, which gives energy and gradient in one pass."""
+    """``mesh_rigidity`` by the device's fused kernel, which gives energy and gradient in one pass."""
 
     @staticmethod
     def forward(ctx, vertices_A, tensors):
-        from flexlib.mesh.rigidity_cpu import energy_and_gradient
-
-        energy, gradient = energy_and_gradient(
+        kernel = import_module(f"flexlib.mesh.rigidity_{vertices_A.device.type}")
+        energy, gradient = kernel.energy_and_gradient(
             vertices_A, tensors.cells, tensors.gradients_1_per_A, tensors.weight, _NEWTON_STEPS, _DEGENERATE
         )
         ctx.save_for_backward(gradient)
@@ -171,7 +172,8 @@ class _MeshRigidity(torch.autograd.Function):
 
 
 def mesh_rigidity(tensors: RigidityTensors, vertices_A: torch.Tensor) -> torch.Tensor:
-    """``rigidity_energy`` of moved vertices (b, nv, 3) in A: (b,); a fused kernel on the CPU in float32."""
-    if vertices_A.device.type == "cpu" and vertices_A.dtype == torch.float32:
+    """``rigidity_energy`` of moved vertices (b, nv, 3) in A: (b,); a fused kernel in float32 on CPU and CUDA."""
+    device = vertices_A.device.type
+    if vertices_A.dtype == torch.float32 and (device == "cpu" or (device == "cuda" and has_triton())):
         return _MeshRigidity.apply(vertices_A, tensors)
     return rigidity_energy(deformation_gradients(tensors, vertices_A), tensors.weight)

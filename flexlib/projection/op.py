@@ -5,19 +5,25 @@ The position of a moved, rotated voxel is the barycentric mix of its cell's *pro
 function this is a type-1 non-uniform FFT of the moved voxels; the backward pass is its exact adjoint.
 
 ``splat_voxels`` is one torch custom operator with its autograd rule; backends are registered per device:
-numba on the CPU (``cpu.py``), ``cuda.py`` on CUDA, plain torch (``reference.py``) for float64 and everything else.
+numba on the CPU (``cpu.py``), Triton on CUDA (``cuda.py``), plain torch (``reference.py``) for float64 and the rest.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import numpy as np
 import torch
 
 from flexlib.mesh.tetmesh import MeshVoxels
 from flexlib.projection import reference
+
+logger = logging.getLogger(__name__)
 
 KERNELS = {"linear": 2, "cubic": 4}  # taps per axis; B-splines of degree 1 and 3
 
@@ -125,25 +131,34 @@ def _backward(ctx, grad_images):
 splat_voxels.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _cpu_splat(values, vertices, cells, cell, bary, grid, taps):
-    if values.dtype != torch.float32:
-        return reference.splat(values, vertices, cells, cell, bary, grid, taps)
-    from flexlib.projection import cpu
-
-    return cpu.splat(values, vertices, cells, cell, bary, grid, taps)
-
-
-def _cpu_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
-    arguments = (grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices)
-    if values.dtype != torch.float32:
-        return reference.splat_adjoint(*arguments)
-    from flexlib.projection import cpu
-
-    return cpu.splat_adjoint(*arguments)
+def _backend(device: str, dtype: torch.dtype) -> ModuleType:
+    """The module with the fastest ``splat`` and ``splat_adjoint`` for tensors on ``device``."""
+    if dtype != torch.float32 or (device == "cuda" and not has_triton()):
+        return reference
+    return import_module(f"flexlib.projection.{device}")
 
 
-splat_voxels.register_kernel("cpu")(_cpu_splat)
-splat_voxels_adjoint.register_kernel("cpu")(_cpu_adjoint)
+@cache
+def has_triton() -> bool:
+    """Whether Triton, which torch brings along with CUDA on Linux, is installed; warns once where it is not."""
+    if find_spec("triton") is not None:
+        return True
+    logger.warning("triton is not installed: projections on this GPU are computed by plain torch, slowly")
+    return False
+
+
+def _register(device: str) -> None:
+    @splat_voxels.register_kernel(device)
+    def _(values, *others):
+        return _backend(device, values.dtype).splat(values, *others)
+
+    @splat_voxels_adjoint.register_kernel(device)
+    def _(grad_images, values, *others):
+        return _backend(device, values.dtype).splat_adjoint(grad_images, values, *others)
+
+
+for _device in ("cpu", "cuda"):
+    _register(_device)
 
 
 @lru_cache(maxsize=16)
