@@ -15,8 +15,8 @@ from test_igg import neighbour_regression_r2
 from training_sets import latents_of, prepared
 
 from flexlib import training
+from flexlib.deform import deform_at_latent
 from flexlib.fsc import fsc
-from flexlib.generate import deform_at_latent
 from flexlib.maps import read_map
 from flexlib.mesh.build import build_mesh
 from flexlib.model import FlexModel
