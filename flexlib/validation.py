@@ -1,9 +1,9 @@
 """The held-out score: what motion is worth on particles that neither the flow nor the map has seen.
 
 For each held-out particle the latents are inferred from a random half of its Fourier pixels (Friedel mates together);
-the other half is scored, minus the best score of models that know nothing of this particle's motion: nats per particle.
-Over-fitting cannot raise it, and since all points of a sweep with one seed hold out the same particles, their scores can
-be compared particle by particle.
+the other half is scored, minus the best score of what knows nothing of this particle's motion: nats per particle.
+Over-fitting cannot raise it, and since all points of a sweep with one seed hold out the same particles, their scores
+can be compared particle by particle.
 """
 
 from __future__ import annotations
