@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: setup demo test test-slurm lint clean
+.PHONY: setup demo test test-gpu test-slurm lint clean
 
 setup: $(INSTALLED)
 
@@ -22,6 +22,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# on a machine with a CUDA device
+test-gpu: setup
+	$(BIN)/python -m pytest tests/gpu --gpu
 
 # a real one-node SLURM, as root, from Debian's packages (installed if they are missing); for a container or a CI machine
 test-slurm: setup

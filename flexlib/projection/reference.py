@@ -43,9 +43,9 @@ def splat(values, vertices, cells, cell, bary, grid, taps):
 
 def splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
     """See ``op.splat_voxels_adjoint``."""
-    batch, grid = grad_images.shape[0], grad_images.shape[-1]
+    grid = grad_images.shape[-1]
     pixel, wx, sx, wy, sy, corner = _taps(vertices, cells, cell, bary, grid, taps)
-    gathered = grad_images.reshape(batch, -1).gather(1, pixel.flatten(1)).view(pixel.shape)
+    gathered = grad_images.flatten(1).gather(1, pixel.flatten(1)).view(pixel.shape)
     empty = values.new_empty(0)
     grad_values = (gathered * wy[..., :, None] * wx[..., None, :]).sum((0, 2, 3)) if need_values else empty
     if not need_vertices:

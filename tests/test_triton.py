@@ -1,0 +1,92 @@
+"""The CUDA backend without a GPU: its Triton kernels interpreted on the CPU, and compiled for a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operator_cases import CASES, reference_results, relative_error, rigidity_results, twisted_bodies
+
+WORKER = Path(__file__).with_name("triton_worker.py")
+
+
+def _worker(task: str, folder: Path, **environment: str) -> dict:
+    """What ``triton_worker.py`` finds. Triton reads its settings when it is imported: so in a process of its own."""
+    out = folder / f"{task}.pt"
+    done = subprocess.run(
+        [sys.executable, str(WORKER), task, str(out)],
+        env=os.environ | {"TRITON_CACHE_DIR": str(folder / "cache")} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return _worker("interpret", tmp_path_factory.mktemp("interpret"), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return _worker("compile", tmp_path_factory.mktemp("compile"), TRITON_INTERPRET="0")
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_both_gradients_match_reference(interpreted, name, taps):
+    case = CASES[name]
+    images, grad_values, grad_vertices = interpreted[f"{name} {taps}"]
+    expected = reference_results(case, taps)
+    # positions are rounded to float32, and a box away from the origin coarser than near it
+    bound = 2e-7 * max(10.0, float(case.vertices.abs().max()) if case.vertices.numel() else 0.0)
+    assert relative_error(images, expected[0]) < bound
+    assert relative_error(grad_values, expected[1]) < bound
+    if name != "seam":  # there the linear kernel's derivative jumps
+        assert relative_error(grad_vertices, expected[2]) < bound
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+def test_the_size_of_the_tiles_changes_nothing(interpreted, taps):
+    for small, whole in zip(interpreted[f"centred {taps}"], interpreted[f"whole tile {taps}"], strict=True):
+        assert relative_error(small, whole.double()) < 1e-6
+
+
+def test_gradients_that_are_not_needed_come_back_empty(interpreted):
+    _, grad_values, grad_vertices = interpreted["one voxel, one image 4"]
+    alone, nothing = interpreted["needs (True, False)"]
+    assert torch.equal(alone, grad_values) and nothing.numel() == 0
+    nothing, alone = interpreted["needs (False, True)"]
+    assert torch.equal(alone, grad_vertices) and nothing.numel() == 0
+    assert [t.numel() for t in interpreted["needs (False, False)"]] == [0, 0]
+
+
+def test_vertices_that_are_not_finite_spoil_their_own_image_only(interpreted):
+    images, _, grad_vertices = interpreted["broken"]
+    assert images[:2].isnan().any((1, 2)).all() and grad_vertices[:2].isnan().any(1).all()
+    assert images[2:].isfinite().all() and grad_vertices[2:].isfinite().all()
+
+
+def test_rigidity_energy_and_gradient_match_reference(interpreted):
+    mesh, moved = twisted_bodies()
+    energy, gradient = interpreted["rigidity"]
+    expected_energy, expected_gradient = rigidity_results(mesh, moved)
+    assert (expected_energy > 1e-4).all() and relative_error(energy, expected_energy) < 1e-5
+    for found, expected in zip(gradient, expected_gradient, strict=True):
+        assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sums"), [("splat 2", 4), ("splat 4", 16), ("adjoint 2", 9), ("adjoint 4", 9), ("rigidity", 13)]
+)
+def test_kernels_compile_for_a_gpu(compiled, kernel, sums):
+    """With one hardware atomic for each number that is added up, no loop of compare-and-swap in its place."""
+    ptx = compiled[kernel]
+    assert ".target sm_90" in ptx and "cas" not in ptx
+    assert len(re.findall(r"(?:atom|red)\.global\S*\.add\.f32", ptx)) == sums
