@@ -3,9 +3,9 @@
     python benchmarks/bench_prepare.py [--counts 2000 8000] [--box 128] [--train-box 64] [--out results.json]
 
 The images are one noisy projection set repeated, so that making them is cheap. Memory is the largest resident anonymous
-memory (Linux's ``RssAnon``, read every 5 ms): pages of memory-mapped stacks are left out, for the kernel keeps those for
-as long as it has nothing better to do with the memory. What it is after the imports is told too: what comes on top must
-not grow with the number of particles, but for the metadata's rows.
+memory (Linux's ``RssAnon``, read every 5 ms): pages of memory-mapped stacks are left out, for the kernel keeps those
+until the memory is wanted for something else. What it is after the imports is told too: what comes on top must not grow
+with the number of particles, but for the metadata's rows.
 """
 
 from __future__ import annotations
