@@ -19,11 +19,15 @@ from types import SimpleNamespace
 scripts, *cases = sys.argv[1:]
 sys.path.insert(0, scripts)
 code = compile(open(scripts + "/prepare.py").read(), "prepare.py", "exec")
+class Files(list):  # Snakemake's are named and numbered
+    particles = property(lambda self: self[0])
+
+
 statuses = []
 for case in cases:
     particles, _, passthrough = case.partition("+")
     snakemake = SimpleNamespace(
-        rule="prepare", threads=1, log=[particles + ".log"], output=SimpleNamespace(particles="out/particles.star"),
+        rule="prepare", threads=1, log=[particles + ".log"], output=Files(["out/particles.star"]), resources={},
         input=SimpleNamespace(particles=particles, consensus="none.mrc", mask=None, passthrough=passthrough or None),
         params=SimpleNamespace(image_root=None, settings={}, mask_settings={}),
     )
