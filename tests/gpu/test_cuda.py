@@ -51,8 +51,10 @@ def test_many_programs_add_to_the_same_numbers(taps):
     found = both_ways(case, taps)
     parts = [reference_results(part, taps) for part in pieces(case, 10)]
     images, grad_vertices = (torch.cat([part[i] for part in parts]) for i in (0, 2))
-    for one, expected in zip(found, (images, sum(part[1] for part in parts), grad_vertices), strict=True):
-        assert relative_error(one, expected) < 2e-5
+    # where rounding puts a voxel on the other side of a pixel, the linear kernel's derivative is another
+    bounds = (2e-5, 2e-5, 1e-2 if taps == 2 else 2e-5)
+    for one, expected, bound in zip(found, (images, sum(p[1] for p in parts), grad_vertices), bounds, strict=True):
+        assert relative_error(one, expected) < bound
     for one, other in zip(found, both_ways(case, taps), strict=True):
         assert relative_error(one, other.double()) < 2e-6  # atomics in another order
 
