@@ -11,13 +11,9 @@ import torch
 import triton
 from operator_cases import CASES, random_case, twisted_bodies
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from flexlib.mesh import rigidity, rigidity_cuda
 from flexlib.projection import cuda
-
-H200 = GPUTarget("cuda", 90, 32)
-INTEGERS = {"cells", "cell"}
 
 
 def interpret() -> dict[str, object]:
@@ -38,12 +34,16 @@ def interpret() -> dict[str, object]:
         broken.vertices[image] = bad
     results["broken"] = _both_ways(broken, 4, True, True)
 
+    results["rigidity"] = _rigidity()
+    return results
+
+
+def _rigidity():
     mesh, moved = twisted_bodies()
     tensors = rigidity.RigidityTensors.from_mesh(mesh)
-    results["rigidity"] = rigidity_cuda.energy_and_gradient(
+    return rigidity_cuda.energy_and_gradient(
         moved, tensors.cells, tensors.gradients_1_per_A, tensors.weight, rigidity._NEWTON_STEPS, rigidity._DEGENERATE
     )
-    return results
 
 
 def _both_ways(case, taps, need_values, need_vertices):
@@ -54,37 +54,43 @@ def _both_ways(case, taps, need_values, need_vertices):
     return images, *both
 
 
+class _H200:
+    """The driver of a device that is not there: tells the compiler what to compile for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class _Compiled:
+    """In place of a kernel: compiles what would be launched, and keeps the PTX in ``texts``."""
+
+    def __init__(self, kernel, texts: dict[str, str], name: str):
+        self.kernel, self.texts, self.name = kernel, texts, name
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.texts.__setitem__(
+            self.name, self.kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
+        )
+
+
 def compile_kernels() -> dict[str, str]:
-    """PTX of each kernel, as the device of a cluster would get it."""
-    texts = {}
+    """PTX of each kernel, as a GPU would get it from the backend's own calls."""
+    triton.runtime.driver.set_active(_H200())
+    texts: dict[str, str] = {}
+    splat, adjoint = cuda._splat, cuda._adjoint
     for taps in (2, 4):
-        tile = cuda.SPLAT_TILE
-        texts[f"splat {taps}"] = _ptx(cuda._splat, {"TAPS": taps, "VOXELS": tile.voxels, "IMAGES": tile.images}, tile)
-        tile = cuda.ADJOINT_TILE
-        constants = {"NEED_VALUES": True, "NEED_VERTICES": True, "VOXELS": tile.voxels, "IMAGES": tile.images}
-        texts[f"adjoint {taps}"] = _ptx(cuda._adjoint, {"TAPS": taps, **constants}, tile)
-    cells, images, warps = rigidity_cuda._CELLS, rigidity_cuda._IMAGES, rigidity_cuda._WARPS
-    constants = {"NEWTON_STEPS": rigidity._NEWTON_STEPS, "CELLS": cells, "IMAGES": images}
-    texts["rigidity"] = _ptx(rigidity_cuda._energy_and_gradient, constants, cuda.Tile(cells, images, warps))
+        cuda._splat = _Compiled(splat, texts, f"splat {taps}")
+        cuda._adjoint = _Compiled(adjoint, texts, f"adjoint {taps}")
+        _both_ways(CASES["centred"], taps, True, True)
+    rigidity_cuda._energy_and_gradient = _Compiled(rigidity_cuda._energy_and_gradient, texts, "rigidity")
+    _rigidity()
     return texts
-
-
-def _ptx(kernel, constants, tile) -> str:
-    numbers = {"batch", "num_voxels", "num_vertices", "num_cells", "grid"}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in numbers:
-            signature[name] = "i32"
-        elif name in {"degenerate", "tiny"}:
-            signature[name] = "fp32"
-        elif name in INTEGERS:
-            signature[name] = "*i64" if kernel is rigidity_cuda._energy_and_gradient else "*i32"
-        else:
-            signature[name] = "*fp32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=H200, options={"num_warps": tile.warps}).asm["ptx"]
 
 
 if __name__ == "__main__":
