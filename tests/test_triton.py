@@ -12,6 +12,8 @@ import pytest
 import torch
 from operator_cases import CASES, reference_results, relative_error, rigidity_results, twisted_bodies
 
+from flexlib.projection import op, reference
+
 WORKER = Path(__file__).with_name("triton_worker.py")
 
 
@@ -90,3 +92,16 @@ def test_kernels_compile_for_a_gpu(compiled, kernel, sums):
     ptx = compiled[kernel]
     assert ".target sm_90" in ptx and "cas" not in ptx
     assert len(re.findall(r"(?:atom|red)\.global\S*\.add\.f32", ptx)) == sums
+
+
+def test_what_triton_cannot_do_plain_torch_does(monkeypatch, caplog):
+    assert op._backend("cuda", torch.float32).__name__ == "flexlib.projection.cuda"
+    assert op._backend("cuda", torch.float64) is reference
+    op.has_triton.cache_clear()
+    monkeypatch.setattr(op, "find_spec", lambda name: None)
+    try:
+        assert op._backend("cuda", torch.float32) is reference
+        assert op._backend("cuda", torch.float32) is reference
+    finally:
+        op.has_triton.cache_clear()
+    assert [record.message.split(":")[0] for record in caplog.records] == ["triton is not installed"]
