@@ -22,6 +22,7 @@ import csv
 import hashlib
 import json
 import logging
+import math
 import signal
 import sys
 import time
@@ -541,6 +542,8 @@ def _run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> N
         state.step += 1
         state.totals = totals
         after_batch()
+    if not math.isfinite(totals["loss"]):  # the CPU's operator says so itself; a GPU's would have to be waited for
+        raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {totals['loss']}")
     if epoch == BAND_EPOCHS:
         _leave_wrong_valleys(setup, state)
     _standardise(setup, state)

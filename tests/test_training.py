@@ -199,6 +199,12 @@ def test_overfitting_lowers_the_held_out_score(tmp_path):
     assert difference.mean() > 3 * difference.std(ddof=1) / np.sqrt(len(difference))
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(clamp, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_step", lambda *arguments: (float("nan"), 0.0))
+    with pytest.raises(FloatingPointError, match="epoch 1: the loss is nan"):
+        training.train(clamp / "particles", clamp / "mesh", tmp_path, QUICK)
+
+
 def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp, tmp_path):
     """SIGKILL, which nothing can catch: the next run continues from the last checkpoint, to the same latents."""
     program = (
