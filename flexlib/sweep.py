@@ -141,10 +141,10 @@ def select_points(
 def choose_point(scores: Sequence[Score]) -> Score:
     """The simplest point within one standard error of the best held-out score (the one-standard-error rule).
 
-    The standard error is that of the difference between the two (``Score.difference``). With several seeds, a point
-    must be that near the best of its own seed too, where the difference is paired and so far better known. Simplest
-    is, in this order: fewer latent dimensions, coarser mesh, higher rigidity. Points that differ in the seed alone are
-    equally simple: the one with the higher score is taken.
+    The standard error is the best point's own, over the held-out particles. (That of the paired difference is far
+    smaller, and one such error is what chance alone gives the luckiest of a dozen points that are equally good.)
+    Simplest is, in this order: fewer latent dimensions, coarser mesh, higher rigidity. Points that differ in the seed
+    alone are equally simple: the one with the higher score is taken.
 
     Raises
     ------
@@ -157,26 +157,14 @@ def choose_point(scores: Sequence[Score]) -> Score:
             "no point has a held-out score, so none is best: set train.validation_fraction above 0 "
             "or name the points in reconstruct.points"
         )
-    seeds = {score.point.seed for score in scores}
-    of_seed = {seed: best_score(score for score in scores if score.point.seed == seed) for seed in seeds}
-    near = [
-        score
-        for score in scores
-        if all(_within_one_error(score, rival) for rival in (best, of_seed[score.point.seed]) if rival is not None)
-    ]
+    error = best.standard_error if math.isfinite(best.standard_error) else 0.0
+    near = [score for score in scores if score.gain >= best.gain - error]
     return min(near, key=_simplicity)
 
 
 def best_score(scores: Iterable[Score]) -> Score | None:
     """The highest held-out score; None where no point has one."""
     return max((score for score in scores if math.isfinite(score.gain)), key=lambda score: score.gain, default=None)
-
-
-def _within_one_error(score: Score, best: Score) -> bool:
-    if score is best or not math.isfinite(score.gain):
-        return score is best
-    difference, error = score.difference(best)
-    return difference + error >= 0
 
 
 def _simplicity(score: Score) -> tuple[float, ...]:

@@ -273,16 +273,12 @@ def choice_sentence(results: Results) -> str:
         )
     settings = ", ".join(f"{SWEPT[name]} {best[name]:g}" for name in SWEPT if name in best)
     difference, error = row.get("difference_to_best"), row.get("difference_to_best_se")
+    distance = (
+        f"and the chosen point ({number(row['validation_gain'])}) is the simplest within one standard error of it "
+        f"({_SIMPLER})"
+    )
     if paired(sweep):
-        distance = (
-            f"and the chosen point is the simplest within one standard error of it ({_SIMPLER}): particle by particle, "
-            f"it gains {number(-difference, 2)} ± {number(error, 2)} nats less"
-        )
-    else:
-        distance = (
-            f"and the chosen point ({number(row['validation_gain'])}) is the simplest within one standard error of it "
-            f"({_SIMPLER})"
-        )
+        distance += f"; particle by particle, it gains {number(-difference, 2)} ± {number(error, 2)} nats less"
     return text(
         f"{label} was chosen out of {len(sweep)} points: the highest held-out gain "
         f"({number(best['validation_gain'])} ± {number(best.get('validation_gain_se'), 2)} nats per particle) is "

@@ -60,15 +60,17 @@ def gain_errors(sweep: pd.DataFrame) -> pd.Series:
 
 
 def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
-    """Held-out gain of each point, best at the top, with the standard error that decides the choice (``gain_errors``).
+    """Held-out gain of each point, best at the top, with standard errors (``gain_errors``).
 
-    The line is the best; the colours tell the chosen point, those within one standard error of the best, and the rest.
+    The lines are the best and one standard error of it less; the colours tell the chosen point, those between the
+    lines, and the rest.
     """
     ordered = sweep.sort_values("validation_gain", ascending=False)
     best = ordered.iloc[0]
     errors = gain_errors(ordered).fillna(0.0)
-    # the errors of differences are the points' own; else it is the best's error that counts
-    as_good = ordered["validation_gain"] + (errors if paired(sweep) else errors.iloc[0]) >= best["validation_gain"]
+    best_error = best.get("validation_gain_se", np.nan)
+    least = best["validation_gain"] - (best_error if np.isfinite(best_error) else 0.0)
+    as_good = ordered["validation_gain"] >= least
     chosen = ordered["chosen"] if "chosen" in ordered else pd.Series(False, ordered.index)
     keep = (np.arange(len(ordered)) < _MOST_POINTS) | chosen.to_numpy()
     names = [name for name in SWEPT if name in sweep and (sweep[name].nunique() > 1 or len(swept_columns(sweep)) == 0)]
@@ -96,6 +98,7 @@ def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
             hovertemplate="%{y}: %{x:.2f} nats per particle<extra></extra>",
         )
     figure.add_vline(x=best["validation_gain"], line={"color": ACCENT, "width": 1.2, "dash": "dash"})
+    figure.add_vline(x=least, line={"color": ACCENT, "width": 1.2, "dash": "dot"})
     # far from zero, the differences between points are what matters
     shown = ordered.loc[keep, "validation_gain"]
     near_zero = (shown - errors[keep]).min() < 0.3 * shown.max()

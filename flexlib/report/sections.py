@@ -119,10 +119,12 @@ def sweep_section(results: Results) -> str:
             "by over-fitting. Above zero: the motion is real. "
         )
         caption += (
-            "Bars are the standard error of the difference to the best (dashed), taken particle by particle: a point "
-            "whose bar reaches the line is as good."
+            "Bars are the standard error of the difference to the best (dashed), taken particle by particle. "
             if plots.paired(known)
-            else "Bars are the standard error over particles; the dashed line is the best."
+            else "Bars are the standard error over particles; the dashed line is the best. "
+        )
+        caption += (
+            "Of the points right of the dotted line, one standard error of the best below it, the simplest is taken."
         )
         drawn = [plot(plots.sweep_gains(known), "sweep-gains", caption)]
         heat_map = plots.sweep_heat_map(known)
