@@ -185,7 +185,10 @@ def test_held_out_scores_of_each_particle_are_written(trained):
 
 
 def test_overfitting_lowers_the_held_out_score(tmp_path):
-    """At low signal a rigidity far too low fits the noise of the training particles; the score of the others falls."""
+    """At low signal a rigidity far too low fits the noise of the training particles; the score of the others falls.
+
+    It falls below what confirms a motion, so that the loose model is set to rest and scores zero.
+    """
     prepared(tmp_path, "clamp", 600, 0.05)
     loose = replace(QUICK, epochs=12, rigidity=1e-8, latent_dims=4, noise_injection=0.0)
     training.train(tmp_path / "particles", tmp_path / "mesh", tmp_path / "loose", loose)
