@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,3 +136,14 @@ def rigidity_results(mesh: TetraMesh, moved: torch.Tensor) -> tuple[torch.Tensor
     energy = rigidity_energy(deformation_gradients(tensors, vertices), tensors.weight)
     (gradient,) = torch.autograd.grad(energy.sum(), vertices)
     return energy.detach(), gradient
+
+
+def assert_matches_reference(name: str, case: Case, taps: int, found: Sequence[torch.Tensor]) -> None:
+    """Images and both gradients ``found`` for the case of that name, against the float64 reference."""
+    # positions are rounded to float32, and a box away from the origin coarser than near it
+    bound = 2e-7 * max(10.0, float(case.vertices.abs().max()) if case.vertices.numel() else 0.0)
+    images, grad_values, grad_vertices = reference_results(case, taps)
+    assert relative_error(found[0], images) < bound
+    assert relative_error(found[1], grad_values) < bound
+    if name != "seam":  # there the linear kernel's derivative jumps
+        assert relative_error(found[2], grad_vertices) < bound

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_cases import CASES, reference_results, relative_error, rigidity_results, twisted_bodies
+from operator_cases import (
+    CASES,
+    assert_matches_reference,
+    relative_error,
+    rigidity_results,
+    twisted_bodies,
+)
 
 from flexlib.projection import op, reference
 
@@ -43,15 +49,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("taps", [2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_both_gradients_match_reference(interpreted, name, taps):
-    case = CASES[name]
-    images, grad_values, grad_vertices = interpreted[f"{name} {taps}"]
-    expected = reference_results(case, taps)
-    # positions are rounded to float32, and a box away from the origin coarser than near it
-    bound = 2e-7 * max(10.0, float(case.vertices.abs().max()) if case.vertices.numel() else 0.0)
-    assert relative_error(images, expected[0]) < bound
-    assert relative_error(grad_values, expected[1]) < bound
-    if name != "seam":  # there the linear kernel's derivative jumps
-        assert relative_error(grad_vertices, expected[2]) < bound
+    assert_matches_reference(name, CASES[name], taps, interpreted[f"{name} {taps}"])
 
 
 @pytest.mark.parametrize("taps", [2, 4])

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from operator_cases import CASES, Case, random_case, reference_results, relative_error, rigidity_results, twisted_bodies
+from operator_cases import (
+    CASES,
+    Case,
+    assert_matches_reference,
+    random_case,
+    reference_results,
+    relative_error,
+    rigidity_results,
+    twisted_bodies,
+)
 
 from flexlib.mesh.rigidity import RigidityTensors, mesh_rigidity
 from flexlib.projection.op import KERNELS, VoxelTensors, has_triton, project, splat_voxels
@@ -36,13 +45,7 @@ def both_ways(case: Case, taps: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_both_gradients_match_reference(name, taps):
     case = CASES[name].to("cuda")
-    images, grad_values, grad_vertices = both_ways(case, taps)
-    expected = reference_results(case, taps)
-    bound = 2e-7 * max(10.0, float(case.vertices.abs().max()) if case.vertices.numel() else 0.0)
-    assert relative_error(images, expected[0]) < bound
-    assert relative_error(grad_values, expected[1]) < bound
-    if name != "seam":  # there the linear kernel's derivative jumps
-        assert relative_error(grad_vertices, expected[2]) < bound
+    assert_matches_reference(name, case, taps, both_ways(case, taps))
 
 
 @pytest.mark.parametrize("taps", [2, 4])
