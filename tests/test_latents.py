@@ -6,7 +6,6 @@ import torch
 from scipy import ndimage
 from training_sets import neighbour_r2, prepared
 
-from flexlib import training
 from flexlib.latents import (
     CoarseView,
     LatentPrior,
@@ -32,6 +31,8 @@ from flexlib.spectral import (
     spectral_start,
     suggest_dims,
 )
+from flexlib.training.start import BASIS_UNIT_A, _basis
+from flexlib.training.state import Setup, set_up
 from flexlib.validation import HeldOutScore, choose_held_out
 
 BOX = 64
@@ -44,14 +45,14 @@ def clamp(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def setup(clamp) -> training.Setup:
+def setup(clamp) -> Setup:
     settings = TrainSettings(latent_dims=2, validation_fraction=0.1)
-    return training._set_up(clamp / "particles", clamp / "mesh", settings, "cpu")
+    return set_up(clamp / "particles", clamp / "mesh", settings, "cpu")
 
 
 @pytest.fixture(scope="module")
 def basis(setup) -> torch.Tensor:
-    return training._basis(setup)
+    return _basis(setup)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_particles_in_a_wrong_valley_are_found(setup, values):
             circle = torch.cat([torch.sin(angle), torch.cos(angle) - 1], 1) * 6.0
             return torch.einsum("bi,ivc->bvc", circle, fields)
 
-    fields = training._basis(setup)[:2] / training.BASIS_UNIT_A
+    fields = _basis(setup)[:2] / BASIS_UNIT_A
     weight = plane_weight(BOX, 20)
     truth = torch.linspace(-1.8, 1.8, 40)[:, None]
     batch = predicted_images(setup, Swing(), values, setup.source.batch(np.arange(40)), truth, 7)

@@ -22,6 +22,8 @@ from flexlib.maps import read_map
 from flexlib.mesh.build import build_mesh
 from flexlib.model import FlexModel, FlowGenerator
 from flexlib.settings import MeshSettings, TrainSettings
+from flexlib.training import epoch
+from flexlib.training.state import set_up
 
 QUICK = TrainSettings(latent_dims=1, epochs=3, validation_fraction=0.1)
 
@@ -84,7 +86,7 @@ def test_interrupted_run_ends_like_an_undisturbed_one(clamp, tmp_path, monkeypat
     training.train(*arguments, tmp_path / "whole", settings)
 
     steps = {"done": 0}
-    take_step = training._step
+    take_step = epoch._step
 
     def step_then_sigterm(*args):
         steps["done"] += 1
@@ -92,7 +94,7 @@ def test_interrupted_run_ends_like_an_undisturbed_one(clamp, tmp_path, monkeypat
             signal.raise_signal(signal.SIGTERM)
         return take_step(*args)
 
-    monkeypatch.setattr(training, "_step", step_then_sigterm)
+    monkeypatch.setattr(epoch, "_step", step_then_sigterm)
     with pytest.raises(SystemExit) as stopped:
         training.train(*arguments, tmp_path / "parts", settings)
     assert stopped.value.code == training.EXIT_INTERRUPTED
@@ -142,7 +144,7 @@ def scores_of(train_dir: Path) -> dict:
 def test_mean_motion_of_the_molecule_is_taken_out(trained, clamp):
     """The gauge: no mean translation or rotation of the density over the particles."""
     model = FlexModel.load(trained)
-    setup = training._set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
+    setup = set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
     mean_A = model.displacements_A(model.latents).mean(0).numpy()
     share = setup.density_share.numpy()[:, None]
     at = model.mesh.vertices_A - (share * model.mesh.vertices_A).sum(0)
@@ -155,7 +157,7 @@ def test_mean_motion_of_the_molecule_is_taken_out(trained, clamp):
 def test_motion_coordinates_are_angstrom(trained, clamp):
     """Distances between particles in flexMotion1Angst are rms displacements of density between their states."""
     model = FlexModel.load(trained)
-    setup = training._set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
+    setup = set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
     share = setup.density_share.numpy()
     motion = latents_of(trained, r"^flexMotion\d+Angst$")
     assert motion.shape == model.latents.shape
@@ -203,7 +205,7 @@ def test_overfitting_lowers_the_held_out_score(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(clamp, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_step", lambda *arguments: (float("nan"), 0.0))
+    monkeypatch.setattr(epoch, "_step", lambda *arguments: (float("nan"), 0.0))
     with pytest.raises(FloatingPointError, match="epoch 1: the loss is nan"):
         training.train(clamp / "particles", clamp / "mesh", tmp_path, QUICK)
 
@@ -212,7 +214,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp,
     """SIGKILL, which nothing can catch: the next run continues from the last checkpoint, to the same latents."""
     program = (
         "import sys; from flexlib.training import train; from flexlib.settings import TrainSettings;"
-        "import flexlib.training as t; from pathlib import Path; step = t._step;"
+        "import flexlib.training.epoch as t; from pathlib import Path; step = t._step;"
         "done = [0]\n"
         "def counted(*a):\n"
         "    done[0] += 1\n"
@@ -245,9 +247,9 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp,
 
 def test_checkpoints_are_written_within_long_epochs(clamp, tmp_path, monkeypatch):
     """With every batch checkpointed, the middle of an epoch is a place to continue from."""
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("flexlib.training.run.CHECKPOINT_EVERY_S", 0.0)
     settings = replace(QUICK, epochs=2)
-    take_step, done = training._step, [0]
+    take_step, done = epoch._step, [0]
 
     def step_then_fail(*arguments):
         done[0] += 1
@@ -255,12 +257,12 @@ def test_checkpoints_are_written_within_long_epochs(clamp, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return take_step(*arguments)
 
-    monkeypatch.setattr(training, "_step", step_then_fail)
+    monkeypatch.setattr(epoch, "_step", step_then_fail)
     with pytest.raises(KeyboardInterrupt):
         training.train(clamp / "particles", clamp / "mesh", tmp_path / "parts", settings)
     saved = torch.load(tmp_path / "parts/checkpoints/checkpoint.pt", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (1, 6)  # 20 batches an epoch
-    monkeypatch.setattr(training, "_step", take_step)
+    monkeypatch.setattr(epoch, "_step", take_step)
     training.train(clamp / "particles", clamp / "mesh", tmp_path / "parts", settings)
     training.train(clamp / "particles", clamp / "mesh", tmp_path / "whole", settings)
     assert np.abs(latents_of(tmp_path / "whole") - latents_of(tmp_path / "parts")).max() < 1e-6
@@ -273,7 +275,7 @@ def test_score_does_not_depend_on_threads_or_batch_size(trained, clamp, tmp_path
         if change == "threads":
             torch.set_num_threads(3 - min(threads, 2))
         else:
-            monkeypatch.setattr(training, "BATCH_SIZE", 13)
+            monkeypatch.setattr("flexlib.training.state.BATCH_SIZE", 13)
         training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=6))
     finally:
         torch.set_num_threads(threads)

@@ -21,7 +21,9 @@ from flexlib.maps import read_map
 from flexlib.mesh.build import build_mesh
 from flexlib.model import FlexModel
 from flexlib.prepare import prepare_particles
+from flexlib.projection.op import scatter_volume
 from flexlib.settings import MeshSettings, TrainSettings
+from flexlib.training.state import set_up
 
 SEEDS = (0, 1, 2)
 
@@ -75,9 +77,9 @@ def test_maps_of_the_moving_arms_are_right_at_the_truth_states(folder, trained, 
     model = FlexModel.load(trained)
     canonical = read_map(trained / "canonical.mrc")
     last = int(0.8 * canonical.box / 2)
-    setup = training._set_up(folder / "particles", folder / "mesh", TrainSettings(), "cpu")
+    setup = set_up(folder / "particles", folder / "mesh", TrainSettings(), "cpu")
     checkpoint = torch.load(trained / "checkpoints/checkpoint.pt", weights_only=True)
-    still_map = training.scatter_volume(checkpoint["rigid_values"], setup.rigid.voxels).numpy()
+    still_map = scatter_volume(checkpoint["rigid_values"], setup.rigid.voxels).numpy()
     masks = arm_masks(igg)
     for number, state in enumerate(truth["states_rad"]):
         true_map = read_map(igg / f"truth_state_{number}.mrc").data
@@ -101,7 +103,7 @@ def test_score_does_not_depend_on_threads_or_batch_size(folder, tmp_path, monkey
         if change == "one thread":
             torch.set_num_threads(1)
         else:
-            monkeypatch.setattr(training, "BATCH_SIZE", int(change.split()[-1]))
+            monkeypatch.setattr("flexlib.training.state.BATCH_SIZE", int(change.split()[-1]))
         training.train(folder / "particles", folder / "mesh", tmp_path, TrainSettings())
     finally:
         torch.set_num_threads(threads)

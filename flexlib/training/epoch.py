@@ -1,0 +1,271 @@
+"""An epoch: its mini-batches, and what keeps latents, gauge and score in order between them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flexlib.latents import Search, fisher_information, latent_centres, log_likelihood_loss, search_latents
+from flexlib.mesh.rigidity import mesh_rigidity
+from flexlib.particles.images import plane_weight, read_ahead, split_batches
+from flexlib.training.motion import rms_displacement_A
+from flexlib.training.start import FLOW_RATE
+from flexlib.training.state import BAND_EPOCHS, RIGIDITY_NATS, Setup, State, derived_seed
+from flexlib.validation import HeldOutScore, score_held_out
+
+logger = logging.getLogger(__name__)
+
+FLOW_RATE_END = 5e-4  # 3DFlex's
+GAUGE_RATE = 0.05  # share of a batch's mean rigid-body motion that is taken out of the flow
+LATENT_RATE = 0.7
+RIGIDITY_SAMPLES = 12
+CLEARLY_LOWER_NATS = 1.0  # another valley of a particle's objective: it moves there
+MAX_EPOCHS = 16  # before the final annealing, with epochs: auto
+ANNEAL_EPOCHS = 4
+PATIENCE = 3  # epochs without a better held-out score before annealing, with epochs: auto
+
+
+def finished(setup: Setup, state: State) -> bool:
+    return state.epoch >= _planned_epochs(setup, state)
+
+
+def _planned_epochs(setup: Setup, state: State) -> int:
+    if setup.settings.epochs != "auto":
+        return int(setup.settings.epochs)
+    return (MAX_EPOCHS if state.anneal_from is None else state.anneal_from) + ANNEAL_EPOCHS
+
+
+def _anneal(setup: Setup, state: State) -> float:
+    """1 while learning, falling geometrically to a tenth in the last epochs."""
+    last = _planned_epochs(setup, state)
+    if setup.settings.epochs == "auto":
+        length, start = ANNEAL_EPOCHS, state.anneal_from if state.anneal_from is not None else MAX_EPOCHS
+    else:
+        length = max(1, last // 4)
+        start = last - length
+    done = state.epoch - start + 1
+    return float((FLOW_RATE_END / FLOW_RATE) ** (max(0, done) / length))
+
+
+def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> None:
+    settings, device, epoch = setup.settings, setup.device, state.epoch
+    began = time.perf_counter()
+    band, anneal = setup.band(epoch), _anneal(setup, state)
+    weight = plane_weight(setup.source.box, band).to(device)
+    refresh = epoch < 2 or epoch % 4 == 0
+    order = np.random.default_rng((settings.seed, 5, epoch)).permutation(setup.training_rows)
+    batches = split_batches(order, setup.batch_size)
+    totals = state.totals or {"loss": 0.0, "rigidity": 0.0}
+    for batch in _with_progress(
+        read_ahead(setup.source, batches[state.step :], device), len(batches), state.step, f"epoch {epoch + 1}"
+    ):
+        torch.manual_seed(derived_seed(settings.seed, 6, epoch, state.step))
+        warm_up = min(1.0, (epoch * len(batches) + state.step + 1) / len(batches))
+        for group in state.optimiser.param_groups:
+            group["lr"] = FLOW_RATE * anneal * warm_up
+        loss, strain = _step(setup, state, batch, weight, band, setup.map_rate * anneal, refresh)
+        totals["loss"] += loss
+        totals["rigidity"] += strain * len(batch.rows)
+        state.step += 1
+        state.totals = totals
+        after_batch()
+    if not math.isfinite(totals["loss"]):  # the CPU's operator says so itself; a GPU's would have to be waited for
+        raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {totals['loss']}")
+    if epoch == BAND_EPOCHS:
+        _leave_wrong_valleys(setup, state)
+    standardise(setup, state)
+    score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
+    state.held_latents, gain, error = score.latents, score.gain, score.standard_error
+    num = len(setup.training_rows)
+    state.epoch, state.step, state.totals = epoch + 1, 0, None
+    entry = {
+        "epoch": epoch + 1,
+        "band_shell": round(band, 2),
+        "rate": anneal,
+        "loss": totals["loss"] / num,
+        "rigidity": totals["rigidity"] / num,
+        "rms_displacement_A": rms_displacement_A(setup, state),
+        "validation_gain": gain,
+        "validation_gain_se": error,
+        "seconds": time.perf_counter() - began,
+    }
+    state.log.append(entry)
+    logger.info(
+        "epoch %d: band %.1f, loss %.2f nats, strain %.2e, motion %.2f A rms, held-out gain %.2f +- %.2f nats, %.1f s",
+        *(entry[k] for k in ("epoch", "band_shell", "loss", "rigidity", "rms_displacement_A")),
+        gain,
+        error,
+        entry["seconds"],
+    )
+    if settings.epochs == "auto" and state.anneal_from is None and epoch + 1 > BAND_EPOCHS + PATIENCE:
+        recent = [e["validation_gain"] for e in state.log[-PATIENCE:]]
+        before = max(e["validation_gain"] for e in state.log[BAND_EPOCHS:-PATIENCE])
+        if max(recent) < before + 0.2 * error:
+            state.anneal_from = epoch + 1
+
+
+def _step(setup, state, batch, weight, band, map_rate, refresh) -> tuple[float, float]:
+    """One mini-batch: flow, map and latents. Returns the summed loss and the mean rigidity energy."""
+    settings, num = setup.settings, len(batch.rows)
+    rows = torch.as_tensor(batch.rows, device=setup.device)
+    latents = state.latents[rows]
+    spread = _posterior_noise(setup, latents, state.information[rows])
+    noisy = (latents + spread).requires_grad_()
+    values = state.canonical.values.clone().requires_grad_()
+    displacements = state.flow(noisy)
+    loss = log_likelihood_loss(setup.operator, values, batch, displacements, weight).sum()
+    sample = torch.randperm(num)[:RIGIDITY_SAMPLES]
+    moved = setup.operator.vertices_A + state.flow(latents[sample.to(setup.device)])
+    strain = mesh_rigidity(setup.rigidity, moved).mean()
+    (loss / num + settings.rigidity * RIGIDITY_NATS * strain).backward()
+
+    if not settings.freeze_latents:
+        with torch.no_grad():
+            if refresh:
+                state.information[rows] = _information(setup, state, batch, weight, latents, values.detach())
+            state.latents[rows] = _newton_latents(
+                setup.prior, latents, noisy.detach(), noisy.grad * num, state.information[rows]
+            )
+    state.optimiser.step()
+    state.optimiser.zero_grad()
+    hold_gauge(setup, state, displacements.detach().mean(0), GAUGE_RATE)
+    state.canonical.step(values.grad * num, num / len(setup.training_rows), map_rate, band)
+    return loss.item(), strain.item()
+
+
+def _posterior_noise(setup: Setup, latents: torch.Tensor, information: torch.Tensor) -> torch.Tensor:
+    """(b, K) noise for the flow and map to be trained with: a draw from each latent's posterior, and the set noise.
+
+    The flow thus learns from latents as uncertain as they are, and where images tell nothing it learns no motion.
+    """
+    eye = torch.eye(information.shape[1], device=information.device)
+    covariance = torch.linalg.inv(information + setup.prior.curvature(latents))
+    covariance = covariance + setup.settings.noise_injection**2 * eye
+    white = torch.randn((*information.shape[:2], 1)).to(information.device)
+    return (torch.linalg.cholesky(covariance) @ white)[..., 0]
+
+
+def _information(setup, state, batch, weight, latents, values) -> torch.Tensor:
+    """(b, K, K) Fisher information of latents, from the coarse view where there is one.
+
+    What finer shells add is nearly a factor common to all particles; it is measured on an epoch's first batch.
+    """
+    if setup.coarse is None:
+        return fisher_information(setup.operator, state.flow, values, batch, weight, latents)
+    small, small_weight = setup.coarse.batch(batch), setup.coarse.weight(weight)
+    small_values = setup.coarse.values(values)
+    coarse = fisher_information(setup.coarse.operator, state.flow, small_values, small, small_weight, latents)
+    if state.step == 0:
+        full = fisher_information(setup.operator, state.flow, values, batch, weight, latents)
+        seen = coarse.diagonal(dim1=1, dim2=2).sum()
+        state.information_ratio = float(full.diagonal(dim1=1, dim2=2).sum() / seen) if seen > 0 else 1.0
+    return state.information_ratio * coarse
+
+
+def _newton_latents(prior, latents, at, gradient, information) -> torch.Tensor:
+    """Move latents towards the maximum a posteriori that a Gauss-Newton step from ``at`` predicts."""
+    slope = (gradient + prior.gradient(at))[..., None]
+    full_step = torch.linalg.solve(information + prior.curvature(at), slope)[..., 0]
+    change = LATENT_RATE * (at - full_step - latents)
+    return latents + change * (0.5 / change.norm(dim=1, keepdim=True).clamp(min=0.5))
+
+
+@torch.no_grad()
+def hold_gauge(setup: Setup, state: State, mean_A: torch.Tensor, rate: float) -> None:
+    """Take ``rate`` of a mean displacement's (nv, 3) rigid-body part, as the density feels it, out of the flow.
+
+    Moving the molecule in every particle and the map the other way changes no image; without this the two drift.
+    """
+    state.flow.output.bias[-6:] -= rate * _rigid_part(setup, state, mean_A)
+
+
+def _rigid_part(setup: Setup, state: State, displacement_A: torch.Tensor) -> torch.Tensor:
+    """(6,) coefficients of the basis' rigid-body motions in a displacement field (nv, 3), by density."""
+    motions = state.flow.basis_A[-6:]
+    weighted = motions * setup.density_share[:, None]
+    overlap = weighted.flatten(1) @ motions.flatten(1).T
+    return torch.linalg.solve(overlap, weighted.flatten(1) @ displacement_A.flatten())
+
+
+@torch.no_grad()
+def _leave_wrong_valleys(setup: Setup, state: State) -> None:
+    """Move the latents of particles that fit clearly better elsewhere in latent space."""
+    if setup.settings.freeze_latents:
+        return
+    weight = plane_weight(setup.source.box, setup.band(BAND_EPOCHS)).to(setup.device)
+    search, values, moved = valley_search(setup, state), state.canonical.values, 0
+    for batch in read_ahead(setup.source, split_batches(setup.training_rows, setup.batch_size), setup.device):
+        rows = torch.as_tensor(batch.rows, device=setup.device)
+        found, lower = search_latents(
+            setup.operator, state.flow, values, batch, weight, state.latents[rows], search, setup.prior
+        )
+        clearly = lower > CLEARLY_LOWER_NATS
+        state.latents[rows[clearly]] = found[clearly]
+        moved += int(clearly.sum())
+    logger.info("%d of %d particles have left a wrong valley of their objective", moved, len(setup.training_rows))
+
+
+def valley_search(setup: Setup, state: State) -> Search:
+    """Starts all over the latents' distribution."""
+    used = state.latents[torch.as_tensor(setup.training_rows, device=setup.device)].cpu().numpy()
+    centres = latent_centres(used, derived_seed(setup.settings.seed, 8, state.epoch))
+    return Search(torch.as_tensor(centres, device=setup.device), setup.coarse)
+
+
+@torch.no_grad()
+def standardise(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring the training latents' posteriors to zero mean and unit covariance; the flow learns the new coordinates.
+
+    Returns (offset, scale) with ``old = offset + scale @ new``.
+
+    No displacement changes, and the strength of the prior on latents needs no tuning. The covariance is that of the
+    estimates plus their mean uncertainty (the EM update of a normal prior): a coordinate that the images do not tell
+    keeps its small estimates, instead of being blown up to unit size.
+    """
+    eye = torch.eye(setup.settings.latent_dims, device=setup.device)
+    if setup.settings.freeze_latents or setup.settings.centering != "auto":
+        return eye[0] * 0, eye
+    rows = torch.as_tensor(setup.training_rows, device=setup.device)
+    used = state.latents[rows]
+    offset = used.mean(0)
+    uncertainty = torch.linalg.inv(state.information[rows] + eye).mean(0)
+    scale = torch.linalg.cholesky(torch.cov(used.T).reshape(eye.shape) + uncertainty)
+    state.flow.rescale_latents(scale, offset)
+    for name in ("latents", "held_latents"):
+        centred = (getattr(state, name) - offset).T
+        setattr(state, name, torch.linalg.solve_triangular(scale, centred, upper=False).T.contiguous())
+    state.information = scale.T @ state.information @ scale
+    return offset, scale
+
+
+def score_now(setup: Setup, state: State, steps: int, search: bool) -> HeldOutScore:
+    """The held-out score as things stand (``validation.py``)."""
+    frozen = setup.settings.freeze_latents
+    return score_held_out(
+        setup.source,
+        setup.validation_rows,
+        setup.operator,
+        state.flow,
+        state.canonical.values,
+        setup.rigid,
+        state.rigid_values,
+        state.held_latents,
+        band=setup.band(BAND_EPOCHS),
+        seed=derived_seed(setup.settings.seed, 7),
+        steps=0 if frozen else steps,
+        prior=setup.prior,
+        batch_size=setup.batch_size,
+        search=valley_search(setup, state) if search and not frozen else None,
+    )
+
+
+def _with_progress(batches: Iterator, total: int, done: int, label: str) -> Iterator:
+    """A progress bar on a terminal, nothing elsewhere (an epoch's log line tells)."""
+    return tqdm(batches, total=total, initial=done, desc=label, leave=False, disable=not sys.stderr.isatty())
