@@ -30,5 +30,7 @@ def share_threads_with_numba() -> None:
     import numba
     import torch
 
-    available = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(torch.get_num_threads(), available))
+    threads, available = torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads, available))
+    if torch.get_num_threads() != threads:  # numba starts its threads at its first use, and sets torch's number too
+        torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.mesh.tetmesh import MeshVoxels
+from flexlib.projection import cpu
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, splat_voxels, view_vertices
 
 # The Kuhn split of a cube into 6 tetra: one per order in which the axes are walked from corner (0,0,0) to (1,1,1).
@@ -183,20 +184,57 @@ def test_gradients_against_finite_differences(tiny, kernel, oversampling):
     )
 
 
-@pytest.mark.parametrize("taps", [2, 4])
-@pytest.mark.parametrize("shift", [0.0, 21.3, -131.7], ids=["centred", "across the edge", "boxes away"])
-def test_cpu_backend_matches_reference(bend, taps, shift):
-    values, vertices_px, voxels, _ = bend
-    cotangent = torch.as_tensor(np.random.default_rng(4).normal(size=(3, 48, 48)))
+def backends_agree(values, vertices_px, voxels, taps, bound):
+    """Images and both gradients of the float32 backend against the float64 reference."""
+    cotangent = torch.as_tensor(np.random.default_rng(4).normal(size=(len(vertices_px), 48, 48)))
     results = []
     for dtype in (torch.float32, torch.float64):
         v = values.to(dtype, copy=True).requires_grad_()
-        p = (vertices_px + shift).to(dtype).requires_grad_()
+        p = vertices_px.to(dtype, copy=True).requires_grad_()
         images = splat_voxels(v, p, voxels.cells, voxels.cell, voxels.bary.to(dtype), 48, taps)
         (images * cotangent.to(dtype)).sum().backward()
         results.append((images.detach().double(), v.grad.double(), p.grad.double()))
     for fast, reference in zip(*results, strict=True):
-        assert (fast - reference).norm() / reference.norm() < (1e-5 if abs(shift) < 100 else 1e-4)
+        assert (fast - reference).norm() / reference.norm() < bound
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("shift", [0.0, 21.3, -131.7], ids=["centred", "across the edge", "boxes away"])
+def test_cpu_backend_matches_reference(bend, taps, shift):
+    values, vertices_px, voxels, _ = bend
+    backends_agree(values, vertices_px + shift, voxels, taps, 1e-5 if abs(shift) < 100 else 1e-4)
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+def test_cpu_backend_matches_reference_over_blocks_of_images(bend, taps, monkeypatch):
+    """19 images are two blocks of eight and a part of one; the map's gradient is summed a block at a time."""
+    values, vertices_px, voxels, _ = bend
+    monkeypatch.setattr(cpu, "_PARTIAL_SUMS", len(values))
+    many = torch.cat([vertices_px * (1 - 0.03 * k) + 0.7 * k for k in range(7)])[:19]
+    backends_agree(values, many, voxels, taps, 1e-5)
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+def test_one_gradient_alone_is_the_same(bend, taps):
+    values, vertices_px, voxels, _ = bend
+    voxels, values, vertices_px = as_float32(voxels), values.float(), vertices_px.float()
+    cotangent = torch.as_tensor(np.random.default_rng(4).normal(size=(3, 48, 48))).float()
+    mesh = (voxels.cells, voxels.cell, voxels.bary)
+    both = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, True, True)
+    only_values, none = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, True, False)
+    assert none.numel() == 0
+    torch.testing.assert_close(only_values, both[0], rtol=0, atol=1e-6 * float(both[0].abs().max()))
+    none, only_vertices = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, False, True)
+    assert none.numel() == 0
+    assert torch.equal(only_vertices, both[1])
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+def test_vertices_far_beyond_float_precision_stay_inside_the_image(bend, taps):
+    values, vertices_px, voxels, _ = bend
+    vertices_px = (vertices_px * torch.tensor([1e12, -1e9])).float()
+    images = splat_voxels(values.float(), vertices_px, voxels.cells, voxels.cell, voxels.bary.float(), 45, taps)
+    torch.testing.assert_close(images.double().sum((1, 2)), values.sum().expand(3), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("oversampling", [1, 2])

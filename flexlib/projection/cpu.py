@@ -1,139 +1,341 @@
-"""Numba backend of the operator for the CPU, float32.
+"""Numba backend of the operator for the CPU, float32: eight images at a time.
 
-Work is cut into segments (runs of voxels of one cell). Forward: a thread owns a block of images. Adjoint: a thread
-owns a block of segments, so no two threads ever add to the same number, and every sum is taken in an order that does
-not depend on the thread count: results are bit-identical for any number of threads.
+A voxel's weights are the same in every image, so one vector register holds one number of eight images: positions and
+interpolation weights are computed for eight images at once however few voxels a cell has, and what is added to eight
+images at eight places has no two equal addresses in a row. That inner part is written in LLVM's vector instructions
+(``@intrinsic``: numba itself does not vectorise such code); on machines with narrower registers LLVM splits them.
+
+A thread owns a block of eight images, and what blocks contribute to the map is summed in the order of the blocks:
+results are bit-identical for any number of threads. A batch of b images keeps at most ``b / 8`` cores busy.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from flexlib.runtime import share_threads_with_numba
 
-_SEGMENT_VOXELS = 512  # a segment's positions fit in L1
-_GROUP_VOXELS = 4096  # a thread's share of the adjoint
-_IMAGE_BLOCK = 8  # images that share one pass over the voxels
+_LANES = 8  # images in a vector
+_MARGIN = 4  # pixels by which a canvas is wider than the image: taps past its end wrap around when it is folded
+_PARTIAL_SUMS = 2**25  # numbers in the blocks' gradients by the map that are kept at once
+
+_FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+
+def _wide(kind: ir.Type, lanes: int = _LANES) -> ir.VectorType:
+    return ir.VectorType(kind, lanes)
+
+
+class _Emit:
+    """LLVM instructions on vectors of one number for each of eight images."""
+
+    def __init__(self, context, builder, signature, arguments):
+        self.context, self.builder = context, builder
+        self.types, self.arguments = signature.args, arguments
+
+    def data(self, position: int) -> ir.Value:
+        """Pointer to the first element of the array that is argument number ``position``."""
+        make = self.context.make_array(self.types[position])
+        return make(self.context, self.builder, self.arguments[position]).data
+
+    def load(self, pointer, offset, kind):
+        """A value of ``kind`` that starts ``offset`` elements behind ``pointer``, at any alignment."""
+        value = self.builder.load(self._at(pointer, offset, kind))
+        value.align = 4
+        return value
+
+    def store(self, value, pointer, offset):
+        self.builder.store(value, self._at(pointer, offset, value.type)).align = 4
+
+    def _at(self, pointer, offset, kind):
+        return self.builder.bitcast(self.builder.gep(pointer, [offset]), kind.as_pointer())
+
+    def spread(self, scalar, lanes: int = _LANES):
+        """The scalar in every lane."""
+        kind = _wide(scalar.type, lanes)
+        nothing = ir.Constant(kind, ir.Undefined)
+        first = self.builder.insert_element(nothing, scalar, _INT(0))
+        return self.builder.shuffle_vector(first, nothing, ir.Constant(_wide(_INT, lanes), [0] * lanes))
+
+    def constant(self, number: float):
+        return ir.Constant(_wide(_FLOAT), [number] * _LANES)
+
+    def floor(self, vector):
+        return self._call("llvm.floor.v8f32", vector)
+
+    def multiply_add(self, a, b, c):
+        """a * b + c."""
+        return self._call(f"llvm.fmuladd.v{a.type.count}f32", a, b, c)
+
+    def _call(self, name, *arguments):
+        kind = ir.FunctionType(arguments[0].type, [a.type for a in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
+
+    def shuffle(self, a, b, *lanes):
+        return self.builder.shuffle_vector(a, b, ir.Constant(_wide(_INT, len(lanes)), list(lanes)))
+
+    def polynomial(self, x, *coefficients):
+        """Horner's scheme, highest power first."""
+        value = self.constant(coefficients[0])
+        for coefficient in coefficients[1:]:
+            value = self.multiply_add(value, x, self.constant(coefficient))
+        return value
+
+    def corners(self, cells, cell):
+        """Offsets of a cell's four vertices in an array of 2 x 8 numbers a vertex."""
+        width = _LONG(2 * _LANES)
+        first = self.builder.mul(cell, _LONG(4))
+        rows = [self.load(cells, self.builder.add(first, _LONG(k)), _INT) for k in range(4)]
+        return [self.builder.mul(self.builder.zext(row, _LONG), width) for row in rows]
+
+    def weights(self, bary, voxel):
+        """A voxel's four barycentric weights, each in every lane."""
+        first = self.builder.mul(voxel, _LONG(4))
+        return [self.spread(self.load(bary, self.builder.add(first, _LONG(k)), _FLOAT)) for k in range(4)]
+
+    def locate(self, vertices, corners, weights, grid, stride):
+        """Fractions (x, y) of the voxel's position in eight images, and the offset of its pixel in their canvases."""
+        builder = self.builder
+        side = self.spread(builder.sitofp(grid, _FLOAT))
+        zero, inverse = self.constant(0.0), builder.fdiv(self.constant(1.0), side)
+        fractions, pixels = [], []
+        for axis in range(2):
+            position = None
+            for corner, weight in zip(corners, weights, strict=True):
+                at = self.load(vertices, builder.add(corner, _LONG(_LANES * axis)), _wide(_FLOAT))
+                position = builder.fmul(weight, at) if position is None else self.multiply_add(weight, at, position)
+            turns = self.floor(builder.fmul(position, inverse))
+            position = builder.fsub(position, builder.fmul(turns, side))
+            # rounding may leave a position outside, far away by much; one that is no number becomes zero
+            position = builder.select(builder.fcmp_ordered(">", position, zero), position, zero)
+            position = builder.select(builder.fcmp_ordered("<", position, side), position, side)
+            pixel = self.floor(position)
+            fractions.append(builder.fsub(position, pixel))
+            pixels.append(builder.fptosi(pixel, _wide(_INT)))
+        rows = builder.mul(pixels[1], self.spread(builder.trunc(stride, _INT)))
+        return *fractions, builder.add(rows, pixels[0])
+
+    def rows(self, offsets, lane: int, stride, taps: int):
+        """Offsets of the first pixel of each of the kernel's rows in the canvas of one of the eight images."""
+        builder = self.builder
+        size = builder.mul(stride, stride)
+        pixel = builder.zext(builder.extract_element(offsets, _INT(lane)), _LONG)
+        first = builder.add(pixel, builder.mul(size, _LONG(lane)))
+        return [builder.add(first, builder.mul(stride, _LONG(r))) for r in range(taps)]
+
+    def kernel(self, taps: int, x):
+        """The B-spline's values at its taps, 2 or 4 vectors."""
+        if taps == 2:
+            return [self.builder.fsub(self.constant(1.0), x), x]
+        return [
+            self.polynomial(x, -1 / 6, 0.5, -0.5, 1 / 6),
+            self.polynomial(x, 0.5, -1.0, 0.0, 2 / 3),
+            self.polynomial(x, -0.5, 0.5, 0.5, 1 / 6),
+            self.polynomial(x, 1 / 6, 0.0, 0.0, 0.0),
+        ]
+
+    def kernel_slope(self, taps: int, x):
+        """Its derivatives there."""
+        if taps == 2:
+            return [self.constant(-1.0), self.constant(1.0)]
+        return [
+            self.polynomial(x, -0.5, 1.0, -0.5),
+            self.polynomial(x, 1.5, -2.0, 0.0),
+            self.polynomial(x, -1.5, 1.0, 0.5),
+            self.polynomial(x, 0.5, 0.0, 0.0),
+        ]
+
+    def by_lane(self, vectors):
+        """2 or 4 vectors of eight images to eight short vectors, one an image."""
+        if len(vectors) == 2:
+            return [self.shuffle(*vectors, lane, _LANES + lane) for lane in range(_LANES)]
+        pairs = [self.by_lane(vectors[:2]), self.by_lane(vectors[2:])]
+        return [self.shuffle(a, b, 0, 1, 2, 3) for a, b in zip(*pairs, strict=True)]
+
+    def by_tap(self, short):
+        """The inverse: eight vectors, one an image, of 2 or 4 numbers to 2 or 4 vectors of eight images."""
+        while len(short) > 1:
+            width = 2 * short[0].type.count
+            short = [self.shuffle(a, b, *range(width)) for a, b in zip(short[::2], short[1::2], strict=True)]
+        taps = short[0].type.count // _LANES
+        return [self.shuffle(short[0], short[0], *range(tap, taps * _LANES, taps)) for tap in range(taps)]
+
+    def weighted(self, weights, vectors):
+        """Sum of products."""
+        total = self.builder.fmul(weights[0], vectors[0])
+        for weight, vector in zip(weights[1:], vectors[1:], strict=True):
+            total = self.multiply_add(weight, vector, total)
+        return total
+
+
+def _splat_voxel(taps: int):
+    """Intrinsic that adds voxel ``voxel`` of cell ``cell`` to eight canvases."""
+
+    def typed(typingctx, canvas, vertices, cells, bary, cell, voxel, value, grid, stride):
+        def codegen(context, builder, signature, arguments):
+            emit = _Emit(context, builder, signature, arguments)
+            canvas, vertices, cells, bary = (emit.data(k) for k in range(4))
+            cell, voxel, value, grid, stride = arguments[4:]
+            x, y, offsets = emit.locate(vertices, emit.corners(cells, cell), emit.weights(bary, voxel), grid, stride)
+            value = emit.spread(value)
+            along_y = [builder.fmul(value, w) for w in emit.kernel(taps, y)]
+            along_x = emit.kernel(taps, x)
+            if taps == 2:
+                pieces = [emit.by_lane([builder.fmul(w, a) for a in along_x]) for w in along_y]
+            else:
+                short = emit.by_lane(along_x)
+            for lane in range(_LANES):
+                for row, offset in enumerate(emit.rows(offsets, lane, stride, taps)):
+                    kind = _wide(_FLOAT, taps)
+                    old = emit.load(canvas, offset, kind)
+                    if taps == 2:
+                        new = builder.fadd(old, pieces[row][lane])
+                    else:
+                        across = emit.spread(builder.extract_element(along_y[row], _INT(lane)), taps)
+                        new = emit.multiply_add(across, short[lane], old)
+                    emit.store(new, canvas, offset)
+            return context.get_dummy_value()
+
+        arguments = (canvas, vertices, cells, bary, types.int64, types.int64, types.float32, types.int64, types.int64)
+        return types.void(*arguments), codegen
+
+    return intrinsic(typed)
+
+
+def _read_voxel(taps: int, slopes: bool):
+    """Intrinsic that reads eight canvases at the voxel's place into ``read``: values, slopes along x and y (8 each)."""
+
+    def typed(typingctx, canvas, vertices, cells, bary, cell, voxel, read, grid, stride):
+        def codegen(context, builder, signature, arguments):
+            emit = _Emit(context, builder, signature, arguments)
+            canvas, vertices, cells, bary = (emit.data(k) for k in range(4))
+            read = emit.data(6)
+            cell, voxel, _, grid, stride = arguments[4:]
+            x, y, offsets = emit.locate(vertices, emit.corners(cells, cell), emit.weights(bary, voxel), grid, stride)
+            along_x, along_y = emit.kernel(taps, x), emit.kernel(taps, y)
+            slope_x, slope_y = emit.kernel_slope(taps, x), emit.kernel_slope(taps, y)
+            kind = _wide(_FLOAT, taps)
+            if taps == 2:
+                rows = [[], []]
+                for lane in range(_LANES):
+                    for row, offset in enumerate(emit.rows(offsets, lane, stride, taps)):
+                        rows[row].append(emit.load(canvas, offset, kind))
+                (c00, c01), (c10, c11) = (emit.by_tap(row) for row in rows)
+                step_0, step_1 = builder.fsub(c01, c00), builder.fsub(c11, c10)
+                lower, upper = emit.multiply_add(x, step_0, c00), emit.multiply_add(x, step_1, c10)
+                down = builder.fsub(upper, lower)
+                values = emit.multiply_add(y, down, lower)
+                along = emit.multiply_add(y, builder.fsub(step_1, step_0), step_0)
+            else:
+                summed, sloped = [], []
+                for lane in range(_LANES):
+                    rows = [emit.load(canvas, o, kind) for o in emit.rows(offsets, lane, stride, taps)]
+
+                    def in_lane(vectors, lane=lane):
+                        return [emit.spread(builder.extract_element(v, _INT(lane)), taps) for v in vectors]
+
+                    summed.append(emit.weighted(in_lane(along_y), rows))
+                    if slopes:
+                        sloped.append(emit.weighted(in_lane(slope_y), rows))
+                columns = emit.by_tap(summed)
+                values = emit.weighted(along_x, columns)
+                if slopes:
+                    along = emit.weighted(slope_x, columns)
+                    down = emit.weighted(along_x, emit.by_tap(sloped))
+            emit.store(values, read, _LONG(0))
+            if slopes:
+                emit.store(along, read, _LONG(_LANES))
+                emit.store(down, read, _LONG(2 * _LANES))
+            return context.get_dummy_value()
+
+        arguments = (canvas, vertices, cells, bary, types.int64, types.int64, read, types.int64, types.int64)
+        return types.void(*arguments), codegen
+
+    return intrinsic(typed)
+
+
+@intrinsic
+def _add_forces(typingctx, forces, cells, bary, cell, voxel, value, read):
+    """Share ``value`` times the slopes in ``read`` among the four vertices of the voxel's cell."""
+
+    def codegen(context, builder, signature, arguments):
+        emit = _Emit(context, builder, signature, arguments)
+        forces, cells, bary, read = (emit.data(k) for k in (0, 1, 2, 6))
+        cell, voxel, value = arguments[3:6]
+        value = emit.spread(value)
+        slopes = [builder.fmul(value, emit.load(read, _LONG(_LANES * k), _wide(_FLOAT))) for k in (1, 2)]
+        for corner, weight in zip(emit.corners(cells, cell), emit.weights(bary, voxel), strict=True):
+            for axis, slope in enumerate(slopes):
+                place = builder.add(corner, _LONG(_LANES * axis))
+                old = emit.load(forces, place, _wide(_FLOAT))
+                emit.store(emit.multiply_add(weight, slope, old), forces, place)
+        return context.get_dummy_value()
+
+    return types.void(forces, cells, bary, types.int64, types.int64, types.float32, read), codegen
+
+
+@intrinsic
+def _sum_lanes(typingctx, read):
+    """Sum of the first eight numbers."""
+
+    def codegen(context, builder, signature, arguments):
+        emit = _Emit(context, builder, signature, arguments)
+        total, width = emit.load(emit.data(0), _LONG(0), _wide(_FLOAT)), _LANES
+        while width > 1:
+            width //= 2
+            total = builder.fadd(
+                emit.shuffle(total, total, *range(width)), emit.shuffle(total, total, *range(width, 2 * width))
+            )
+        return builder.extract_element(total, _INT(0))
+
+    return types.float32(read), codegen
+
+
+_splat_linear, _splat_cubic = _splat_voxel(2), _splat_voxel(4)
+_read_linear, _read_cubic, _read_cubic_value = _read_voxel(2, True), _read_voxel(4, True), _read_voxel(4, False)
 
 
 @njit(cache=True)
-def _cut_segments(cell, num_cells, longest):
-    """(nseg, 3) int64 rows (cell, first voxel, end voxel), no longer than ``longest`` voxels."""
-    count = 0
-    n = len(cell)
-    start = 0
-    while start < n:
-        stop = start + 1
-        while stop < n and stop - start < longest and cell[stop] == cell[start]:
-            stop += 1
-        count += 1
-        start = stop
-    segments = np.empty((count, 3), np.int64)
-    start = 0
-    for s in range(count):
-        stop = start + 1
-        while stop < n and stop - start < longest and cell[stop] == cell[start]:
-            stop += 1
-        segments[s, 0], segments[s, 1], segments[s, 2] = cell[start], start, stop
-        start = stop
-    return segments
+def _interleave(vertices, first, last):
+    """(nv, 2, 8) positions of a block's images, the last one's again where there are fewer; whether all are finite."""
+    block = np.empty((vertices.shape[1], 2, _LANES), np.float32)
+    change = np.float32(0)  # of any number that is subtracted from itself
+    for lane in range(_LANES):
+        image = min(first + lane, last - 1)
+        for vertex in range(vertices.shape[1]):
+            x, y = vertices[image, vertex, 0], vertices[image, vertex, 1]
+            block[vertex, 0, lane] = x
+            block[vertex, 1, lane] = y
+            change += (x - x) + (y - y)
+    return block, change == 0
 
 
-@njit(cache=True, fastmath=True, inline="always")
-def _locate(vertices, corner, bary, start, stop, grid, fx, fy, at, stride):
-    """Fractions and flat padded index of the first tap's pixel for the voxels of one segment."""
-    x0, y0 = vertices[corner[0], 0], vertices[corner[0], 1]
-    x1, y1 = vertices[corner[1], 0], vertices[corner[1], 1]
-    x2, y2 = vertices[corner[2], 0], vertices[corner[2], 1]
-    x3, y3 = vertices[corner[3], 0], vertices[corner[3], 1]
-    side = np.float32(grid)
-    inverse = np.float32(1.0) / side
-    for j in range(stop - start):
-        b0, b1, b2, b3 = bary[start + j, 0], bary[start + j, 1], bary[start + j, 2], bary[start + j, 3]
-        px = b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-        py = b0 * y0 + b1 * y1 + b2 * y2 + b3 * y3
-        px -= side * np.floor(px * inverse)
-        py -= side * np.floor(py * inverse)
-        ix = np.floor(px)
-        iy = np.floor(py)
-        fx[j] = px - ix
-        fy[j] = py - iy
-        at[j] = np.int32(iy) * stride + np.int32(ix)
-
-
-@njit(cache=True, fastmath=True, parallel=True)
-def _splat(values, vertices, cells, bary, segments, grid, taps, images):
-    batch = vertices.shape[0]
-    stride = grid + 4
-    blocks = (batch + _IMAGE_BLOCK - 1) // _IMAGE_BLOCK
-    sixth, two_thirds, half = np.float32(1 / 6), np.float32(2 / 3), np.float32(0.5)
-    one = np.float32(1)
-    for block in prange(blocks):
-        first = block * _IMAGE_BLOCK
-        last = min(batch, first + _IMAGE_BLOCK)
-        padded = np.zeros((last - first, stride * stride), np.float32)
-        fx = np.empty(_SEGMENT_VOXELS, np.float32)
-        fy = np.empty(_SEGMENT_VOXELS, np.float32)
-        at = np.empty(_SEGMENT_VOXELS, np.int32)
-        for s in range(len(segments)):
-            corner = cells[segments[s, 0]]
-            start, stop = segments[s, 1], segments[s, 2]
-            for i in range(last - first):
-                _locate(vertices[first + i], corner, bary, start, stop, grid, fx, fy, at, stride)
-                canvas = padded[i]
-                if taps == 2:
-                    for j in range(stop - start):
-                        v = values[start + j]
-                        a = at[j]
-                        x, y = fx[j], fy[j]
-                        lower = v * (one - y)
-                        upper = v * y
-                        canvas[a] += lower * (one - x)
-                        canvas[a + 1] += lower * x
-                        canvas[a + stride] += upper * (one - x)
-                        canvas[a + stride + 1] += upper * x
-                else:
-                    for j in range(stop - start):
-                        v = values[start + j]
-                        a = at[j]
-                        x, y = fx[j], fy[j]
-                        gx, gy = one - x, one - y
-                        wx0 = gx * gx * gx * sixth
-                        wx1 = two_thirds - x * x + x * x * x * half
-                        wx2 = two_thirds - gx * gx + gx * gx * gx * half
-                        wx3 = x * x * x * sixth
-                        wy0 = v * gy * gy * gy * sixth
-                        wy1 = v * (two_thirds - y * y + y * y * y * half)
-                        wy2 = v * (two_thirds - gy * gy + gy * gy * gy * half)
-                        wy3 = v * y * y * y * sixth
-                        canvas[a] += wy0 * wx0
-                        canvas[a + 1] += wy0 * wx1
-                        canvas[a + 2] += wy0 * wx2
-                        canvas[a + 3] += wy0 * wx3
-                        a += stride
-                        canvas[a] += wy1 * wx0
-                        canvas[a + 1] += wy1 * wx1
-                        canvas[a + 2] += wy1 * wx2
-                        canvas[a + 3] += wy1 * wx3
-                        a += stride
-                        canvas[a] += wy2 * wx0
-                        canvas[a + 1] += wy2 * wx1
-                        canvas[a + 2] += wy2 * wx2
-                        canvas[a + 3] += wy2 * wx3
-                        a += stride
-                        canvas[a] += wy3 * wx0
-                        canvas[a + 1] += wy3 * wx1
-                        canvas[a + 2] += wy3 * wx2
-                        canvas[a + 3] += wy3 * wx3
-        shift = 0 if taps == 2 else 1  # the cubic kernel's first tap sits one pixel before floor(p)
-        for i in range(last - first):
-            image = images[first + i]
+@njit(cache=True, parallel=True)
+def _splat(values, vertices, cells, cell, bary, grid, taps, images, finite):
+    batch = len(vertices)
+    stride = grid + _MARGIN
+    shift = 0 if taps == 2 else 1  # the cubic kernel's first tap sits one pixel before floor(p)
+    for block in prange((batch + _LANES - 1) // _LANES):
+        first = block * _LANES
+        last = min(batch, first + _LANES)
+        places, finite[block] = _interleave(vertices, first, last)
+        canvas = np.zeros((_LANES, stride, stride), np.float32)
+        if taps == 2:
+            for j in range(len(values)):
+                _splat_linear(canvas, places, cells, bary, cell[j], j, values[j], grid, stride)
+        else:
+            for j in range(len(values)):
+                _splat_cubic(canvas, places, cells, bary, cell[j], j, values[j], grid, stride)
+        for i in range(first, last):
+            image = images[i]
             image[:, :] = 0
             for y in range(stride):
-                row = image[(y - shift) % grid]
-                source = padded[i, y * stride : (y + 1) * stride]
+                row, source = image[(y - shift) % grid], canvas[i - first, y]
                 for x in range(grid):
                     row[x] += source[x + shift]
                 for x in range(shift):
@@ -142,166 +344,103 @@ def _splat(values, vertices, cells, bary, segments, grid, taps, images):
                     row[x - shift - grid] += source[x]
 
 
+@njit(cache=True)
+def _pad(image, shift, canvas):
+    """Periodic copy of a (G, G) image, the first tap's pixel at index 0."""
+    grid, stride = image.shape[0], canvas.shape[0]
+    for y in range(stride):
+        row, source = canvas[y], image[(y - shift) % grid]
+        for x in range(grid):
+            row[x + shift] = source[x]
+        for x in range(shift):
+            row[x] = source[grid - shift + x]
+        for x in range(grid + shift, stride):
+            row[x] = source[x - shift - grid]
+
+
 @njit(cache=True, parallel=True)
-def _pad(images, taps, padded):
-    """Periodic copy of (b, G, G) images into (b, (G+4)^2), the first tap's pixel at index 0."""
-    grid = images.shape[1]
-    stride = grid + 4
-    shift = 0 if taps == 2 else 1
-    for i in prange(images.shape[0]):
-        for y in range(stride):
-            source = images[i, (y - shift) % grid]
-            row = padded[i, y * stride : (y + 1) * stride]
-            for x in range(grid):
-                row[x + shift] = source[x]
-            for x in range(shift):
-                row[x] = source[grid - shift + x]
-            for x in range(grid + shift, stride):
-                row[x] = source[x - shift - grid]
-
-
-@njit(cache=True, fastmath=True, parallel=True)
 def _adjoint(
-    padded, values, vertices, cells, bary, segments, groups, grid, taps, need_values, need_vertices,
-    grad_values, force,
-):  # fmt: skip
-    batch = vertices.shape[0]
-    stride = grid + 4
-    sixth, two_thirds, half = np.float32(1 / 6), np.float32(2 / 3), np.float32(0.5)
-    one, two, three_halves = np.float32(1), np.float32(2), np.float32(1.5)
-    for group in prange(len(groups) - 1):
-        fx = np.empty(_SEGMENT_VOXELS, np.float32)
-        fy = np.empty(_SEGMENT_VOXELS, np.float32)
-        at = np.empty(_SEGMENT_VOXELS, np.int32)
-        gradient = np.empty(_SEGMENT_VOXELS, np.float32)
-        for s in range(groups[group], groups[group + 1]):
-            corner = cells[segments[s, 0]]
-            start, stop = segments[s, 1], segments[s, 2]
-            for i in range(batch):
-                _locate(vertices[i], corner, bary, start, stop, grid, fx, fy, at, stride)
-                canvas = padded[i]
-                if taps == 2:
-                    for j in range(stop - start):
-                        a = at[j]
-                        x, y = fx[j], fy[j]
-                        c00, c01 = canvas[a], canvas[a + 1]
-                        c10, c11 = canvas[a + stride], canvas[a + stride + 1]
-                        lower = c00 + x * (c01 - c00)
-                        upper = c10 + x * (c11 - c10)
-                        gradient[j] = lower + y * (upper - lower)
-                        fx[j] = (c01 - c00) + y * ((c11 - c10) - (c01 - c00))
-                        fy[j] = upper - lower
-                else:
-                    for j in range(stop - start):
-                        a = at[j]
-                        x, y = fx[j], fy[j]
-                        gx, gy = one - x, one - y
-                        wx0 = gx * gx * gx * sixth
-                        wx1 = two_thirds - x * x + x * x * x * half
-                        wx2 = two_thirds - gx * gx + gx * gx * gx * half
-                        wx3 = x * x * x * sixth
-                        sx0 = -half * gx * gx
-                        sx1 = -two * x + three_halves * x * x
-                        sx2 = two * gx - three_halves * gx * gx
-                        sx3 = half * x * x
-                        w0 = gy * gy * gy * sixth
-                        w1 = two_thirds - y * y + y * y * y * half
-                        w2 = two_thirds - gy * gy + gy * gy * gy * half
-                        w3 = y * y * y * sixth
-                        b = a + stride
-                        c = b + stride
-                        d = c + stride
-                        r0 = wx0 * canvas[a] + wx1 * canvas[a + 1] + wx2 * canvas[a + 2] + wx3 * canvas[a + 3]
-                        r1 = wx0 * canvas[b] + wx1 * canvas[b + 1] + wx2 * canvas[b + 2] + wx3 * canvas[b + 3]
-                        r2 = wx0 * canvas[c] + wx1 * canvas[c + 1] + wx2 * canvas[c + 2] + wx3 * canvas[c + 3]
-                        r3 = wx0 * canvas[d] + wx1 * canvas[d + 1] + wx2 * canvas[d + 2] + wx3 * canvas[d + 3]
-                        gradient[j] = w0 * r0 + w1 * r1 + w2 * r2 + w3 * r3
-                        if need_vertices:
-                            t0 = sx0 * canvas[a] + sx1 * canvas[a + 1] + sx2 * canvas[a + 2] + sx3 * canvas[a + 3]
-                            t1 = sx0 * canvas[b] + sx1 * canvas[b + 1] + sx2 * canvas[b + 2] + sx3 * canvas[b + 3]
-                            t2 = sx0 * canvas[c] + sx1 * canvas[c + 1] + sx2 * canvas[c + 2] + sx3 * canvas[c + 3]
-                            t3 = sx0 * canvas[d] + sx1 * canvas[d + 1] + sx2 * canvas[d + 2] + sx3 * canvas[d + 3]
-                            fx[j] = w0 * t0 + w1 * t1 + w2 * t2 + w3 * t3
-                            fy[j] = (
-                                -half * gy * gy * r0
-                                + (-two * y + three_halves * y * y) * r1
-                                + (two * gy - three_halves * gy * gy) * r2
-                                + half * y * y * r3
-                            )
-                if need_values:
-                    for j in range(stop - start):
-                        grad_values[start + j] += gradient[j]
-                if need_vertices:
-                    x0 = x1 = x2 = x3 = np.float32(0)
-                    y0 = y1 = y2 = y3 = np.float32(0)
-                    for j in range(stop - start):
-                        v = values[start + j]
-                        gx = v * fx[j]
-                        gy = v * fy[j]
-                        b0, b1, b2, b3 = (
-                            bary[start + j, 0],
-                            bary[start + j, 1],
-                            bary[start + j, 2],
-                            bary[start + j, 3],
-                        )
-                        x0 += b0 * gx
-                        x1 += b1 * gx
-                        x2 += b2 * gx
-                        x3 += b3 * gx
-                        y0 += b0 * gy
-                        y1 += b1 * gy
-                        y2 += b2 * gy
-                        y3 += b3 * gy
-                    force[i, s, 0, 0], force[i, s, 0, 1] = x0, y0
-                    force[i, s, 1, 0], force[i, s, 1, 1] = x1, y1
-                    force[i, s, 2, 0], force[i, s, 2, 1] = x2, y2
-                    force[i, s, 3, 0], force[i, s, 3, 1] = x3, y3
+    images, values, vertices, cells, cell, bary, taps, need_values, need_vertices, sums, grad_vertices, finite
+):
+    """``sums`` (blocks, nvox): each block's part of the gradient by the values."""
+    batch, grid = images.shape[:2]
+    stride = grid + _MARGIN
+    for block in prange((batch + _LANES - 1) // _LANES):
+        first = block * _LANES
+        last = min(batch, first + _LANES)
+        places, finite[block] = _interleave(vertices, first, last)
+        forces = np.zeros(places.shape if need_vertices else (0, 2, _LANES), np.float32)
+        canvas = np.zeros((_LANES, stride, stride), np.float32)  # a lane without an image adds nothing
+        for i in range(first, last):
+            _pad(images[i], 0 if taps == 2 else 1, canvas[i - first])
+        read = np.empty(3 * _LANES, np.float32)
+        for j in range(len(values)):
+            c = cell[j]
+            if taps == 2:
+                _read_linear(canvas, places, cells, bary, c, j, read, grid, stride)
+            elif need_vertices:
+                _read_cubic(canvas, places, cells, bary, c, j, read, grid, stride)
+            else:
+                _read_cubic_value(canvas, places, cells, bary, c, j, read, grid, stride)
+            if need_values:
+                sums[block, j] = _sum_lanes(read)
+            if need_vertices:
+                _add_forces(forces, cells, bary, c, j, values[j], read)
+        if need_vertices:
+            for i in range(first, last):
+                for vertex in range(len(forces)):
+                    grad_vertices[i, vertex, 0] = forces[vertex, 0, i - first]
+                    grad_vertices[i, vertex, 1] = forces[vertex, 1, i - first]
 
 
 @njit(cache=True, parallel=True)
-def _sum_forces(force, segments, cells, grad_vertices):
-    for i in prange(force.shape[0]):
-        for s in range(len(segments)):
-            corner = cells[segments[s, 0]]
-            for k in range(4):
-                grad_vertices[i, corner[k], 0] += force[i, s, k, 0]
-                grad_vertices[i, corner[k], 1] += force[i, s, k, 1]
+def _add_up(sums, total):
+    for j in prange(sums.shape[1]):
+        for block in range(len(sums)):
+            total[j] += sums[block, j]
 
 
-def _arrays(vertices, cells, cell, *others):
-    if not bool(torch.isfinite(vertices).all()):
-        raise FloatingPointError("mesh vertices are not finite: the model has diverged")
+def _arrays(*tensors):
     share_threads_with_numba()
-    segments = _cut_segments(cell.numpy(), len(cells), _SEGMENT_VOXELS)
-    return segments, [t.detach().contiguous().numpy() for t in (vertices, cells, *others)]
+    return [t.detach().contiguous().numpy() for t in tensors]
+
+
+def _num_blocks(images):
+    return -(-len(images) // _LANES)
+
+
+def _check(finite):
+    if not finite.all():
+        raise FloatingPointError("mesh vertices are not finite: the model has diverged")
 
 
 def splat(values, vertices, cells, cell, bary, grid, taps):
     """See ``op.splat_voxels``."""
-    segments, (vertices_, cells_, values_, bary_) = _arrays(vertices, cells, cell, values, bary)
-    images = torch.empty((len(vertices_), grid, grid), dtype=torch.float32)
-    _splat(values_, vertices_, cells_, bary_, segments, grid, taps, images.numpy())
+    images = torch.empty((len(vertices), grid, grid), dtype=torch.float32)
+    finite = np.ones(_num_blocks(images), np.bool_)
+    values, vertices, cells, cell, bary = _arrays(values, vertices, cells, cell, bary)
+    _splat(values, vertices, cells, cell, bary, grid, taps, images.numpy(), finite)
+    _check(finite)
     return images
 
 
 def splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
     """See ``op.splat_voxels_adjoint``."""
-    segments, (vertices_, cells_, values_, bary_, images) = _arrays(vertices, cells, cell, values, bary, grad_images)
-    batch, grid = images.shape[:2]
-    ends = segments[:, 2]
-    groups = np.unique(np.concatenate([np.searchsorted(ends, np.arange(0, ends[-1], _GROUP_VOXELS)), [len(segments)]]))
-    grad_values = torch.zeros(len(values_) if need_values else 0)
-    grad_vertices = torch.zeros(vertices.shape if need_vertices else 0)
-    block = max(1, min(batch, 2**27 // (len(segments) * 32)))  # the forces of a block stay under 128 MiB
-    for first in range(0, batch, block):
-        last = min(batch, first + block)
-        padded = np.empty((last - first, (grid + 4) ** 2), np.float32)
-        _pad(images[first:last], taps, padded)
-        force = np.empty((last - first, len(segments), 4, 2) if need_vertices else (1, 1, 4, 2), np.float32)
+    grad_values = torch.zeros(len(values) if need_values else 0)
+    grad_vertices = torch.empty(vertices.shape if need_vertices else (0, 0, 2))
+    images, values, vertices, cells, cell, bary = _arrays(grad_images, values, vertices, cells, cell, bary)
+    batch, voxels = len(images), len(values)
+    at_once = _LANES * max(1, _PARTIAL_SUMS // max(1, voxels)) if need_values else max(1, batch)
+    for first in range(0, batch, at_once):
+        some = slice(first, first + at_once)
+        blocks = _num_blocks(images[some])
+        finite = np.ones(blocks, np.bool_)
+        sums = np.empty((blocks, voxels) if need_values else (0, 0), np.float32)
         _adjoint(
-            padded, values_, vertices_[first:last], cells_, bary_, segments, groups, grid, taps,
-            need_values, need_vertices, grad_values.numpy(), force,
+            images[some], values, vertices[some], cells, cell, bary, taps, need_values, need_vertices,
+            sums, grad_vertices.numpy()[some], finite,
         )  # fmt: skip
-        if need_vertices:
-            _sum_forces(force, segments, cells_, grad_vertices.numpy()[first:last])
+        _check(finite)
+        if need_values:
+            _add_up(sums, grad_values.numpy())
     return grad_values, grad_vertices
