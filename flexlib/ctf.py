@@ -10,12 +10,12 @@ So CTF(0) = +Q0 and particles are white. The defocus phase is linear in (kx^2, k
 whole batch. It reaches thousands of radians, hence float64 turns until whole turns are dropped, then float32.
 
 ``tests/test_relion.py`` holds all of this against RELION: values on a delta's projection (``test_ctf_is_relions``),
-odd terms and magnification through ``relion_reconstruct``. The field's library torch-ctf 0.6.0 was measured in the same
-way and is not used: computed in float32, it is off by up to 4e-3 at 6 um and 1.2 A/px and 6e-3 at 3 um and 0.5 A/px
-(this module: 5e-5 and 3e-7; that test's bound is 4e-5 in a milder case, where torch-ctf has 1e-3); it is NaN where
-rlnDefocusU < rlnDefocusV; its beam tilt has the opposite sign of RELION's; and of the Zernike terms it knows only the
-leading power of some (no Z1, Z3^+-1, Z2 or full Z4^+-2), so RELION's lists cannot be passed on. Its magnification (its
-inverse transposed, in y, x order), phase shift, trefoil and four-fold terms agree; its speed is similar.
+odd terms and magnification through ``relion_reconstruct``. The field's library torch-ctf 0.6.0 is not used, for reasons
+that ``tests/test_ctf_library.py`` shows: computed in float32, it is off by 4e-3 at 6 um and 1.2 A/px and 6e-3 at 3 um
+and 0.5 A/px (this module: 3e-7); it is NaN where rlnDefocusU < rlnDefocusV; its beam tilt has the opposite sign of
+RELION's; and of the Zernike terms it knows only the leading power of some (no Z1, Z3^+-1, Z2 or full Z4^+-2), so
+RELION's lists cannot be passed on. Its magnification (its inverse transposed, in y, x order), phase shift, trefoil and
+four-fold terms agree; its speed is similar.
 """
 
 from __future__ import annotations
