@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import ndimage
 from tqdm import tqdm
@@ -315,7 +316,8 @@ def select_particles(particles: Particles, settings: PrepareSettings) -> tuple[P
     """The particles to keep, in input order, all with a half-set; and where half-sets came from ("input", "random").
 
     Drops by ``min_scale`` (CryoSPARC's alpha times the CTF scale), splits at random where the input has no half-sets
-    or ``resplit`` asks for it, then draws ``max_particles`` evenly from both halves. Seeded.
+    or ``resplit`` asks for it, then draws ``max_particles`` evenly from both halves. Seeded. Rows of one image
+    (an input that another program has symmetry-expanded) get one half; half-sets of the input that part them are told.
     """
     rng = np.random.default_rng(_SEED)
     keep = np.arange(len(particles))
@@ -326,11 +328,23 @@ def select_particles(particles: Particles, settings: PrepareSettings) -> tuple[P
         if len(keep) < 2:
             raise InputError(f"prepare.min_scale: {settings.min_scale:g} leaves {len(keep)} particles")
     half_set, origin = particles.half_set.copy(), "input"
+    image = _image_numbers(particles, keep)
+    count = int(image.max()) + 1
     if settings.resplit or len(np.unique(half_set[keep])) < 2 or (half_set < 0).any():
-        half_set[rng.permutation(keep)] = np.arange(len(keep)) % 2
+        half_of_image = np.empty(count, np.int8)
+        half_of_image[rng.permutation(count)] = np.arange(count) % 2
+        half_set[keep] = half_of_image[image]
         origin = "random"
         why = "resplit is set" if settings.resplit else f"{particles.source_path} has no half-sets"
         log.warning("%s: particles are split at random into two halves", why)
+    elif count < len(keep):
+        halves = np.bincount(image, half_set[keep], count) / np.bincount(image, minlength=count)
+        parted = int(((halves > 0) & (halves < 1)).sum())
+        if parted:
+            log.warning(
+                "%s: %d images have rows in both half-sets, which are then not independent: set prepare.resplit",
+                particles.source_path, parted,
+            )  # fmt: skip
     if settings.max_particles is not None and settings.max_particles < len(keep):
         if settings.max_particles < 2:
             raise InputError(f"prepare.max_particles: {settings.max_particles}: at least 2 are needed")
@@ -341,6 +355,12 @@ def select_particles(particles: Particles, settings: PrepareSettings) -> tuple[P
     used, index = np.unique(chosen.optics_index, return_inverse=True)
     optics = tuple(chosen.optics[group] for group in used)
     return replace(chosen, optics=optics, optics_index=index.astype(np.int32)), origin
+
+
+def _image_numbers(particles: Particles, rows: np.ndarray) -> np.ndarray:
+    """(m,) int64 which image each of ``rows`` (m,) shows, counted from 0 in the order they first come."""
+    longest = int(particles.image_index.max(initial=0)) + 1
+    return pd.factorize(particles.stack_index[rows].astype(np.int64) * longest + particles.image_index[rows])[0]
 
 
 @dataclass(frozen=True)

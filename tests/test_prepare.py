@@ -337,6 +337,25 @@ def test_random_halves_where_there_are_none(dataset, caplog):
     assert select_particles(particles, PrepareSettings(resplit=True))[1] == "random"
 
 
+def test_rows_of_one_image_stay_in_one_half(dataset, caplog):
+    """An input that was symmetry-expanded elsewhere: each image three times, in both half-sets or without any."""
+    particles = read_particles(dataset / "particles.cs").subset(np.repeat(np.arange(0, COUNT, 2), 3))
+    rows = len(particles)
+    parted = Particles(**{**vars(particles), "half_set": (np.arange(rows) % 2).astype(np.int8)})
+    same, origin = select_particles(parted, PrepareSettings())
+    assert origin == "input" and f"{rows // 3} images have rows in both half-sets" in caplog.text
+    np.testing.assert_array_equal(same.half_set, parted.half_set)
+    caplog.clear()
+    for settings in (PrepareSettings(resplit=True), PrepareSettings(resplit=True, max_particles=rows // 2)):
+        kept, origin = select_particles(parted, settings)
+        halves = {image: set(kept.half_set[kept.image_index == image]) for image in kept.image_index}
+        assert origin == "random" and all(len(half) == 1 for half in halves.values())
+        assert abs(float(kept.half_set.mean()) - 0.5) < 0.01
+    assert "in both half-sets" not in caplog.text
+    select_particles(read_particles(dataset / "particles.cs"), PrepareSettings())
+    assert "in both half-sets" not in caplog.text
+
+
 def test_groups_left_without_particles_are_dropped(dataset):
     particles = read_particles(dataset / "particles.cs")
     scale = np.where(particles.optics_index == 0, 0.1, 1.0)
