@@ -80,6 +80,7 @@ class TrainSettings:
     init_from: Path | None = None
     freeze_latents: bool = False
     validation_fraction: float = 0.05
+    processes: int = 1
 
 
 @dataclass(frozen=True)

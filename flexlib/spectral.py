@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flexlib.distributed import ALONE, Group
 from flexlib.latents import Operator
 from flexlib.particles.images import ImageBatch, plane_weight
 from flexlib.projection.op import project, scatter_volume, view_vertices
@@ -62,25 +63,33 @@ def measure_forces(
     num_particles: int,
     basis_A: torch.Tensor,
     band: float,
+    group: Group = ALONE,
 ) -> FieldForces:
     """One pass over the particles: their forces on the fields ``basis_A`` (m, nv, 3) at rest, shells up to ``band``.
 
-    ``values`` (nvox,) the rigid map; ``batches`` in the order of rows, ``num_particles`` in all.
+    ``values`` (nvox,) the rigid map; ``batches`` in the order of rows, ``num_particles`` in all. With several processes
+    ``batches`` are those of the rank's own part of the rows; the result is of all.
     """
     box = operator.voxels.box
     weight = plane_weight(box, band).to(values.device)
     force = np.empty((num_particles, len(basis_A)), np.float32)
     sampling = FourierSampling(box, band)
     every = max(1, num_particles // 2000)  # a few thousand views tell how Fourier space is sampled
-    first = 0
+    mine = group.part(num_particles)
+    first = mine.start
     for batch in batches:
         last = first + len(batch.rows)
         force[first:last] = _batch_forces(operator, values, batch, basis_A, weight).cpu().numpy()
         sampling.add(batch, slice((-first) % every, None, every))
         first = last
+    if group.size > 1:
+        force[: mine.start] = force[mine.stop :] = 0.0
+        for first in range(0, num_particles, _CHUNK):
+            group.add(torch.from_numpy(force[first : first + _CHUNK]))
+        sampling.add_up(group)
     for axis in range(force.shape[1]):
         force[:, axis] -= force[:, axis].mean(dtype=np.float64)
-    return FieldForces(force, mean_information(operator, values, basis_A, sampling))
+    return FieldForces(force, group.from_first(lambda: mean_information(operator, values, basis_A, sampling)))
 
 
 def _batch_forces(operator, values, batch, basis_A, weight) -> torch.Tensor:
@@ -122,6 +131,12 @@ class FourierSampling:
         flat = ((z % self.box) * self.box + y % self.box) * (self.box // 2 + 1) + x
         self.total += torch.bincount(flat[inside], power[inside].double(), minlength=len(self.total))
         self.count += len(rotation)
+
+    def add_up(self, group: Group) -> None:
+        """Count what the other ranks have counted, too."""
+        count = torch.tensor([float(self.count)], dtype=torch.float64)
+        group.add(self.total, count)
+        self.count = int(count)
 
     def mean(self) -> torch.Tensor:
         """(box, box, box//2+1) float64, in the layout of rfftn."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flexlib.distributed import ALONE, Group
 from flexlib.latents import (
     LatentPrior,
     Operator,
@@ -76,6 +77,7 @@ def score_held_out(
     prior: LatentPrior,
     batch_size: int,
     search: Search | None = None,
+    group: Group = ALONE,
 ) -> HeldOutScore:
     """Score the particles at ``rows`` (v,), their latents inferred from ``start`` (v, K) in ``steps`` steps.
 
@@ -83,16 +85,16 @@ def score_held_out(
     best of four: the rigid map; the flexible model's at rest; that moved to the mean latents; and that moved to the
     latents of another particle. The last is needed because a flow that moves every particle somewhere regularises
     its map: on particles without motion it scored 0.2 nats better than the rigid map, with anybody's latents.
-    With ``search`` other valleys of their objective are looked into.
+    With ``search`` other valleys of their objective are looked into. With several processes each scores its part.
     """
     device = values.device
     weight = plane_weight(source.box, band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(source.box, seed))
     gains, held = [torch.zeros((4, 0), dtype=torch.float64)], [start[:0]]
-    others = start.roll(1, 0)
+    own_start, others = group.share(start), group.share(start.roll(1, 0))
     first = 0
-    for batch in read_ahead(source, split_batches(rows, batch_size), device):
-        latents, another = (z[first : first + len(batch.rows)] for z in (start, others))
+    for batch in read_ahead(source, split_batches(group.share(rows), batch_size), device):
+        latents, another = (z[first : first + len(batch.rows)] for z in (own_start, others))
         first += len(batch.rows)
         model = (flexible, flow, values, batch, seen, latents, steps)
         latents = (infer_latents(*model, prior) if search is None else infer_everywhere(*model, search, prior)).latents
@@ -104,6 +106,6 @@ def score_held_out(
         at_mean = log_likelihood_loss(flexible, values, batch, middle, unseen)
         exchanged = log_likelihood_loss(flexible, values, batch, flow(another), unseen)
         gains.append((torch.stack([still, at_rest, at_mean, exchanged]) - moved).double().cpu())
-    both = torch.cat(gains, dim=1)
+    both = group.gather(torch.cat(gains, dim=1).T, len(rows)).T
     worse = int(both.mean(1).argmin()) if both.shape[1] else 0
-    return HeldOutScore(both[worse].numpy(), torch.cat(held))
+    return HeldOutScore(both[worse].numpy(), group.gather(torch.cat(held), len(rows)))

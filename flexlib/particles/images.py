@@ -103,8 +103,8 @@ def read_ahead(
 
 
 def split_batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Cut ``rows`` into consecutive batches of at most ``batch_size``, none dropped."""
-    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    """Cut ``rows`` into consecutive batches of at most ``batch_size``, none dropped, of equal size but for one row."""
+    return np.array_split(rows, -(-len(rows) // batch_size)) if len(rows) else []
 
 
 @lru_cache(maxsize=32)

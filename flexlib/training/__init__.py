@@ -16,6 +16,7 @@ Every random number is drawn from (seed, epoch, batch), so a run that is killed 
 continues as if nothing had happened.
 """
 
-from flexlib.training.run import EXIT_INTERRUPTED, train
+from flexlib.distributed import EXIT_INTERRUPTED
+from flexlib.training.run import train
 
 __all__ = ["EXIT_INTERRUPTED", "train"]

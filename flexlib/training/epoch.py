@@ -17,7 +17,7 @@ from flexlib.mesh.rigidity import mesh_rigidity
 from flexlib.particles.images import plane_weight, read_ahead, split_batches
 from flexlib.training.motion import rms_displacement_A
 from flexlib.training.start import FLOW_RATE
-from flexlib.training.state import BAND_EPOCHS, RIGIDITY_NATS, Setup, State, derived_seed
+from flexlib.training.state import BAND_EPOCHS, RIGIDITY_NATS, Setup, State, derived_seed, follow_first
 from flexlib.validation import HeldOutScore, score_held_out
 
 logger = logging.getLogger(__name__)
@@ -63,16 +63,16 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     order = np.random.default_rng((settings.seed, 5, epoch)).permutation(setup.training_rows)
     batches = split_batches(order, setup.batch_size)
     totals = state.totals or {"loss": 0.0, "rigidity": 0.0}
-    for batch in _with_progress(
-        read_ahead(setup.source, batches[state.step :], device), len(batches), state.step, f"epoch {epoch + 1}"
-    ):
+    ahead = read_ahead(setup.source, map(setup.group.share, batches[state.step :]), device)
+    for batch in _with_progress(setup, ahead, len(batches), state.step, f"epoch {epoch + 1}"):
+        rows = batches[state.step]
         torch.manual_seed(derived_seed(settings.seed, 6, epoch, state.step))
         warm_up = min(1.0, (epoch * len(batches) + state.step + 1) / len(batches))
         for group in state.optimiser.param_groups:
             group["lr"] = FLOW_RATE * anneal * warm_up
-        loss, strain = _step(setup, state, batch, weight, band, setup.map_rate * anneal, refresh)
+        loss, strain = _step(setup, state, rows, batch, weight, band, setup.map_rate * anneal, refresh)
         totals["loss"] += loss
-        totals["rigidity"] += strain * len(batch.rows)
+        totals["rigidity"] += strain * len(rows)
         state.step += 1
         state.totals = totals
         after_batch()
@@ -81,6 +81,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     if epoch == BAND_EPOCHS:
         _leave_wrong_valleys(setup, state)
     standardise(setup, state)
+    follow_first(setup, state)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
     state.held_latents, gain, error = score.latents, score.gain, score.standard_error
     num = len(setup.training_rows)
@@ -111,31 +112,38 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
             state.anneal_from = epoch + 1
 
 
-def _step(setup, state, batch, weight, band, map_rate, refresh) -> tuple[float, float]:
-    """One mini-batch: flow, map and latents. Returns the summed loss and the mean rigidity energy."""
-    settings, num = setup.settings, len(batch.rows)
-    rows = torch.as_tensor(batch.rows, device=setup.device)
-    latents = state.latents[rows]
-    spread = _posterior_noise(setup, latents, state.information[rows])
-    noisy = (latents + spread).requires_grad_()
+def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> tuple[float, float]:
+    """One mini-batch: flow, map and latents. Returns the summed loss and the mean rigidity energy.
+
+    ``batch`` is this rank's part of the particles at ``batch_rows``. Random numbers are drawn for all of them, and what
+    the ranks find is put together in one message, so that every rank takes the same step.
+    """
+    settings, group, num = setup.settings, setup.group, len(batch_rows)
+    rows = torch.as_tensor(batch_rows, device=setup.device)
+    latents, information = state.latents[rows], state.information[rows]
+    noisy = group.share(latents + _posterior_noise(setup, latents, information)).requires_grad_()
     values = state.canonical.values.clone().requires_grad_()
     displacements = state.flow(noisy)
     loss = log_likelihood_loss(setup.operator, values, batch, displacements, weight).sum()
-    sample = torch.randperm(num)[:RIGIDITY_SAMPLES]
-    moved = setup.operator.vertices_A + state.flow(latents[sample.to(setup.device)])
-    strain = mesh_rigidity(setup.rigidity, moved).mean()
+    sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, group.size)]
+    moved = setup.operator.vertices_A + state.flow(latents[group.share(sample).to(setup.device)])
+    strain = mesh_rigidity(setup.rigidity, moved).sum() / len(sample)
     (loss / num + settings.rigidity * RIGIDITY_NATS * strain).backward()
 
+    own_latents, own_information = group.share(latents), group.share(information)
     if not settings.freeze_latents:
         with torch.no_grad():
             if refresh:
-                state.information[rows] = _information(setup, state, batch, weight, latents, values.detach())
-            state.latents[rows] = _newton_latents(
-                setup.prior, latents, noisy.detach(), noisy.grad * num, state.information[rows]
-            )
+                own_information = _information(setup, state, batch, weight, own_latents, values.detach())
+            own_latents = _newton_latents(setup.prior, own_latents, noisy.detach(), noisy.grad * num, own_information)
+    latents, information = group.place(own_latents, num), group.place(own_information, num)
+    mean_A = displacements.detach().sum(0) / num
+    gradients = [parameter.grad for parameter in state.flow.parameters()]
+    group.add(*gradients, values.grad, loss, strain, mean_A, latents, information)
+    state.latents[rows], state.information[rows] = latents, information
     state.optimiser.step()
     state.optimiser.zero_grad()
-    hold_gauge(setup, state, displacements.detach().mean(0), GAUGE_RATE)
+    hold_gauge(setup, state, mean_A, GAUGE_RATE)
     state.canonical.step(values.grad * num, num / len(setup.training_rows), map_rate, band)
     return loss.item(), strain.item()
 
@@ -164,8 +172,9 @@ def _information(setup, state, batch, weight, latents, values) -> torch.Tensor:
     coarse = fisher_information(setup.coarse.operator, state.flow, small_values, small, small_weight, latents)
     if state.step == 0:
         full = fisher_information(setup.operator, state.flow, values, batch, weight, latents)
-        seen = coarse.diagonal(dim1=1, dim2=2).sum()
-        state.information_ratio = float(full.diagonal(dim1=1, dim2=2).sum() / seen) if seen > 0 else 1.0
+        both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, coarse)])
+        setup.group.add(both)
+        state.information_ratio = float(both[0] / both[1]) if both[1] > 0 else 1.0
     return state.information_ratio * coarse
 
 
@@ -200,16 +209,21 @@ def _leave_wrong_valleys(setup: Setup, state: State) -> None:
     if setup.settings.freeze_latents:
         return
     weight = plane_weight(setup.source.box, setup.band(BAND_EPOCHS)).to(setup.device)
-    search, values, moved = valley_search(setup, state), state.canonical.values, 0
-    for batch in read_ahead(setup.source, split_batches(setup.training_rows, setup.batch_size), setup.device):
+    search, values, moved = valley_search(setup, state), state.canonical.values, torch.zeros(1)
+    own_rows = setup.group.share(setup.training_rows)
+    for batch in read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device):
         rows = torch.as_tensor(batch.rows, device=setup.device)
         found, lower = search_latents(
             setup.operator, state.flow, values, batch, weight, state.latents[rows], search, setup.prior
         )
         clearly = lower > CLEARLY_LOWER_NATS
         state.latents[rows[clearly]] = found[clearly]
-        moved += int(clearly.sum())
-    logger.info("%d of %d particles have left a wrong valley of their objective", moved, len(setup.training_rows))
+        moved += clearly.sum().cpu()
+    setup.group.add(moved)
+    own_latents = state.latents[torch.as_tensor(own_rows, device=setup.device)]
+    rows = torch.as_tensor(setup.training_rows, device=setup.device)
+    state.latents[rows] = setup.group.gather(own_latents, len(rows))
+    logger.info("%d of %d particles have left a wrong valley of their objective", int(moved), len(rows))
 
 
 def valley_search(setup: Setup, state: State) -> Search:
@@ -263,9 +277,11 @@ def score_now(setup: Setup, state: State, steps: int, search: bool) -> HeldOutSc
         prior=setup.prior,
         batch_size=setup.batch_size,
         search=valley_search(setup, state) if search and not frozen else None,
+        group=setup.group,
     )
 
 
-def _with_progress(batches: Iterator, total: int, done: int, label: str) -> Iterator:
+def _with_progress(setup: Setup, batches: Iterator, total: int, done: int, label: str) -> Iterator:
     """A progress bar on a terminal, nothing elsewhere (an epoch's log line tells)."""
-    return tqdm(batches, total=total, initial=done, desc=label, leave=False, disable=not sys.stderr.isatty())
+    quiet = not (setup.group.leads and sys.stderr.isatty())
+    return tqdm(batches, total=total, initial=done, desc=label, leave=False, disable=quiet)

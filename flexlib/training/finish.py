@@ -34,10 +34,11 @@ def infer_all(setup: Setup, state: State) -> torch.Tensor:
     precision = torch.zeros((len(setup.source), dims, dims), device=device)
     if not setup.settings.freeze_latents:
         state.latents[torch.as_tensor(setup.validation_rows, device=device)] = state.held_latents
-    everything = split_batches(np.arange(len(setup.source)), setup.batch_size)
+    num, mine = len(setup.source), setup.group.part(len(setup.source))
+    own_batches = split_batches(np.arange(num)[mine], setup.batch_size)
     search = None if setup.settings.freeze_latents else valley_search(setup, state)
     mean_A = torch.zeros_like(setup.operator.vertices_A)
-    for batch in read_ahead(setup.source, everything, device):
+    for batch in read_ahead(setup.source, own_batches, device):
         rows = torch.as_tensor(batch.rows, device=device)
         model = (setup.operator, state.flow, state.canonical.values, batch, weight, state.latents[rows])
         if search is None:
@@ -47,6 +48,9 @@ def infer_all(setup: Setup, state: State) -> torch.Tensor:
         state.latents[rows], precision[rows] = posterior.latents, posterior.precision
         state.information[rows] = posterior.precision - setup.prior.curvature(posterior.latents)
         mean_A += state.flow(posterior.latents).sum(0) / len(setup.source)
+    setup.group.add(mean_A)
+    for rows_of_all in (state.latents, precision, state.information):
+        rows_of_all.copy_(setup.group.gather(rows_of_all[mine], num))
     hold_gauge(setup, state, mean_A, 1.0)
     if state.given_latents is not None:
         scale, offset = standard_scale(state.given_latents)[1]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from flexlib.distributed import EXIT_INTERRUPTED, Group, launch
 from flexlib.files import atomic_path
 from flexlib.model import MODEL_FILE
 from flexlib.runtime import tune_process
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY_S = 600.0  # between the checkpoints at the ends of epochs
 CHECKPOINT = "checkpoint.pt"
-EXIT_INTERRUPTED = 75  # temporary failure: run again and it continues
 
 
 class Interrupted(Exception):
@@ -51,11 +51,24 @@ def train(
     passed over with a warning. On SIGTERM writes a checkpoint and leaves with exit status 75. Raises InputError for
     settings or files that don't fit.
     """
+    folders = (Path(particles_dir), Path(mesh_dir), Path(out_dir))
+    launch(_train, (*folders, settings, discard_other_checkpoint), settings.processes, device)
+
+
+def _train(
+    group: Group,
+    device: str,
+    particles_dir: Path,
+    mesh_dir: Path,
+    out_dir: Path,
+    settings: TrainSettings,
+    discard_other_checkpoint: bool,
+) -> None:
+    """One rank's part of ``train``. All ranks read; only the first writes."""
     tune_process()
     began = time.perf_counter()
-    out_dir = Path(out_dir)
-    setup = set_up(Path(particles_dir), Path(mesh_dir), settings, device)
-    identity = _identity(Path(particles_dir), Path(mesh_dir), settings)
+    setup = set_up(particles_dir, mesh_dir, settings, device, group)
+    identity = _identity(particles_dir, mesh_dir, settings)
     checkpoint = out_dir / "checkpoints" / CHECKPOINT
     state = start_or_resume(setup, checkpoint, identity, discard_other_checkpoint)
     resumed_s = state.wall_s
@@ -65,13 +78,15 @@ def train(
 
     def save() -> None:
         nonlocal written
+        if not group.leads:
+            return
         written = time.perf_counter()
         state.wall_s = resumed_s + time.perf_counter() - began
         with atomic_path(checkpoint) as temporary:
             torch.save({"identity": identity, **state.checkpoint()}, temporary)
 
     def after_batch() -> None:
-        if stop.raised:
+        if group.any(stop.raised):
             raise Interrupted
         if time.perf_counter() - written > CHECKPOINT_EVERY_S:
             save()
@@ -85,19 +100,23 @@ def train(
                 logger.warning("SIGTERM: checkpoint written in epoch %d; run again to continue", state.epoch + 1)
                 sys.exit(EXIT_INTERRUPTED)
             save()
-            write_log(out_dir / "log.csv", state.log)
-            write_model(out_dir / "checkpoints" / MODEL_FILE, setup, state)
+            if group.leads:
+                write_log(out_dir / "log.csv", state.log)
+                write_model(out_dir / "checkpoints" / MODEL_FILE, setup, state)
     precision = infer_all(setup, state)
     score, rejected = final_score(setup, state)
-    state.wall_s = resumed_s + time.perf_counter() - began
-    write_results(Path(particles_dir), out_dir, setup, state, precision, score, rejected)
+    if group.leads:
+        state.wall_s = resumed_s + time.perf_counter() - began
+        write_results(particles_dir, out_dir, setup, state, precision, score, rejected)
 
 
 def _identity(particles_dir: Path, mesh_dir: Path, settings: TrainSettings) -> dict[str, str]:
-    """What a checkpoint must share with this run: settings and content of the input files."""
+    """What a checkpoint must share with this run: settings, but for what changes no result, and the input files."""
     files = [particles_dir / "particles.star", particles_dir / "prepared.json", mesh_dir / "mesh.vtu"]
     return {
-        "settings": json.dumps(asdict(settings), sort_keys=True, default=str),
+        "settings": json.dumps(
+            {k: v for k, v in asdict(settings).items() if k != "processes"}, sort_keys=True, default=str
+        ),
         **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.exists()},
     }
 

@@ -19,7 +19,7 @@ from flexlib.particles.latents_io import read_latents
 from flexlib.projection.op import gather_volume
 from flexlib.settings import TrainSettings
 from flexlib.spectral import FieldForces, SpectralStart, fields_of_latents, measure_forces, spectral_start
-from flexlib.training.state import BAND_EPOCHS, RIGIDITY_NATS, Setup, State, derived_seed
+from flexlib.training.state import BAND_EPOCHS, RIGIDITY_NATS, Setup, State, derived_seed, follow_first
 
 logger = logging.getLogger(__name__)
 
@@ -60,27 +60,32 @@ def _start(setup: Setup) -> State:
     for number, newton_steps in enumerate(RIGID_STEPS):
         order = np.random.default_rng((settings.seed, 2, number)).permutation(setup.training_rows)
         total, rate = 0.0, min(newton_steps * setup.batch_size / len(order), 0.3)
-        for batch in read_ahead(setup.source, split_batches(order, setup.batch_size), device):
+        batches = split_batches(order, setup.batch_size)
+        shares = map(setup.group.share, batches)
+        for rows, batch in zip(batches, read_ahead(setup.source, shares, device), strict=True):
             values = rigid.values.clone().requires_grad_()
             loss = log_likelihood_loss(setup.rigid, values, batch, None, weight).sum()
             (gradient,) = torch.autograd.grad(loss, values)
+            setup.group.add(gradient, loss)
             total += loss.item()
-            rigid.step(gradient, len(batch.rows) / len(order), rate, setup.band(BAND_EPOCHS))
+            rigid.step(gradient, len(rows) / len(order), rate, setup.band(BAND_EPOCHS))
         logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
     basis = _basis(setup)
     soft = _spectral_fields(basis)
     canonical = _canonical_map(setup, setup.operator, transfer2)
     canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=device), setup.operator.voxels)
-    everything = split_batches(np.arange(len(setup.source)), setup.batch_size)
+    mine = split_batches(setup.group.share(np.arange(len(setup.source))), setup.batch_size)
     forces = measure_forces(
         setup.operator,
         canonical.values,
-        read_ahead(setup.source, everything, device),
+        read_ahead(setup.source, mine, device),
         len(setup.source),
         basis[soft],
         setup.band(0),
+        setup.group,
     )
-    spectrum = spectral_start(forces, settings.latent_dims, _rigidity_precision(setup, basis[soft]))
+    prior = _rigidity_precision(setup, basis[soft])
+    spectrum = setup.group.from_first(lambda: spectral_start(forces, settings.latent_dims, prior))
     logger.info(
         "spectral start: leading eigenvalues %s (noise edge %.2f), suggested dims %d",
         " ".join(f"{v:.2f}" for v in spectrum.eigenvalues[:8]),
@@ -90,11 +95,12 @@ def _start(setup: Setup) -> State:
     state = _new_state(setup, canonical, rigid.values, spectrum, basis, forces)
     if settings.init_from is not None and settings.init_from.is_dir():
         _continue_from(setup, state, settings.init_from)
+    follow_first(setup, state)
     return state
 
 
 def _basis(setup: Setup) -> torch.Tensor:
-    stiffness, modes = elastic_modes(setup.mesh, NUM_MODES)
+    stiffness, modes = setup.group.from_first(lambda: elastic_modes(setup.mesh, NUM_MODES))
     basis = displacement_basis_A(modes, stiffness, setup.mesh.vertices_A) * BASIS_UNIT_A
     return torch.as_tensor(basis, device=setup.device)
 
@@ -120,8 +126,9 @@ def _mean_transfer2(setup: Setup) -> torch.Tensor:
     sample = setup.training_rows[:: max(1, len(setup.training_rows) // 1000)]
     shell = shell_radius(box).round().long().flatten()
     power = torch.zeros(box * (box // 2 + 1), dtype=torch.float64)
-    for rows in split_batches(sample, 100):
+    for rows in split_batches(setup.group.share(sample), 100):
         power += setup.source.transfer(rows).abs().square().sum(0).flatten().double()
+    setup.group.add(power)
     mean = torch.bincount(shell, power) / torch.bincount(shell).clamp(min=1) / len(sample)
     return mean[: box // 2].float().to(setup.device)
 

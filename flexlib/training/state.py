@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from flexlib.canonical import CanonicalMap
+from flexlib.distributed import ALONE, Group
+from flexlib.errors import InputError
 from flexlib.latents import CoarseView, LatentPrior, Operator
 from flexlib.maps import Map, read_map
 from flexlib.mesh.io import read_mesh
@@ -17,6 +19,7 @@ from flexlib.mesh.rigidity import RigidityTensors
 from flexlib.mesh.tetmesh import TetraMesh, single_cell_mesh
 from flexlib.mesh.voxels import voxelise
 from flexlib.model import FlowGenerator
+from flexlib.particles.images import split_batches
 from flexlib.particles.prepared import TrainingImages, open_training_images
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.settings import TrainSettings
@@ -52,6 +55,7 @@ class Setup:
     settings: TrainSettings
     device: torch.device
     batch_size: int
+    group: Group = ALONE
 
     @property
     def prior(self) -> LatentPrior:
@@ -129,7 +133,11 @@ class State:
         self.wall_s = saved["wall_s"]
 
 
-def set_up(particles_dir: Path, mesh_dir: Path, settings: TrainSettings, device: str) -> Setup:
+def set_up(particles_dir: Path, mesh_dir: Path, settings: TrainSettings, device: str, group: Group = ALONE) -> Setup:
+    """Read and build what stays fixed.
+
+    Raises InputError for files that don't fit, or where a mini-batch has fewer particles than there are processes.
+    """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     source = open_training_images(particles_dir)
     consensus, mask = read_map(particles_dir / "consensus.mrc"), read_map(particles_dir / "mask.mrc")
@@ -149,6 +157,10 @@ def set_up(particles_dir: Path, mesh_dir: Path, settings: TrainSettings, device:
     density = torch.as_tensor(consensus.data * mask.data, dtype=torch.float32, device=chosen)
     images = source.particles.image_index
     training_rows, validation_rows = choose_held_out(images, settings.validation_fraction, settings.seed)
+    batch_size = int(np.clip(len(training_rows) // 20, 10, BATCH_SIZE))
+    least = min(len(batch) for batch in split_batches(training_rows, batch_size))
+    if group.size > least:
+        raise InputError(f"train.processes: {group.size}, but the mini-batches of these particles have {least} each")
     return Setup(
         particles_dir,
         source,
@@ -164,8 +176,14 @@ def set_up(particles_dir: Path, mesh_dir: Path, settings: TrainSettings, device:
         validation_rows,
         settings,
         torch.device(chosen),
-        int(np.clip(len(training_rows) // 20, 10, BATCH_SIZE)),
+        batch_size,
+        group,
     )
+
+
+def follow_first(setup: Setup, state: State) -> None:
+    """Give all ranks the first one's flow, map and latents: what they compute alike may differ in the last bit."""
+    setup.group.follow_first(*state.flow.state_dict().values(), state.canonical.values, state.latents)
 
 
 def density_at_vertices(voxels: VoxelTensors, values: torch.Tensor) -> torch.Tensor:
