@@ -1,13 +1,15 @@
 """Bad particle files, as rule ``prepare`` meets them: one line that names file, row and column, and exit status 1."""
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
-from particle_files import cs_records, save_cs, star_rows, write_relion_star
+from particle_files import BOX, COUNT, cs_records, save_cs, star_rows, write_relion_star, write_stacks
 from test_round_trip import bomb_files
 
 SCRIPTS = Path(__file__).parents[1] / "workflow/scripts"
@@ -55,6 +57,21 @@ def cs_with(folder: Path, name: str, **changes) -> str:
     return save_cs(folder / name, records).name
 
 
+def spoil_stack(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    if kind == "gone":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(content[:-1])
+    elif kind == "compressed":
+        path.write_bytes(gzip.compress(content))
+    else:
+        shape = (COUNT // 2, BOX + 2, BOX + 2) if kind == "box" else (2, BOX, BOX)
+        with mrcfile.new(path, np.zeros(shape, np.float32), overwrite=True) as file:
+            file.set_image_stack()
+            file.voxel_size = 2.0
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, tuple[int, list[str]]]:
     """Exit status and logged lines of each case; one process for all, because importing torch takes seconds."""
@@ -78,6 +95,10 @@ def outcomes(tmp_path_factory) -> dict[str, tuple[int, list[str]]]:
     ]
     (folder / "cut.cs").write_bytes((folder / "good.cs").read_bytes()[:-5])
     cases.append("cut.cs")
+    for kind in ("gone", "truncated", "short", "box", "compressed"):  # of the second stack, first named in row 2
+        write_stacks(folder / kind)
+        spoil_stack(folder / kind / "Extract/job1/b.mrcs", kind)
+        cases.append(f"{kind}/{write_relion_star(folder / kind / 'stack.star', halves=True).name}")
     result = subprocess.run(
         [sys.executable, "-c", DRIVER, str(SCRIPTS), *cases], cwd=folder, capture_output=True, text=True, timeout=300
     )
@@ -109,9 +130,18 @@ def outcomes(tmp_path_factory) -> dict[str, tuple[int, list[str]]]:
         ("objects.cs", "objects.cs: column (all): Python objects (a pickle), which are never loaded"),
         ("column.cs", "column.cs: column blob/path: Python objects (a pickle), which are never loaded"),
         ("stream.cs", "stream.cs: column "),
+        ("gone/stack.star", "gone/stack.star: row 2, column rlnImageName: image stack not found: "),
+        ("truncated/stack.star", "truncated/stack.star: row 2, column rlnImageName: ... b.mrcs: truncated: "),
+        ("short/stack.star", "short/stack.star: row 6, column rlnImageName: image 3 of a stack of 2: "),
+        ("box/stack.star", f"box/stack.star: row 2, column rlnImageName: images of {BOX + 2} px, others of {BOX} px"),
+        (
+            "compressed/stack.star",
+            "compressed/stack.star: row 2, column rlnImageName: ... b.mrcs: compressed with gzip",
+        ),
     ],
 )
 def test_one_line_and_exit_status(outcomes, name, message):
     status, lines = outcomes[name]
     assert status == 1
-    assert len(lines) == 1 and f"ERROR prepare: {message}" in lines[0], lines
+    start, *more = message.split("... ")
+    assert len(lines) == 1 and f"ERROR prepare: {start}" in lines[0] and all(part in lines[0] for part in more), lines
