@@ -1,7 +1,9 @@
 """Real metadata and particles with their quirks (`pytest --data DIR`): known answers, and what each file lacks."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -12,6 +14,7 @@ from flexlib.particles import read_particles
 from flexlib.particles.cs_file import read_cs_file
 from flexlib.particles.stack import open_stacks, read_stack_header
 from flexlib.particles.star_text import read_star_text
+from flexlib.particles.table import Particles
 
 COMPLETE = {  # file: particles, optics groups, half-sets
     "FinalRefinement-OriginalParticles-PfCRT.star": (5, 1, {0, 1}),
@@ -117,6 +120,18 @@ def with_poses(folder: Path, out: Path) -> tuple[Path, Path]:
     return out / "seven.star", out / "poses.cs"
 
 
+def in_float32(particles: Particles) -> Particles:
+    """The same particles with CTF parameters as a .cs holds them, angles in radians."""
+    names = ("defocus_u_A", "defocus_v_A", "defocus_angle_rad", "phase_shift_rad")
+    columns = {name: getattr(particles, name).astype(np.float32).astype(np.float64) for name in names}
+    fields = ("voltage_kV", "spherical_aberration_mm", "amplitude_contrast", "pixel_size_A")
+    optics = tuple(
+        replace(group, **{name: float(np.float32(getattr(group, name))) for name in fields})
+        for group in particles.optics
+    )
+    return replace(particles, optics=optics, **columns)
+
+
 def test_star_and_cs_of_the_same_particles(folder, tmp_path, caplog):
     """Same images, poses and CTFs; only the .cs knows that these images were never inverted."""
     star_path, poses = with_poses(folder, tmp_path)
@@ -129,12 +144,20 @@ def test_star_and_cs_of_the_same_particles(folder, tmp_path, caplog):
     np.testing.assert_array_equal(images, read_stack_header(folder / "empiar_10076_7.mrc").open()[:])
     np.testing.assert_allclose(star.rotation, cs.rotation, atol=1e-12)
     np.testing.assert_allclose(star.origin_A, cs.origin_A, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        ctf_images(star, rows, 320, star.optics[0].pixel_size_A),
-        ctf_images(cs, rows, 320, cs.optics[0].pixel_size_A),
-        atol=2e-3,  # float32 of the pixel size and the defocus
-    )
+    theirs = ctf_images(cs, rows, 320)
+    np.testing.assert_allclose(ctf_images(star, rows, 320), theirs, atol=2e-3)  # the .cs has float32 numbers
+    np.testing.assert_allclose(ctf_images(in_float32(star), rows, 320), theirs, atol=1e-6)
     assert (star.contrast_sign == 1).all() and (cs.contrast_sign == -1).all()
+
+
+def test_real_images_of_relion_are_read(folder, caplog):
+    """Five real particles with an optics table: every image as it stands."""
+    stacks, particles = open_stacks(read_particles(folder / "relion31.star"))
+    assert "no map id, no machine stamp" in caplog.text
+    images = stacks.read(particles, np.arange(5))
+    with mrcfile.open(folder / "relion31.mrcs", permissive=True) as file:
+        np.testing.assert_array_equal(images, file.data)
+    assert (particles.optics[0].box, particles.optics[0].pixel_size_A) == (256, 2.806)
 
 
 def test_established_reader_of_starfile_agrees(folder):
