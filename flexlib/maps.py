@@ -306,12 +306,17 @@ def make_mask(
     return soft_edge(_drop_dust(core, filtered - level), pixel_size_A, dilate_A, pad_A)
 
 
-def resample_mask(mask: np.ndarray, box: int) -> np.ndarray:
-    """Bring a soft mask (N, N, N) to another ``box`` of the same extent, trilinear, in [0, 1], centre on centre."""
+def resample_mask(mask: np.ndarray, box: int, scale: float | None = None) -> np.ndarray:
+    """Bring a mask (N, N, N) to another ``box``, trilinear, in [0, 1], centre on centre.
+
+    ``scale`` is the ratio of new to old voxel size; None keeps the extent. Fourier resampling would ring: a hard mask
+    would leave traces tens of Angstrom beyond its edge.
+    """
     old = mask.shape[0]
-    if old == box:
+    if scale is None:
+        scale = old / box
+    if old == box and scale == 1:
         return np.array(mask, dtype=np.float32)
-    scale = old / box
     offset = old // 2 - scale * (box // 2)
     source = np.asarray(mask, dtype=np.float32)
     if scale > 1:  # average over the larger voxels, so that thin edges are not missed

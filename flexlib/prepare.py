@@ -103,7 +103,7 @@ def prepare_particles(
     density = match_grid(volume, full_box, pixel_size_A, str(consensus))
     check_symmetry(density, rotations, settings.symmetry, str(consensus))
     soft_mask = (
-        _make_mask(density, pixel_size_A, mask_settings) if mask is None else _read_mask(mask, full_box, pixel_size_A)
+        _make_mask(density, pixel_size_A, mask_settings) if mask is None else read_mask(mask, full_box, pixel_size_A)
     )
     kept, half_sets = select_particles(everything, settings)
     log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), full_box, pixel_size_A)
@@ -246,14 +246,23 @@ def _boxes(settings: PrepareSettings, box: int) -> tuple[int, int]:
     return crop, train
 
 
-def _read_mask(path: str | Path, box: int, pixel_size_A: float) -> np.ndarray:
-    """The user's mask on the images' full grid, in [0, 1]."""
+def read_mask(path: str | Path, box: int, pixel_size_A: float) -> np.ndarray:
+    """The user's mask, of any box and voxel size, on the images' full grid: (box, box, box) float32 in [0, 1].
+
+    Raises InputError where it is no mask, is empty within the box, or has the images' box but other voxels.
+    """
     mask = read_map(path)
     low, high = float(mask.data.min()), float(mask.data.max())
     if low < -0.01 or high > 1.01 or high <= 0:
         raise InputError(f"{path}: a mask has values from 0 to 1, not {low:g} to {high:g}")
-    data = np.clip(match_grid(mask, box, pixel_size_A, str(path)), 0.0, 1.0)
-    data[data < 0.01] = 0.0  # ringing of a resampled edge
+    if mask.box == box:
+        data = np.clip(match_grid(mask, box, pixel_size_A, str(path)), 0.0, 1.0)
+    else:
+        data = resample_mask(mask.data, box, pixel_size_A / mask.pixel_size_A)
+        log.info(
+            "%s: %d voxels of %.5g A brought to %d of %.5g A", path, mask.box, mask.pixel_size_A, box, pixel_size_A
+        )
+    data[data < 0.01] = 0.0  # so faint that it would only add cells to the mesh
     if not data.any():
         raise InputError(f"{path}: the mask is empty within the images' box of {box} px")
     return data

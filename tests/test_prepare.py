@@ -20,7 +20,7 @@ from flexlib.particles.images import centred_irfft2, centred_rfft2, plane_weight
 from flexlib.particles.prepared import open_full_images, open_training_images, write_latents_star
 from flexlib.particles.star import relion_tables, write_star
 from flexlib.particles.table import OpticsGroup, Particles
-from flexlib.prepare import match_grid, prepare_particles, select_particles, smooth_power
+from flexlib.prepare import match_grid, prepare_particles, read_mask, select_particles, smooth_power
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
 from flexlib.settings import PrepareSettings
 
@@ -443,6 +443,33 @@ def test_match_grid_resamples_and_keeps_the_centre():
     assert match_grid(near, 48, 3.0, "map") is near.data
     with pytest.raises(InputError, match=r"map: 48 voxels of 1 A, but the images have 48 px of 3 A"):
         match_grid(gaussian(48, 1.0), 48, 3.0, "map")
+
+
+@pytest.mark.parametrize(("box", "pixel_size_A"), [(96, 1.5), (80, 1.8), (36, 4.0), (60, 2.37), (64, 3.0)])
+def test_a_mask_of_any_box_keeps_its_edge(tmp_path, box, pixel_size_A):
+    """A hard ball: 1 inside, 0 outside, off by less than a voxel of either grid; no ringing beyond."""
+
+    def radius_A(box, pixel_size_A):
+        axis = (np.arange(box) - box // 2) * pixel_size_A
+        return np.sqrt((axis[:, None, None] - 9) ** 2 + (axis[None, :, None] + 6) ** 2 + axis[None, None, :] ** 2)
+
+    write_map(tmp_path / "mask.mrc", (radius_A(box, pixel_size_A) <= 40).astype(np.float32), pixel_size_A)
+    mask, radius = read_mask(tmp_path / "mask.mrc", 48, 3.0), radius_A(48, 3.0)
+    reach_A = 3**0.5 * max(pixel_size_A, 3.0)
+    assert mask.shape == (48,) * 3 and (mask[radius < 40 - reach_A] == 1).all()
+    assert not mask[radius > 40 + reach_A].any()
+    assert mask.sum() == pytest.approx((radius <= 40).sum(), rel=0.02)
+
+
+def test_bad_masks_are_refused(tmp_path):
+    for name, data, pixel_size_A, message in (
+        ("density", np.full((48,) * 3, 3.0), 3.0, "a mask has values from 0 to 1, not 3 to 3"),
+        ("other", np.ones((48,) * 3), 1.0, "48 voxels of 1 A, but the images have 48 px of 3 A"),
+        ("corner", np.pad(np.ones((2, 2, 2)), (0, 98)), 3.0, "the mask is empty within the images' box of 48 px"),
+    ):
+        write_map(tmp_path / f"{name}.mrc", data.astype(np.float32), pixel_size_A)
+        with pytest.raises(InputError, match=rf"{name}\.mrc: {message}"):
+            read_mask(tmp_path / f"{name}.mrc", 48, 3.0)
 
 
 def test_smoothing_needs_no_more_shells_than_samples_ask_for():
