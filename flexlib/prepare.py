@@ -347,8 +347,8 @@ def select_particles(particles: Particles, settings: PrepareSettings) -> tuple[P
         why = "resplit is set" if settings.resplit else f"{particles.source_path} has no half-sets"
         log.warning("%s: particles are split at random into two halves", why)
     elif count < len(keep):
-        halves = np.bincount(image, half_set[keep], count) / np.bincount(image, minlength=count)
-        parted = int(((halves > 0) & (halves < 1)).sum())
+        in_second = np.bincount(image, half_set[keep], count) / np.bincount(image, minlength=count)
+        parted = int(((in_second > 0) & (in_second < 1)).sum())
         if parted:
             log.warning(
                 "%s: %d images have rows in both half-sets, which are then not independent: set prepare.resplit",
