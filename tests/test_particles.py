@@ -9,7 +9,7 @@ import pytest
 import starfile
 from scipy.spatial.transform import Rotation
 
-from flexlib.ctf import wavelength_A
+from flexlib.ctf import even_zernike_index, physical_frequencies, wavelength_A, zernike
 from flexlib.errors import InputError
 from flexlib.particles import read_particles
 from flexlib.particles.stack import open_stacks, read_stack_header
@@ -219,17 +219,63 @@ def test_half_sets_of_one_value_are_none(blocks, star, tmp_path):
     assert (read_particles(write_cs(tmp_path / "particles.cs", table)).half_set == -1).all()
 
 
-def test_aberrations_of_cryosparc(blocks, star, tmp_path):
+def with_columns(table, **columns):
+    """The .cs records with further float32 columns ``ctf/<name>``, the same in every row."""
+    kinds = [(f"ctf/{name}", "f4", np.shape(values)) for name, values in columns.items()]
+    result = np.zeros(len(table), [*table.dtype.descr, *kinds])
+    for name in table.dtype.names:
+        result[name] = table[name]
+    for name, values in columns.items():
+        result[f"ctf/{name}"] = values
+    return result
+
+
+def test_aberrations_of_cryosparc(blocks, tmp_path):
     """Tilt of Cs * t radians is RELION's beam tilt t; trefoil is -(2 pi / 3) lambda^2 k^3 (cos 3th, sin 3th)."""
-    base = cs_table(blocks)
-    table = np.zeros(COUNT, [*base.dtype.descr, ("ctf/tilt_A", "f4", (2,)), ("ctf/trefoil_A", "f4", (2,))])
-    for name in base.dtype.names:
-        table[name] = base[name]
-    table["ctf/tilt_A"], table["ctf/trefoil_A"] = [2700.0, -5400.0], [3.0, 4.0]
+    table = with_columns(cs_table(blocks), tilt_A=[2700.0, -5400.0], trefoil_A=[3.0, 4.0])
     group = read_particles(write_cs(tmp_path / "particles.cs", table)).optics[0]
     np.testing.assert_allclose(group.beam_tilt_mrad, [0.1, -0.2], rtol=1e-6)
     strength = -2 * np.pi / 3 * wavelength_A(300.0) ** 2
     np.testing.assert_allclose(group.odd_zernike, [0, 0, 4 * strength, 0, 0, 3 * strength], rtol=1e-6)
+
+
+def test_tetrafoil_of_cryosparc(blocks, tmp_path):
+    """2 pi lambda^3 k^4 (t0 cos 2th + t1 sin 2th) + pi/2 lambda^3 k^4 (t2 cos 4th + t3 sin 4th), whatever the basis."""
+    tetra = np.array([900.0, -500.0, 700.0, 300.0])
+    table = with_columns(cs_table(blocks), tetra_A=tetra)
+    group = read_particles(write_cs(tmp_path / "particles.cs", table)).optics[0]
+    k, theta = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.3, 1.9, -2.2, 3.0])
+    angles = [np.cos(2 * theta), np.sin(2 * theta), np.cos(4 * theta), np.sin(4 * theta)]
+    cube = wavelength_A(300.0) ** 3
+    expected = k**4 * cube * (np.array([2, 2, 0.5, 0.5]) * np.pi * tetra @ angles)
+    kx, ky = k * np.cos(theta), k * np.sin(theta)
+    found = sum(value * zernike(*even_zernike_index(at), kx, ky) for at, value in enumerate(group.even_zernike))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.abs(expected).max() > 1e-4
+
+
+def test_anisomag_of_cryosparc_is_a_magnification_in_real_space(blocks, tmp_path):
+    """A pixel size p2 called p1 is anisomag p2/p1 - 1 (CryoSPARC's own example): the same physical frequencies."""
+    base = cs_table(blocks)
+    relabelled = with_columns(base, anisomag=[0.02, 0.0, 0.0, 0.02])
+    relabelled["blob/psize_A"] = base["blob/psize_A"] / 1.02
+    one, other = (
+        physical_frequencies(group, BOX, group.pixel_size_A)
+        for group in (read_particles(write_cs(tmp_path / "a.cs", table)).optics[0] for table in (base, relabelled))
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    turned = with_columns(base, anisomag=[0.03, 0.01, -0.02, 0.0])
+    matrix = read_particles(write_cs(tmp_path / "b.cs", turned)).optics[0].magnification_matrix
+    np.testing.assert_allclose(np.linalg.inv(matrix).T, [[1.03, 0.01], [-0.02, 1.0]], rtol=1e-6)
+
+
+def test_shift_of_cryosparcs_ctf_is_taken_off(blocks, tmp_path):
+    base = cs_table(blocks)
+    plain, shifted = (
+        read_particles(write_cs(tmp_path / "a.cs", table)).origin_A
+        for table in (base, with_columns(base, shift_A=[0.5, -1.5]))
+    )
+    np.testing.assert_allclose(plain - shifted, np.broadcast_to([0.5, -1.5], plain.shape), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
