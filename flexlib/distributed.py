@@ -299,7 +299,7 @@ def _serve(descriptor: int) -> None:
     """What the process of a rank does; ``descriptor`` is its end of the pipe to the launcher."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets it too, and ends us
     connection = Connection(descriptor)
-    work, arguments, store, threads, level = connection.recv()
+    work, arguments, file, threads, level = connection.recv()
     group, device = arguments[:2]
     threading.Thread(target=_end_with_launcher, args=(connection,), daemon=True).start()
     handler = _ToLauncher(connection)  # type: ignore[arg-type]
@@ -308,12 +308,14 @@ def _serve(descriptor: int) -> None:
     logging.captureWarnings(True)
     torch.set_num_threads(threads)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(
-        backend, store=dist.FileStore(store, group.size), rank=group.rank, world_size=group.size, timeout=TIMEOUT
-    )
+    store = dist.FileStore(file, group.size)
+    dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=TIMEOUT)
     try:
         work(*arguments)
-        group.any(False)  # nobody leaves while others may still ask for something
+        if group.leads:
+            store.set("done", "")
+        else:  # nobody leaves while the first still writes, however long that takes
+            store.wait(["done"], timedelta(days=30))
     except Exception as error:
         known = error if isinstance(error, InputError) else None
         with handler.lock:  # type: ignore[union-attr]

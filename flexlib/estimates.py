@@ -84,7 +84,9 @@ def _map_mb(box: int) -> float:
     return 4 * box**3 / 2**20
 
 
-def memory_mb(stage: str, size: DataSize, *, all_in_ram: bool = False, volume: str | Path | None = None) -> int:
+def memory_mb(
+    stage: str, size: DataSize, *, all_in_ram: bool = False, volume: str | Path | None = None, processes: int = 1
+) -> int:
     """Memory that ``stage`` needs, in MiB.
 
     Parameters
@@ -93,6 +95,7 @@ def memory_mb(stage: str, size: DataSize, *, all_in_ram: bool = False, volume: s
     size : of the data
     all_in_ram : ``reconstruct.all_in_ram``
     volume : ``generate.volume``, deformed in place of the canonical map
+    processes : ``train.processes``, each of which holds the maps and the metadata
     """
     rows_mb = size.num_rows / 2**20
     if stage in ("simulate", "prepare"):
@@ -101,13 +104,13 @@ def memory_mb(stage: str, size: DataSize, *, all_in_ram: bool = False, volume: s
         return round(BASE_MB + 15 * _map_mb(size.train_box))
     if stage == "train":
         batch_mb = 0.06 * size.train_box**2  # a batch's images, their transforms and gradients
-        return round(BASE_MB + batch_mb + 20 * _map_mb(size.train_box) + 6000 * rows_mb)
+        return round(processes * (BASE_MB + 20 * _map_mb(size.train_box) + 6000 * rows_mb) + batch_mb)
     if stage == "generate":
         deformed = _map_mb(size.train_box) if volume is None else Path(volume).stat().st_size / 2**20
         return round(BASE_MB + 14 * deformed)
     if stage == "reconstruct":
         held = 0.5 * rows_mb * 4.5 * size.full_box**2 if all_in_ram else 0.0
-        return round(BASE_MB + 12 * _map_mb(size.full_box) + 2000 * rows_mb + held)
+        return round(processes * (BASE_MB + 12 * _map_mb(size.full_box) + 2000 * rows_mb) + held)
     if stage == "report":
         return round(BASE_MB + 10 * _map_mb(size.full_box) + 4000 * rows_mb)
     return 600

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from flexlib.canonical import shell_index
+from flexlib.distributed import ALONE, Group
 from flexlib.particles.images import ImageBatch, ImageSource, plane_weight, read_ahead, shell_radius, split_batches
 from flexlib.projection.op import (
     KERNELS,
@@ -109,7 +110,8 @@ class _Views:
 class NormalEquations:
     """``hessian x = data`` of the least-squares problem, streamed over batches of images.
 
-    Sums over images are taken in double precision over batches; within a batch the operator is float32.
+    Sums over images are taken in double precision over batches; within a batch the operator is float32. With several
+    processes each holds the map and its own part of the images.
     """
 
     def __init__(
@@ -121,22 +123,24 @@ class NormalEquations:
         mask_values: torch.Tensor,
         batch_size: int | None = None,
         keep_views: bool = False,
+        group: Group = ALONE,
     ):
         """``mask_values`` (nvox,) soft mask at ``voxels``; ``keep_views`` trades memory for CTFs and moved vertices."""
         self.source, self.voxels, self.vertex_provider = source, voxels, vertex_provider
         self.device = voxels.bary.device
         self.mask_values = mask_values.to(self.device, voxels.bary.dtype)
-        self.batches = split_batches(rows, batch_size or default_batch_size(voxels.box))
+        self.group = group
+        self.batches = split_batches(group.share(rows), batch_size or default_batch_size(voxels.box))
         self._kept: list[_Views] | None = None
 
         self.data = torch.zeros(len(voxels.index), dtype=torch.float64, device=self.device)
-        self.energy = 0.0
+        energy = torch.zeros(1, dtype=torch.float64)
         power = torch.zeros(voxels.box // 2, dtype=torch.float64, device=self.device)
         plane = plane_weight(voxels.box).to(self.device)
         shell = _shell_2d(voxels.box).to(self.device)
         kept = []
         for batch in read_ahead(source, self.batches, self.device):
-            self.energy += 0.5 * float((plane * batch.images.abs() ** 2).sum(dtype=torch.float64))
+            energy += 0.5 * float((plane * batch.images.abs() ** 2).sum(dtype=torch.float64))
             views = self._views(batch)
             self.data += self._adjoint(batch.images * batch.transfer.conj(), views.vertices_px)
             power.index_add_(0, shell.flatten(), (plane * views.weight).sum(0).flatten().double())
@@ -144,6 +148,9 @@ class NormalEquations:
                 kept.append(views)
         if keep_views:
             self._kept = kept
+        group.add(self.data, power)
+        group.add(energy)
+        self.energy = float(energy)
         self.shell_weight = _hessian_per_shell(power, voxels.box)
         shell_3d = shell_index(voxels.box).to(self.device)
         last = voxels.box // 2 - 1
@@ -179,11 +186,12 @@ class NormalEquations:
     def hessian(self, x: torch.Tensor) -> torch.Tensor:
         """``(m A^T W A m + prior) x`` for (nvox,) float64 ``x``: one pass over the particles, no image read."""
         values = x.to(self.mask_values.dtype) * self.mask_values
-        result = self._filter(x, self.prior)
+        result = torch.zeros_like(self.data)
         for views in self._stream():
             spectra = project(values, views.vertices_px, self.voxels, KERNEL, OVERSAMPLING)
             result += self._adjoint(spectra.mul_(views.weight), views.vertices_px)
-        return result
+        self.group.add(result)
+        return result + self._filter(x, self.prior)
 
     def precondition(self, gradient: torch.Tensor) -> torch.Tensor:
         """Divide (nvox,) by the Hessian's shell averages in Fourier space; symmetric and positive."""
@@ -227,6 +235,7 @@ def solve_map(
     batch_size: int | None = None,
     keep_views: bool = False,
     label: str = "map",
+    group: Group = ALONE,
 ) -> tuple[torch.Tensor, Convergence]:
     """The least-squares map of the particles at ``rows``, each moved by its own vertices.
 
@@ -240,6 +249,7 @@ def solve_map(
         after this many iterations, with a warning.
     batch_size : images at a time (default by memory); the result depends on it by rounding only.
     keep_views : keep the squared transfer functions and moved vertices of all particles in memory.
+    group : the processes that share the particles; all call this with the same ``rows``.
 
     Returns
     -------
@@ -250,7 +260,7 @@ def solve_map(
         mask_values = torch.ones(len(voxels.index))
     start = time.perf_counter()
     equations = NormalEquations(
-        source, rows, voxels, vertex_provider, torch.as_tensor(mask_values), batch_size, keep_views
+        source, rows, voxels, vertex_provider, torch.as_tensor(mask_values), batch_size, keep_views, group
     )
     logger.info("%s: %d particles read in %.1f s", label, len(rows), time.perf_counter() - start)
     x, convergence = conjugate_gradients(equations, max_iterations, tolerance, label)
@@ -262,7 +272,7 @@ def conjugate_gradients(
 ) -> tuple[torch.Tensor, Convergence]:
     """Minimise ``1/2 x.Hx - data.x + energy`` from zero: L-BFGS with exact line search (see the module's head).
 
-    ``equations`` gives ``data``, ``energy``, ``hessian(x)`` and ``precondition(g)``. Returns x (nvox,) float64.
+    ``equations`` gives ``data``, ``energy``, ``hessian(x)``, ``precondition(g)`` and ``group``. Returns x (nvox,) float64.
     """
     x = torch.zeros_like(equations.data)
     gradient = -equations.data
@@ -286,7 +296,7 @@ def conjugate_gradients(
         direction = beta * direction - scaled
         convergence.objective.append(equations.energy + 0.5 * float(x @ (gradient - equations.data)))
         convergence.relative_gradient.append((size / first_size) ** 0.5)
-        convergence.converged = convergence.relative_gradient[-1] <= tolerance
+        convergence.converged = equations.group.any(convergence.relative_gradient[-1] <= tolerance)
         logger.info(
             "%s: iteration %d, objective %.6g, relative gradient %.2e, %.1f s",
             label,

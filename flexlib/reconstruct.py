@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from flexlib.distributed import Group, launch
 from flexlib.errors import InputError
 from flexlib.files import atomic_path, write_json
 from flexlib.fsc import corrected_fsc, frequencies_1_per_A, fsc, predicted_truth_fsc, resolution_at
@@ -57,6 +58,8 @@ def reconstruct(
     out_dir: str | Path,
     settings: ReconstructSettings,
     device: str = "auto",
+    *,
+    processes: int = 1,
 ) -> None:
     """Half-maps at full resolution, flexible and rigid, their FSC and the course of their solution.
 
@@ -64,11 +67,18 @@ def reconstruct(
     density units), ``flex_sharpened.mrc``, ``flex_local_resolution.mrc``, ``moving_mask.mrc``, ``fsc.csv`` (see
     ``fsc_table``), ``resolution.json`` and ``convergence.csv`` (half, model, iteration, objective in nats, relative
     gradient). With ``settings.all_in_ram`` CTFs and moved vertices of a half are computed once and kept;
-    ``cache_dir`` puts a copy of the images on fast scratch while they are read. Raises ``InputError`` where the
-    trained point belongs to other particles or a half-set is empty.
+    ``cache_dir`` puts a copy of the images on fast scratch while they are read. ``processes`` share the particles
+    (``flexlib.distributed``). Raises ``InputError`` where the trained point belongs to other particles or a half-set is
+    empty.
     """
+    launch(_reconstruct, (Path(particles_dir), Path(train_dir), Path(out_dir), settings), processes, device)
+
+
+def _reconstruct(
+    group: Group, device: str, particles_dir: Path, train_dir: Path, out_dir: Path, settings: ReconstructSettings
+) -> None:
+    """One rank's part of ``reconstruct``. All ranks solve for the maps; only the first writes them."""
     tune_process()
-    particles_dir, out_dir = Path(particles_dir), Path(out_dir)
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     source = open_full_images(particles_dir)
     mask = read_map(particles_dir / "full" / "mask.mrc")
@@ -91,9 +101,13 @@ def reconstruct(
         kinds.append(_Kind("rigid", voxelise(mesh, inside, source.pixel_size_A), rigid_vertices(mesh, place)))
     halves: dict[str, list[np.ndarray]] = {}
     courses: dict[str, list[Convergence]] = {}
-    with cached_images(source, settings.cache_dir) as images:
+    own_rows = np.concatenate([group.share(np.flatnonzero(source.half_set == half)) for half in (0, 1)])
+    with cached_images(source, settings.cache_dir, own_rows) as images:
         for kind in kinds:
-            halves[kind.name], courses[kind.name] = _solve_halves(images, kind, mask, settings, place, out_dir)
+            solved = _solve_halves(images, kind, mask, settings, place, out_dir, group)
+            halves[kind.name], courses[kind.name] = solved
+    if not group.leads:
+        return
     _write_csv(out_dir / "convergence.csv", _course_table(courses))
 
     moving, motion = moving_region(model, flexible_voxels, mask.data)
@@ -121,7 +135,13 @@ def rigid_vertices(mesh: TetraMesh, device: torch.device | str) -> VertexProvide
 
 
 def _solve_halves(
-    source: ImageSource, kind: _Kind, mask: Map, settings: ReconstructSettings, device: torch.device, out_dir: Path
+    source: ImageSource,
+    kind: _Kind,
+    mask: Map,
+    settings: ReconstructSettings,
+    device: torch.device,
+    out_dir: Path,
+    group: Group,
 ) -> tuple[list[np.ndarray], list[Convergence]]:
     """Solve for both half-maps of one kind, write them and their mean; (N, N, N) maps and their courses."""
     voxels = VoxelTensors.from_mesh_voxels(kind.voxels, device)
@@ -137,11 +157,14 @@ def _solve_halves(
             settings.max_bfgs_iterations,
             keep_views=settings.all_in_ram,
             label=f"{kind.name} half {half}",
+            group=group,
         )
         halves.append(volume.cpu().numpy())
         courses.append(course)
-        write_map(out_dir / f"{kind.name}_half{half}.mrc", halves[-1], source.pixel_size_A, like=mask)
-    write_map(out_dir / f"{kind.name}_map.mrc", 0.5 * (halves[0] + halves[1]), source.pixel_size_A, like=mask)
+        if group.leads:
+            write_map(out_dir / f"{kind.name}_half{half}.mrc", halves[-1], source.pixel_size_A, like=mask)
+    if group.leads:
+        write_map(out_dir / f"{kind.name}_map.mrc", 0.5 * (halves[0] + halves[1]), source.pixel_size_A, like=mask)
     return halves, courses
 
 

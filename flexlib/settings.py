@@ -301,18 +301,26 @@ def _extent(size: MapSize) -> str:
     return f"{extent_A:.5g} A wide ({voxels} voxels of {extent_A / voxels:.5g} A)"
 
 
-def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any]) -> str | None:
-    """Why ``device: cuda`` cannot work here, in one line; None where it can, or is not asked for.
+def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any], processes: int = 1) -> str | None:
+    """Why the GPUs that the config wants cannot be had here, in one line; None where they can, or none are wanted.
 
     Parameters
     ----------
     device : ``device`` of the config
     local : whether jobs run on this machine
     asked_for : GPUs that each rule which uses one asks the scheduler for
+    processes : ``train.processes``; where there is a GPU each needs its own
     """
-    if device != "cuda":
+    if device == "cpu":
         return None
-    if local and not _has_gpu():
+    gpus = _count_gpus() if local else min((int(n) for n in asked_for.values() if str(n).isdecimal()), default=0)
+    if processes > gpus > 0:
+        more = "lower it, or set device: cpu" if local else "raise gpu of train and reconstruct in the profile"
+        found = "this machine shows" if local else "jobs are given"
+        return f"config: train.processes: {processes}, one a GPU, but {found} {gpus}: {more}"
+    if device == "auto":
+        return None
+    if local and not gpus:
         return (
             "config: device: cuda, but this machine shows no GPU: set device: auto, "
             "or run on a cluster with --profile slurm"
@@ -326,7 +334,12 @@ def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any]) -> str
     return None
 
 
-def _has_gpu() -> bool:
-    """Whether a GPU's driver is loaded and not hidden, without importing torch (seconds)."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and any(Path(place).exists() for place in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+def _count_gpus() -> int:
+    """How many GPUs there are and are not hidden, without importing torch (seconds)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or not any(Path(place).exists() for place in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+        return 0
+    if visible:
+        return len(visible.split(","))
+    # WSL and ROCm do not show how many: the job, where torch counts them, will tell
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()]) or 64

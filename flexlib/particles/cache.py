@@ -44,7 +44,9 @@ class _CacheError(Exception):
 
 
 @contextmanager
-def cached_images(source: FullImages, cache_dir: str | Path | None) -> Iterator[FullImages]:
+def cached_images(
+    source: FullImages, cache_dir: str | Path | None, rows: np.ndarray | None = None
+) -> Iterator[FullImages]:
     """``source`` with its images read from a copy below ``cache_dir``; itself where that is None or has no room.
 
     Parameters
@@ -53,6 +55,8 @@ def cached_images(source: FullImages, cache_dir: str | Path | None) -> Iterator[
         Images as ``open_full_images`` gives them.
     cache_dir
         A folder on fast scratch; made if missing. Several jobs may use it at once.
+    rows
+        (m,) the only rows that will be read; None for all.
     """
     if cache_dir is None:
         yield source
@@ -62,7 +66,7 @@ def cached_images(source: FullImages, cache_dir: str | Path | None) -> Iterator[
         try:
             try:
                 folder, lock = _claim_folder(Path(cache_dir))
-                used = _copy_images(source, folder)
+                used = _copy_images(source, folder, np.arange(len(source)) if rows is None else rows)
             except (OSError, _CacheError) as error:
                 reason = error.strerror or error if isinstance(error, OSError) else error
                 logger.warning(
@@ -110,14 +114,12 @@ def _in_use(folder: Path) -> bool:
     return False
 
 
-def _copy_images(source: FullImages, folder: Path) -> FullImages:
-    """Copy the images that ``source`` reads into ``folder``; the same source, reading the copies."""
+def _copy_images(source: FullImages, folder: Path, rows: np.ndarray) -> FullImages:
+    """Copy the images of ``rows`` into ``folder``; the same source, reading the copies."""
     began = time.perf_counter()
     stacks, particles = source.stored
-    slices_of = {
-        int(stack): np.unique(particles.image_index[particles.stack_index == stack])
-        for stack in np.unique(particles.stack_index)
-    }
+    stack_of, slice_of = particles.stack_index[rows], particles.image_index[rows]
+    slices_of = {int(stack): np.unique(slice_of[stack_of == stack]) for stack in np.unique(stack_of)}
     originals = {stack: stacks.header(stack) for stack in slices_of}
     wanted = sum(len(slices) * _image_bytes(originals[stack]) for stack, slices in slices_of.items())
     disk = shutil.disk_usage(folder)
@@ -130,8 +132,8 @@ def _copy_images(source: FullImages, folder: Path) -> FullImages:
         path = folder / f"{stack:06d}.images"
         _copy_stack(originals[stack], slices, path)
         headers[stack] = replace(originals[stack], path=path, num_images=len(slices), offset=0)
-        rows = particles.stack_index == stack
-        image_index[rows] = np.searchsorted(slices, particles.image_index[rows])
+        here = rows[stack_of == stack]
+        image_index[here] = np.searchsorted(slices, particles.image_index[here])
     seconds = time.perf_counter() - began
     logger.info("%.2f GB of images copied to %s in %.1f s", wanted / 1e9, folder, seconds)
     return source.reading_from(Stacks(tuple(headers)), image_index)

@@ -54,8 +54,9 @@ RECONSTRUCT = f"{RESULTS}/reconstruct/{POINT_PATTERN}"
 PREPARED = f"{PARTICLES}/prepared.json"
 
 GPU_RULES = ["train", "reconstruct"]
-# asked for where the config insists on one; with device: auto the profile decides
-GPUS = 1 if config["device"] == "cuda" else 0
+PROCESSES = config["train"]["processes"]
+# asked for where the config insists on them; with device: auto the profile decides
+GPUS = PROCESSES if config["device"] == "cuda" else 0
 
 # how Snakemake's own report names a point
 POINT_LABELS = {"cells": "{cells}", "dims": "{dims}", "rigidity": "{rigidity}", "seed": "{seed}"}
@@ -96,10 +97,10 @@ def mesh_settings(wildcards):
 
 
 def train_settings(wildcards):
-    """``train:`` at one point."""
+    """``train:`` at one point, without the number of processes: another must not repeat what is done."""
     point = point_of(wildcards)
     return {
-        **config["train"],
+        **{key: value for key, value in config["train"].items() if key != "processes"},
         "latent_dims": point.latent_dims,
         "rigidity": point.rigidity,
         "seed": point.seed,
@@ -175,10 +176,10 @@ def check_disk():
 
 
 def check_gpu():
-    """Refuse ``device: cuda`` before any job where no job could have a GPU."""
+    """Refuse ``device: cuda``, or several processes, before any job where no job could have the GPUs for it."""
     given = workflow.resource_settings.overwrite_resources
     asked_for = {name: given[name]["gpu"].raw if "gpu" in given.get(name, {}) else GPUS for name in GPU_RULES}
-    if complaint := gpu_complaint(config["device"], workflow.local_exec, asked_for):
+    if complaint := gpu_complaint(config["device"], workflow.local_exec, asked_for, PROCESSES):
         sys.exit(f"ERROR {complaint}")
 
 

@@ -34,9 +34,9 @@ rule reconstruct:
         f"{BENCHMARKS}/reconstruct/{POINT_PATTERN}.tsv"
     conda:
         "../../envs/flexlib.yaml"
-    threads: 8
+    threads: 8 * PROCESSES
     resources:
-        mem_mb=memory("reconstruct", all_in_ram=config["reconstruct"]["all_in_ram"]),
+        mem_mb=memory("reconstruct", all_in_ram=config["reconstruct"]["all_in_ram"], processes=PROCESSES),
         runtime=runtime("reconstruct"),
         disk_mb=disk("reconstruct"),
         gpu=GPUS,

@@ -32,9 +32,9 @@ rule train:
         f"{BENCHMARKS}/train/{POINT_PATTERN}.tsv"
     conda:
         "../../envs/flexlib.yaml"
-    threads: 8
+    threads: 8 * PROCESSES
     resources:
-        mem_mb=memory("train"),
+        mem_mb=memory("train", processes=PROCESSES),
         runtime=runtime("train"),
         disk_mb=disk("train"),
         gpu=GPUS,

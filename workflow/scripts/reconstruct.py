@@ -14,6 +14,7 @@ def reconstruct(snakemake):
         folder(snakemake.output.fsc),
         make_settings(ReconstructSettings, snakemake.params.settings),
         chosen_device(snakemake),
+        processes=snakemake.config["train"]["processes"],
     )
 
 

@@ -4,15 +4,18 @@ from _common import chosen_device, folder, run_stage, use_torch_threads
 
 
 def train(snakemake):
+    from dataclasses import replace
+
     from flexlib import training
     from flexlib.settings import TrainSettings, make_settings
 
     use_torch_threads(snakemake)
+    processes = snakemake.config["train"]["processes"]  # no parameter: another number must not repeat what is done
     training.train(
         folder(snakemake.input.particles),
         folder(snakemake.input.mesh),
         folder(snakemake.output.model),
-        make_settings(TrainSettings, snakemake.params.settings),
+        replace(make_settings(TrainSettings, snakemake.params.settings), processes=processes),
         chosen_device(snakemake),
         discard_other_checkpoint=True,  # Snakemake runs this when settings or inputs have changed
     )
