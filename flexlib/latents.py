@@ -219,7 +219,7 @@ class Search:
     """Where to look for the latents of particles that may be lost in a wrong valley, and how wide."""
 
     centres: torch.Tensor  # (m, K) starts that are tried for every particle
-    coarse: CoarseView | None  # the view in which they are tried; None is the full one
+    coarse: tuple[CoarseView, torch.Tensor] | None  # the view in which they are tried, and the map in it, if not full
 
 
 @torch.no_grad()
@@ -240,8 +240,8 @@ def search_latents(
     (b,), in nats of the search's view; minus infinity where there is no other valley.
     """
     if search.coarse is not None:
-        operator, batch, weight = search.coarse.operator, search.coarse.batch(batch), search.coarse.weight(weight)
-        values = search.coarse.values(values)
+        view, values = search.coarse
+        operator, batch, weight = view.operator, view.batch(batch), view.weight(weight)
 
     def objective(latents: torch.Tensor, displacements_A: torch.Tensor) -> torch.Tensor:
         return log_likelihood_loss(operator, values, batch, displacements_A, weight) + prior.energy(latents)

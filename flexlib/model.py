@@ -60,6 +60,11 @@ class FlowGenerator(nn.Module):
         coefficients = self.coefficients(z)
         return (coefficients @ self.basis_A.flatten(1)).view(len(z), -1, 3)
 
+    def assembled(self) -> AssembledFlow:
+        """The same flow with its last layer multiplied by the basis once, for as long as the parameters stay."""
+        last = torch.cat([self.output.weight.T, self.linear, self.output.bias[None]])
+        return AssembledFlow(self, last @ self.basis_A.flatten(1))
+
     @torch.no_grad()
     def stand_still(self) -> None:
         """Make every displacement zero."""
@@ -72,6 +77,20 @@ class FlowGenerator(nn.Module):
         """Keep every displacement while latents change by ``z_old = matrix @ z_new + offset``."""
         self.input_offset += self.input_matrix @ offset
         self.input_matrix.copy_(self.input_matrix @ matrix)
+
+
+@dataclass(frozen=True)
+class AssembledFlow:
+    """A flow as a sum of few fields: a batch's displacements cost a fraction of what the whole basis does."""
+
+    flow: FlowGenerator
+    fields_A: torch.Tensor  # (hidden units + K + 1, 3 nv)
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, K) latents to (b, nv, 3) displacements in Angstrom."""
+        raw = z @ self.flow.input_matrix.T + self.flow.input_offset
+        factors = torch.cat([self.flow.hidden(raw), raw, raw.new_ones((len(raw), 1))], dim=1)
+        return (factors @ self.fields_A).view(len(z), -1, 3)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Latents of single particles and the spectral start, against finite differences, Monte Carlo and known truth."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,24 @@ def predicted_images(setup, flow, values, batch, latents, seed):
         clean = batch.transfer * setup.operator.slices(values, batch, flow(latents))
     noise = torch.fft.rfft2(torch.randn(len(clean), BOX, BOX), norm="ortho")
     return replace(batch, images=clean + noise)
+
+
+def test_assembled_flow_is_the_flow(flow):
+    """Displacements and their gradients by latents and parameters, with latents in another scale."""
+    flow = copy.deepcopy(flow)
+    with torch.no_grad():
+        flow.output.bias.normal_()
+    flow.rescale_latents(torch.tensor([[1.5, 0.0], [0.4, 0.7]]), torch.tensor([0.2, -0.3]))
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    pull = torch.randn(flow(z).shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for moves in (flow, flow.assembled()):
+        at = z.clone().requires_grad_()
+        displacements = moves(at)
+        wanted = (at, *flow.parameters())
+        results.append((displacements, *torch.autograd.grad((displacements * pull).sum(), wanted)))
+    for plain, assembled in zip(*results, strict=True):
+        assert (plain - assembled).norm() < 1e-5 * plain.norm()
 
 
 def test_information_is_the_squared_change_of_the_prediction(setup, flow, values, batch):
@@ -176,7 +196,7 @@ def test_particles_in_a_wrong_valley_are_found(setup, values):
     batch = predicted_images(setup, Swing(), values, setup.source.batch(np.arange(40)), truth, 7)
     centres = torch.as_tensor(latent_centres(truth.numpy(), 0))
     lost = -truth
-    search = Search(centres, setup.coarse)
+    search = Search(centres, (setup.coarse, setup.coarse.values(values)))
     alone = infer_latents(setup.operator, Swing(), values, batch, weight, lost, 8)
     found = infer_everywhere(setup.operator, Swing(), values, batch, weight, lost, 8, search)
     assert (found.objective <= alone.objective + 1e-3).all()

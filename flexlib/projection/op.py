@@ -244,7 +244,8 @@ def view_vertices(
 
     ``vertices_A`` (nv, 3) or (b, nv, 3) in A; ``rotation`` (b, 3, 3); ``origin_px`` (b, 2). Returns (b, nv, 2) pixels.
     """
-    return vertices_A @ rotation[:, :2].transpose(1, 2) / pixel_size_A - origin_px[:, None]
+    turn = (rotation[:, :2] / pixel_size_A).transpose(1, 2)
+    return torch.baddbmm(-origin_px[:, None], vertices_A.expand(len(turn), -1, -1), turn)
 
 
 def scatter_volume(values: torch.Tensor, voxels: VoxelTensors) -> torch.Tensor:

@@ -123,10 +123,11 @@ def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> t
     latents, information = state.latents[rows], state.information[rows]
     noisy = group.share(latents + _posterior_noise(setup, latents, information)).requires_grad_()
     values = state.canonical.values.clone().requires_grad_()
-    displacements = state.flow(noisy)
+    flow = state.flow.assembled()
+    displacements = flow(noisy)
     loss = log_likelihood_loss(setup.operator, values, batch, displacements, weight).sum()
     sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, group.size)]
-    moved = setup.operator.vertices_A + state.flow(latents[group.share(sample).to(setup.device)])
+    moved = setup.operator.vertices_A + flow(latents[group.share(sample).to(setup.device)])
     strain = mesh_rigidity(setup.rigidity, moved).sum() / len(sample)
     (loss / num + settings.rigidity * RIGIDITY_NATS * strain).backward()
 
@@ -134,7 +135,7 @@ def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> t
     if not settings.freeze_latents:
         with torch.no_grad():
             if refresh:
-                own_information = _information(setup, state, batch, weight, own_latents, values.detach())
+                own_information = _information(setup, state, flow, batch, weight, own_latents, values.detach())
             own_latents = _newton_latents(setup.prior, own_latents, noisy.detach(), noisy.grad * num, own_information)
     latents, information = group.place(own_latents, num), group.place(own_information, num)
     mean_A = displacements.detach().sum(0) / num
@@ -160,18 +161,18 @@ def _posterior_noise(setup: Setup, latents: torch.Tensor, information: torch.Ten
     return (torch.linalg.cholesky(covariance) @ white)[..., 0]
 
 
-def _information(setup, state, batch, weight, latents, values) -> torch.Tensor:
+def _information(setup, state, flow, batch, weight, latents, values) -> torch.Tensor:
     """(b, K, K) Fisher information of latents, from the coarse view where there is one.
 
     What finer shells add is nearly a factor common to all particles; it is measured on an epoch's first batch.
     """
     if setup.coarse is None:
-        return fisher_information(setup.operator, state.flow, values, batch, weight, latents)
+        return fisher_information(setup.operator, flow, values, batch, weight, latents)
     small, small_weight = setup.coarse.batch(batch), setup.coarse.weight(weight)
     small_values = setup.coarse.values(values)
-    coarse = fisher_information(setup.coarse.operator, state.flow, small_values, small, small_weight, latents)
+    coarse = fisher_information(setup.coarse.operator, flow, small_values, small, small_weight, latents)
     if state.step == 0:
-        full = fisher_information(setup.operator, state.flow, values, batch, weight, latents)
+        full = fisher_information(setup.operator, flow, values, batch, weight, latents)
         both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, coarse)])
         setup.group.add(both)
         state.information_ratio = float(both[0] / both[1]) if both[1] > 0 else 1.0
@@ -210,11 +211,11 @@ def _leave_wrong_valleys(setup: Setup, state: State) -> None:
         return
     weight = plane_weight(setup.source.box, setup.band(BAND_EPOCHS)).to(setup.device)
     search, values, moved = valley_search(setup, state), state.canonical.values, torch.zeros(1)
-    own_rows = setup.group.share(setup.training_rows)
+    own_rows, flow = setup.group.share(setup.training_rows), state.flow.assembled()
     for batch in read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device):
         rows = torch.as_tensor(batch.rows, device=setup.device)
         found, lower = search_latents(
-            setup.operator, state.flow, values, batch, weight, state.latents[rows], search, setup.prior
+            setup.operator, flow, values, batch, weight, state.latents[rows], search, setup.prior
         )
         clearly = lower > CLEARLY_LOWER_NATS
         state.latents[rows[clearly]] = found[clearly]
@@ -230,7 +231,8 @@ def valley_search(setup: Setup, state: State) -> Search:
     """Starts all over the latents' distribution."""
     used = state.latents[torch.as_tensor(setup.training_rows, device=setup.device)].cpu().numpy()
     centres = latent_centres(used, derived_seed(setup.settings.seed, 8, state.epoch))
-    return Search(torch.as_tensor(centres, device=setup.device), setup.coarse)
+    coarse = (setup.coarse, setup.coarse.values(state.canonical.values)) if setup.coarse is not None else None
+    return Search(torch.as_tensor(centres, device=setup.device), coarse)
 
 
 @torch.no_grad()
@@ -259,6 +261,7 @@ def standardise(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Tensor]
     return offset, scale
 
 
+@torch.no_grad()
 def score_now(setup: Setup, state: State, steps: int, search: bool) -> HeldOutScore:
     """The held-out score as things stand (``validation.py``)."""
     frozen = setup.settings.freeze_latents
@@ -266,7 +269,7 @@ def score_now(setup: Setup, state: State, steps: int, search: bool) -> HeldOutSc
         setup.source,
         setup.validation_rows,
         setup.operator,
-        state.flow,
+        state.flow.assembled(),
         state.canonical.values,
         setup.rigid,
         state.rigid_values,

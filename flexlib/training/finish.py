@@ -37,17 +37,17 @@ def infer_all(setup: Setup, state: State) -> torch.Tensor:
     num, mine = len(setup.source), setup.group.part(len(setup.source))
     own_batches = split_batches(np.arange(num)[mine], setup.batch_size)
     search = None if setup.settings.freeze_latents else valley_search(setup, state)
-    mean_A = torch.zeros_like(setup.operator.vertices_A)
+    flow, mean_A = state.flow.assembled(), torch.zeros_like(setup.operator.vertices_A)
     for batch in read_ahead(setup.source, own_batches, device):
         rows = torch.as_tensor(batch.rows, device=device)
-        model = (setup.operator, state.flow, state.canonical.values, batch, weight, state.latents[rows])
+        model = (setup.operator, flow, state.canonical.values, batch, weight, state.latents[rows])
         if search is None:
             posterior = infer_latents(*model, 0, setup.prior)
         else:
             posterior = infer_everywhere(*model, FINAL_STEPS, search, setup.prior)
         state.latents[rows], precision[rows] = posterior.latents, posterior.precision
         state.information[rows] = posterior.precision - setup.prior.curvature(posterior.latents)
-        mean_A += state.flow(posterior.latents).sum(0) / len(setup.source)
+        mean_A += flow(posterior.latents).sum(0) / len(setup.source)
     setup.group.add(mean_A)
     for rows_of_all in (state.latents, precision, state.information):
         rows_of_all.copy_(setup.group.gather(rows_of_all[mine], num))
