@@ -272,7 +272,7 @@ def conjugate_gradients(
 ) -> tuple[torch.Tensor, Convergence]:
     """Minimise ``1/2 x.Hx - data.x + energy`` from zero: L-BFGS with exact line search (see the module's head).
 
-    ``equations`` gives ``data``, ``energy``, ``hessian(x)``, ``precondition(g)`` and ``group``. Returns x (nvox,) float64.
+    Returns x (nvox,) float64.
     """
     x = torch.zeros_like(equations.data)
     gradient = -equations.data

@@ -225,6 +225,17 @@ def test_a_gpu_that_is_needed_must_be_there_or_asked_for(monkeypatch):
     assert gpu_complaint("cuda", False, {"train": 1, "reconstruct": "1"}) is None
 
 
+def test_several_processes_need_a_gpu_each_where_there_are_gpus(monkeypatch):
+    asked_for = {"train": 2, "reconstruct": "1"}
+    assert "processes: 2, one a GPU, but jobs are given 1: raise gpu" in gpu_complaint("auto", False, asked_for, 2)
+    assert gpu_complaint("cuda", False, {"train": 2, "reconstruct": "2"}, 2) is None
+    assert gpu_complaint("auto", False, {"train": 0, "reconstruct": 0}, 2) is None
+    assert gpu_complaint("cpu", False, asked_for, 2) is None
+    monkeypatch.setattr("flexlib.settings._count_gpus", lambda: 2)
+    assert gpu_complaint("cuda", True, {}, 2) is None
+    assert "processes: 3, one a GPU, but this machine shows 2: lower it" in gpu_complaint("auto", True, {}, 3)
+
+
 def test_examples_are_valid():
     examples = sorted((ROOT / "config/examples").glob("*.yaml"))
     assert [path.stem for path in examples] == ["cryosparc", "empiar-10180", "relion"]
