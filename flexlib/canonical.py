@@ -54,7 +54,8 @@ class CanonicalMap:
         # prior: the consensus' own power, never stronger than the data (a consensus may have been filtered)
         prior = torch.minimum(1.0 / signal.clamp(min=1e-30), self.hits)
         self.prior = prior[self.shells]
-        self.hessian = (self.hits + prior)[self.shells]
+        hessian = (self.hits + prior)[self.shells]
+        self.newton = torch.where(hessian > 0, 1 / hessian.clamp(min=1e-30), 0)
 
     def step(self, gradient: torch.Tensor, fraction: float, rate: float, band: float) -> None:
         """Move by ``-rate`` Newton steps.
@@ -62,11 +63,13 @@ class CanonicalMap:
         ``gradient`` (nvox,): of the summed loss of a batch, by ``values``; ``fraction``: the batch's share of the
         particles; ``band``: shells above it are left alone.
         """
-        cells = self.voxels.box**3
-        pull = torch.fft.rfftn(scatter_volume(gradient * self.mask_values, self.voxels)) / (fraction * cells)
-        pull += self.prior * torch.fft.rfftn(scatter_volume(self.values, self.voxels))
-        newton = torch.where((self.shells <= band) & (self.hessian > 0), pull / self.hessian.clamp(min=1e-30), 0)
-        change = torch.fft.irfftn(newton, s=(self.voxels.box,) * 3)
+        box = self.voxels.box
+        fields = torch.stack([gradient * self.mask_values / (fraction * box**3), self.values])
+        volumes = fields.new_zeros((2, box**3))
+        volumes[:, self.voxels.index] = fields
+        of_data, of_prior = torch.fft.rfftn(volumes.view(2, box, box, box), dim=(1, 2, 3))
+        change = of_prior.mul_(self.prior).add_(of_data).mul_(self.newton * (self.shells <= band))
+        change = torch.fft.irfftn(change, s=(box,) * 3)
         self.values = self.values - rate * self.mask_values * gather_volume(change, self.voxels)
 
     def volume(self) -> np.ndarray:

@@ -34,8 +34,7 @@ class Operator:
 
     def slices(self, values: torch.Tensor, batch: ImageBatch, displacements_A: torch.Tensor | None) -> torch.Tensor:
         """Fourier transforms (b, box, box//2+1) of the views of ``values`` (nvox,) moved by (b, nv, 3) or at rest."""
-        vertices = self.vertices_A if displacements_A is None else self.vertices_A + displacements_A
-        in_view = view_vertices(vertices, batch.rotation, batch.origin_px, self.pixel_size_A)
+        in_view = view_vertices(self.vertices_A, batch.rotation, batch.origin_px, self.pixel_size_A, displacements_A)
         return project(values, in_view, self.voxels, self.kernel, self.oversampling)
 
 
@@ -235,9 +234,10 @@ def search_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Other valleys of the objective, for the particles that have one.
 
-    Every centre is tried for every particle. Where the best one is away from ``current`` (b, K) and not much worse,
-    both are descended. Returns the ends of those ways (b, K), elsewhere ``current``, and how much lower they lie
-    (b,), in nats of the search's view; minus infinity where there is no other valley.
+    Every centre is tried for every particle. Where the best one is away from ``current`` (b, K) and not much worse, it
+    is descended, and where it leads elsewhere and down, ``current`` too. Returns the ends of those ways (b, K),
+    elsewhere ``current``, and how much lower they lie (b,), in nats of the search's view; minus infinity where there is
+    no other valley.
     """
     if search.coarse is not None:
         view, values = search.coarse
@@ -257,11 +257,15 @@ def search_latents(
     found, lower = current.clone(), torch.full_like(here, -torch.inf)
     if not len(rows):
         return found, lower
-    some = batch.take(rows)
-    ends = [infer_latents(operator, flow, values, some, weight, z[rows], 4, prior) for z in (current, start)]
-    other = (ends[1].latents - ends[0].latents).norm(dim=1) > _VALLEYS_APART
-    found[rows] = torch.where(other[:, None], ends[1].latents, current[rows])
-    lower[rows] = torch.where(other, ends[0].objective - ends[1].objective, -torch.inf)
+    there = infer_latents(operator, flow, values, batch.take(rows), weight, start[rows], 4, prior)
+    other = (there.latents - current[rows]).norm(dim=1) > _VALLEYS_APART
+    kept = torch.nonzero(other & (there.objective < here[rows] + _UNDECIDED_NATS))[:, 0]
+    rows, there_latents, there_objective = rows[kept], there.latents[kept], there.objective[kept]
+    if len(rows):  # only now is it worth to see how deep the valley is that they are in
+        ends = infer_latents(operator, flow, values, batch.take(rows), weight, current[rows], 4, prior)
+        other = (there_latents - ends.latents).norm(dim=1) > _VALLEYS_APART
+        found[rows] = torch.where(other[:, None], there_latents, current[rows])
+        lower[rows] = torch.where(other, ends.objective - there_objective, -torch.inf)
     return found, lower
 
 

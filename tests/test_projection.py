@@ -288,6 +288,30 @@ def test_vertices_that_are_not_finite_raise(bend):
         project(values.float(), broken, as_float32(voxels))
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["one mesh", "a mesh an image"])
+@pytest.mark.parametrize("displaced", [True, False])
+def test_view_of_vertices_and_its_gradients_in_float32(shared, displaced):
+    """The CPU's own kernel against float64 in plain torch."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.as_tensor(Rotation.random(4, rng=0).as_matrix())
+    vertices, moved = (30 * torch.randn((4, 11, 3), generator=generator, dtype=torch.float64) for _ in range(2))
+    origin, pull = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((4, 2), (4, 11, 2)))
+    given = [vertices[0] if shared else vertices, *([moved] if displaced else [])]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        at = [x.to(dtype, copy=True).requires_grad_() for x in given]
+        views = view_vertices(at[0], rotation.to(dtype), origin.to(dtype), 1.3, *at[1:])
+        results.append((views, *torch.autograd.grad(views, at, pull.to(dtype))))
+    assert results[0][0].shape == (4, 11, 2)
+    by_hand = rotation[2, 1] @ (
+        given[0].view(-1, 11, 3)[-2 if not shared else 0, 5] + (moved[2, 5] if displaced else 0)
+    )
+    assert results[1][0][2, 5, 1].item() == pytest.approx(float(by_hand / 1.3 - origin[2, 1]), rel=1e-12)
+    for fast, plain in zip(*results, strict=True):
+        assert fast.dtype == torch.float32
+        torch.testing.assert_close(fast.double(), plain, rtol=1e-5, atol=1e-4)
+
+
 def test_unknown_kernel_raises(bend):
     values, vertices_px, voxels, _ = bend
     with pytest.raises(KeyError):

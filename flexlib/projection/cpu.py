@@ -400,6 +400,32 @@ def _add_up(sums, total):
             total[j] += sums[block, j]
 
 
+@njit(cache=True, fastmath=True, parallel=True)
+def _view(vertices, displacements, turn, origin, views):
+    for i in prange(len(turn)):
+        of_image = vertices[min(np.int64(i), len(vertices) - 1)]
+        r, shift = turn[i], origin[i]
+        for v in range(vertices.shape[1]):
+            x, y, z = of_image[v, 0], of_image[v, 1], of_image[v, 2]
+            if len(displacements):
+                x += displacements[i, v, 0]
+                y += displacements[i, v, 1]
+                z += displacements[i, v, 2]
+            views[i, v, 0] = r[0, 0] * x + r[0, 1] * y + r[0, 2] * z - shift[0]
+            views[i, v, 1] = r[1, 0] * x + r[1, 1] * y + r[1, 2] * z - shift[1]
+
+
+@njit(cache=True, fastmath=True, parallel=True)
+def _view_adjoint(grad, turn, back):
+    for i in prange(len(turn)):
+        r = turn[i]
+        for v in range(grad.shape[1]):
+            x, y = grad[i, v, 0], grad[i, v, 1]
+            back[i, v, 0] = r[0, 0] * x + r[1, 0] * y
+            back[i, v, 1] = r[0, 1] * x + r[1, 1] * y
+            back[i, v, 2] = r[0, 2] * x + r[1, 2] * y
+
+
 def _arrays(*tensors):
     share_threads_with_numba()
     return [t.detach().contiguous().numpy() for t in tensors]
@@ -444,3 +470,20 @@ def splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_v
         if need_values:
             _add_up(sums, grad_values.numpy())
     return grad_values, grad_vertices
+
+
+def view(vertices_A, displacements_A, turn, origin_px):
+    """See ``op.view_vertices``; ``turn`` (b, 2, 3) holds the rotations' first two rows over the pixel size."""
+    num_vertices = vertices_A.shape[-2]
+    if displacements_A is None:
+        displacements_A = torch.empty((0, num_vertices, 3))
+    views = torch.empty((len(turn), num_vertices, 2))
+    _view(*_arrays(vertices_A.view(-1, num_vertices, 3), displacements_A, turn, origin_px), views.numpy())
+    return views
+
+
+def view_adjoint(grad, turn):
+    """(b, nv, 3) gradient by the moved vertices, from that by their views, (b, nv, 2)."""
+    back = torch.empty((*grad.shape[:2], 3))
+    _view_adjoint(*_arrays(grad, turn), back.numpy())
+    return back

@@ -238,14 +238,40 @@ def spectrum_to_images(spectra: torch.Tensor, grid: int, taps: int) -> torch.Ten
 
 
 def view_vertices(
-    vertices_A: torch.Tensor, rotation: torch.Tensor, origin_px: torch.Tensor, pixel_size_A: float
+    vertices_A: torch.Tensor,
+    rotation: torch.Tensor,
+    origin_px: torch.Tensor,
+    pixel_size_A: float,
+    displacements_A: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotate mesh vertices into the view, drop z, apply the particle's shift.
+    """Move mesh vertices, rotate them into the view, drop z, apply the particle's shift.
 
-    ``vertices_A`` (nv, 3) or (b, nv, 3) in A; ``rotation`` (b, 3, 3); ``origin_px`` (b, 2). Returns (b, nv, 2) pixels.
+    ``vertices_A`` (nv, 3) or (b, nv, 3) in A; ``rotation`` (b, 3, 3) and ``origin_px`` (b, 2) are constants;
+    ``displacements_A`` (b, nv, 3) in A, or none. Returns (b, nv, 2) pixels.
     """
-    turn = (rotation[:, :2] / pixel_size_A).transpose(1, 2)
-    return torch.baddbmm(-origin_px[:, None], vertices_A.expand(len(turn), -1, -1), turn)
+    turn = rotation[:, :2] / pixel_size_A
+    if vertices_A.device.type == "cpu" and vertices_A.dtype == torch.float32:
+        return _View.apply(vertices_A, displacements_A, turn.float(), origin_px.float())
+    moved = vertices_A if displacements_A is None else vertices_A + displacements_A
+    return torch.baddbmm(-origin_px[:, None], moved.expand(len(turn), -1, -1), turn.transpose(1, 2))
+
+
+class _View(torch.autograd.Function):
+    """``view_vertices`` in one pass: batched products of matrices this thin are slow."""
+
+    @staticmethod
+    def forward(ctx, vertices_A, displacements_A, turn, origin_px):
+        ctx.save_for_backward(turn)
+        ctx.shared = vertices_A.ndim == 2
+        backend = import_module("flexlib.projection.cpu")
+        return backend.view(vertices_A, displacements_A, turn, origin_px)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (turn,) = ctx.saved_tensors
+        back = import_module("flexlib.projection.cpu").view_adjoint(grad, turn)
+        of_vertices = (back.sum(0) if ctx.shared else back) if ctx.needs_input_grad[0] else None
+        return of_vertices, back if ctx.needs_input_grad[1] else None, None, None
 
 
 def scatter_volume(values: torch.Tensor, voxels: VoxelTensors) -> torch.Tensor:

@@ -170,7 +170,7 @@ def _new_state(
     latents = latents.to(device)
     return State(
         flow,
-        torch.optim.Adam(flow.parameters(), lr=FLOW_RATE),
+        torch.optim.Adam(flow.parameters(), lr=FLOW_RATE, fused=True),
         canonical,
         latents,
         INFORMATION_AT_START * torch.eye(dims, device=device).repeat(num, 1, 1),

@@ -28,7 +28,7 @@ from flexlib.validation import choose_held_out
 
 RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
 COARSE_BOX = 64  # training boxes from here on have a coarse view
-BATCH_SIZE = 100
+BATCH_SIZE = 200
 MAP_STEPS_PER_EPOCH = 4.0  # Newton steps that the map takes in an epoch, whatever the batch and the set's size
 MOST_MAP_STEP = 0.2  # of a Newton step in one batch
 FIRST_RESOLUTION_A = 20.0  # where coarse to fine starts
