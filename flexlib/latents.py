@@ -16,7 +16,7 @@ from flexlib.canonical import shell_index
 from flexlib.particles.images import ImageBatch, fourier_resample
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
 
-_MOST_CENTRES = 24
+_MOST_CENTRES = 12  # with more dims, more would only cost: they reach no further
 _VALLEYS_APART = 0.5  # latent units
 _WORTH_TRYING_NATS = 30.0  # a centre may be this much worse than where a particle is: it has not been descended yet
 _UNDECIDED_NATS = 3.0  # valleys this close in the coarse view are decided in the full one

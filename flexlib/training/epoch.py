@@ -193,10 +193,10 @@ def hold_gauge(setup: Setup, state: State, mean_A: torch.Tensor, rate: float) ->
 
     Moving the molecule in every particle and the map the other way changes no image; without this the two drift.
     """
-    state.flow.output.bias[-6:] -= rate * _rigid_part(setup, state, mean_A)
+    state.flow.output.bias[-6:] -= rate * rigid_part(setup, state, mean_A)
 
 
-def _rigid_part(setup: Setup, state: State, displacement_A: torch.Tensor) -> torch.Tensor:
+def rigid_part(setup: Setup, state: State, displacement_A: torch.Tensor) -> torch.Tensor:
     """(6,) coefficients of the basis' rigid-body motions in a displacement field (nv, 3), by density."""
     motions = state.flow.basis_A[-6:]
     weighted = motions * setup.density_share[:, None]

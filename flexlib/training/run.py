@@ -20,7 +20,7 @@ from flexlib.model import MODEL_FILE
 from flexlib.runtime import tune_process
 from flexlib.settings import TrainSettings
 from flexlib.training.epoch import finished, run_epoch
-from flexlib.training.finish import final_score, infer_all
+from flexlib.training.finish import final_score, infer_all, settle_shape
 from flexlib.training.results import write_log, write_model, write_results
 from flexlib.training.start import start_or_resume
 from flexlib.training.state import set_up
@@ -105,6 +105,8 @@ def _train(
                 write_model(out_dir / "checkpoints" / MODEL_FILE, setup, state)
     precision = infer_all(setup, state)
     score, rejected = final_score(setup, state)
+    if rejected is None:
+        settle_shape(setup, state)
     if group.leads:
         state.wall_s = resumed_s + time.perf_counter() - began
         write_results(particles_dir, out_dir, setup, state, precision, score, rejected)

@@ -29,6 +29,7 @@ from flexlib.validation import choose_held_out
 RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
 COARSE_BOX = 64  # training boxes from here on have a coarse view
 BATCH_SIZE = 200
+MASK_FLOOR = 0.01  # voxels where the soft mask is below it are no part of the map
 MAP_STEPS_PER_EPOCH = 4.0  # Newton steps that the map takes in an epoch, whatever the batch and the set's size
 MOST_MAP_STEP = 0.2  # of a Newton step in one batch
 FIRST_RESOLUTION_A = 20.0  # where coarse to fine starts
@@ -149,7 +150,7 @@ def set_up(particles_dir: Path, mesh_dir: Path, settings: TrainSettings, device:
         at_rest = torch.as_tensor(of.vertices_A, dtype=torch.float32, device=chosen)
         return Operator(at_rest, VoxelTensors.from_mesh_voxels(voxels, chosen), pixel_size_A)
 
-    inside = mask.data > 0.01
+    inside = mask.data > MASK_FLOOR
     flexible = operator(mesh, inside, source.pixel_size_A)
     coarse = None
     if source.box >= COARSE_BOX and source.box % 4 == 0:
