@@ -6,9 +6,11 @@ import logging
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from flexlib.deform import deform_volume
 from flexlib.latents import infer_everywhere, infer_latents, log_likelihood_loss
+from flexlib.mesh.tetmesh import TetraMesh
 from flexlib.particles.images import plane_weight, read_ahead, split_batches
 from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.training.epoch import rigid_part, score_now, standardise, valley_search
@@ -86,12 +88,40 @@ def settle_shape(setup: Setup, state: State) -> None:
         mean_A += flow(latents).sum(0) / len(state.latents)
     bias[-6:].sub_(rigid_part(setup, state, mean_A))
     removed_A = ((before - bias) @ flow.basis_A.flatten(1)).view(-1, 3)
+    carried = torch.as_tensor(_carried_fields(setup.mesh, flow.basis_A, removed_A), device=setup.device)
+    flow.output.weight.copy_(carried.T @ flow.output.weight)
+    flow.linear.copy_(flow.linear @ carried)
+    bias.copy_(bias @ carried)
     inside = (setup.mask.data > MASK_FLOOR).astype(np.float32)
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)
     for number, newton_steps in enumerate(SETTLING_STEPS):
         _refine_map(setup, state, newton_steps, number)
+
+
+def _carried_fields(mesh: TetraMesh, basis_A: torch.Tensor, shift_A: torch.Tensor) -> np.ndarray:
+    """(m, m) float32: each basis field, carried along by the field ``shift_A`` (nv, 3), in terms of the basis.
+
+    What was at x comes to x + shift. To first order the carried field is that at ``x - shift``, with the gradients of
+    a vertex' cells averaged by volume; the basis is then fitted to it.
+    """
+    corners = mesh.vertices_A[mesh.cells]
+    edges = (corners[:, 1:] - corners[:, :1]).transpose(0, 2, 1)
+    gradients = np.linalg.inv(edges)  # of the barycentric coordinates 1 to 3
+    gradients = np.concatenate([-gradients.sum(1, keepdims=True), gradients], axis=1)  # (nc, 4, 3)
+    volumes = np.abs(np.linalg.det(edges))
+    share = volumes[:, None] / np.bincount(mesh.cells.ravel(), np.repeat(volumes, 4))[mesh.cells]  # (nc, 4)
+    along = np.einsum("ckd,cvd->cvk", gradients, shift_A.cpu().numpy()[mesh.cells]) * share[:, :, None]
+    rows, columns = np.repeat(mesh.cells, 4, axis=1), np.tile(mesh.cells, (1, 4))
+    num = len(mesh.vertices_A)
+    directed = sparse.csr_matrix((along.ravel(), (rows.ravel(), columns.ravel())), shape=(num, num))
+    fields = basis_A.cpu().double().numpy()  # (m, nv, 3)
+    change = directed @ fields.transpose(1, 0, 2).reshape(num, -1)
+    carried = fields - change.reshape(num, len(fields), 3).transpose(1, 0, 2)
+    flat = fields.reshape(len(fields), -1)
+    fitted = np.linalg.solve(flat @ flat.T, flat @ carried.reshape(len(fields), -1).T)
+    return fitted.T.astype(np.float32)
 
 
 def _refine_map(setup: Setup, state: State, newton_steps: float, number: int) -> None:
