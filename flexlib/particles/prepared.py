@@ -128,10 +128,10 @@ class TrainingImages(PreparedImages):
 
     def __init__(self, header: StackHeader, *args: Any) -> None:
         super().__init__(*args)
-        self._stack = header.open()
+        self._stack = Stacks((header,))
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
-        images = torch.from_numpy(self._stack[self.particles.image_index[rows]])
+        images = torch.from_numpy(self._stack.read(self.particles, rows))
         return centred_rfft2(images.to(device)) * (self._filter_of(rows, device) > 0)
 
 
