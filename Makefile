@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: setup demo test test-gpu test-slurm lint clean
+.PHONY: setup demo test test-gpu test-slurm bench bench-page lint clean
 
 setup: $(INSTALLED)
 
@@ -31,6 +31,14 @@ test-gpu: setup
 test-slurm: setup
 	$(SUDO) tests/slurm/cluster.sh start
 	$(BIN)/python -m pytest tests/slurm --slurm; status=$$?; $(SUDO) tests/slurm/cluster.sh stop; exit $$status
+
+# minutes, on a machine with nothing else to do; BENCH="--device cuda" on one with a GPU
+bench: setup
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+	$(BIN)/python benchmarks/make_page.py
+
+bench-page: setup
+	$(BIN)/python benchmarks/make_page.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """Measure the reconstruction's memory and time at full size, each case in a process of its own.
 
     python benchmarks/bench_reconstruct.py [--box 256] [--particles 20000 80000] [--part 500 1500] [--threads 1]
+                                           [--device cuda] [--out FILE]
 
 The particles are simulated poses and CTFs over a stack of few noise images that repeat (their content costs the same as
 any other). Of each half-set only ``--part`` particles are gone through, once for the right-hand side (images read) and
@@ -27,7 +28,9 @@ DISTINCT_IMAGES = 200
 PIXEL_SIZE_A = 1.3
 
 
-def measure(folder: Path, box: int, count: int, part: int, cells: int, kind: str, threads: int) -> dict[str, float]:
+def measure(
+    folder: Path, box: int, count: int, part: int, cells: int, kind: str, threads: int, device: str
+) -> dict[str, float]:
     """One case, in this process."""
     import time
 
@@ -55,29 +58,34 @@ def measure(folder: Path, box: int, count: int, part: int, cells: int, kind: str
         flow = FlowGenerator(basis, 2, 6, 64)
         torch.nn.init.normal_(flow.linear, 0.0, 0.1)
         latents = np.random.default_rng(1).standard_normal((count, 2)).astype(np.float32)
-        provider = flexible_vertices(FlexModel(mesh, flow, latents, mask, box, PIXEL_SIZE_A), "cpu")
+        provider = flexible_vertices(FlexModel(mesh, flow, latents, mask, box, PIXEL_SIZE_A), device)
     else:
         mesh = single_cell_mesh(extent_A)
-        provider = rigid_vertices(mesh, "cpu")
+        provider = rigid_vertices(mesh, device)
     mesh_voxels = voxelise(mesh, mask > 1e-3, PIXEL_SIZE_A)
-    voxels = VoxelTensors.from_mesh_voxels(mesh_voxels)
+    voxels = VoxelTensors.from_mesh_voxels(mesh_voxels, device)
     mask_values = torch.as_tensor(mask.reshape(-1)[mesh_voxels.index])
     stacks, particles = open_stacks(_particles(folder / "noise.mrcs", count, box))
     sigma = np.ones((1, box // 2))
     source = FullImages(stacks, particles, box, PIXEL_SIZE_A, np.ones(1), sigma, box, PIXEL_SIZE_A)
     rows = np.flatnonzero(source.half_set == 0)[:part]
     warm = np.flatnonzero(source.half_set == 1)[:8]
-    NormalEquations(source, warm, voxels, provider, mask_values).hessian(torch.ones(len(voxels.index)).double())
+    NormalEquations(source, warm, voxels, provider, mask_values).hessian(
+        torch.ones(len(voxels.index), dtype=torch.float64, device=device)
+    )
     before = _peak_bytes()
     began, began_cpu = time.perf_counter(), time.process_time()
     equations = NormalEquations(source, rows, voxels, provider, mask_values)
     read_s, read_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     x = equations.precondition(equations.data)
+    x.sum().item()
     began, began_cpu = time.perf_counter(), time.process_time()
-    equations.hessian(x)
+    equations.hessian(x).sum().item()  # waits for a GPU
     iteration_s, iteration_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     scale = count / 2 / part
-    return {
+    on_gpu = {"peak_gpu_GB": torch.cuda.max_memory_allocated() / 1e9} if device == "cuda" else {}
+    return on_gpu | {
+        "both_halves_20_iterations_s_scaled": 2 * scale * (read_s + 20 * iteration_s),
         "voxels": len(voxels.index),
         "peak_before_GB": before / 1e9,
         "peak_GB": _peak_bytes() / 1e9,
@@ -136,6 +144,8 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=20)
     parser.add_argument("--kinds", nargs="+", default=["flex", "rigid"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -151,14 +161,19 @@ def main() -> None:
         environment = os.environ | {"NUMBA_NUM_THREADS": str(options.threads), "OMP_NUM_THREADS": str(options.threads)}
         cases = [(kind, options.particles[0], part) for kind in options.kinds for part in options.part]
         cases += [(options.kinds[0], count, options.part[0]) for count in options.particles[1:]]
+        rows = []
         for kind, count, part in cases:
             case = dict(folder=folder, box=options.box, count=count, part=part, cells=options.cells, kind=kind)
-            case["threads"] = options.threads
+            case |= {"threads": options.threads, "device": options.device}
             command = [sys.executable, __file__, "--case", json.dumps(case)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             numbers = json.loads(done.stdout.splitlines()[-1])
             print(f"box {options.box}, {kind}, {count} particles, {part} of a half gone through:")
             print("   " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()), flush=True)
+            about = {"box": options.box, "kind": kind, "particles": count, "part_of_half": part, "cells": options.cells}
+            rows.append(about | numbers)
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

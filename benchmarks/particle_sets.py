@@ -1,0 +1,84 @@
+"""Prepared and meshed particle sets of any length for the benchmarks.
+
+A few hundred particles are simulated and prepared; a longer set is these repeated, on disk as real as any other: what
+an image holds makes no difference to the time that it takes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from flexlib.files import read_json, write_json
+from flexlib.maps import Map, soft_edge, write_map
+from flexlib.mesh.build import build_mesh
+from flexlib.particles.prepared import PARTICLES, SUMMARY, TRAIN_STACK, ImageStackWriter
+from flexlib.particles.stack import read_stack_header
+from flexlib.particles.star import read_tables, write_star
+from flexlib.prepare import prepare_particles
+from flexlib.settings import MeshSettings, PrepareSettings
+from flexlib.simulate import simulate_particles
+
+FIELD_OF_VIEW_A = 256.0  # the antibody fits
+_CHUNK = 500  # images copied at once
+
+
+def ball(box: int, filling: float) -> np.ndarray:
+    """(box, box, box) bool: a ball in the box centre that fills this share of the box's volume."""
+    axis = np.arange(box) - box // 2
+    distance2 = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2
+    return distance2 <= np.partition(distance2.reshape(-1), round(filling * box**3) - 1)[round(filling * box**3) - 1]
+
+
+def make_set(folder: Path, box: int, *, filling: float | None = None, distinct: int = 500) -> None:
+    """``folder`` with sim/ and particles/: ``distinct`` simulated antibodies of ``box`` px, prepared.
+
+    With ``filling`` the mask is a ball of that share of the box, else what prepare makes.
+    """
+    pixel_size_A = FIELD_OF_VIEW_A / box
+    sim = folder / "sim"
+    simulate_particles(sim, phantom="antibody", num_particles=distinct, box=box, pixel_size_A=pixel_size_A)
+    mask = None
+    if filling is not None:
+        mask = sim / "ball.mrc"
+        data = soft_edge(ball(box, filling), pixel_size_A, 0.0, 0.0)
+        write_map(mask, data, pixel_size_A, like=Map(data, pixel_size_A))
+    prepare_particles(
+        sim / "particles.star",
+        sim / "consensus.mrc",
+        folder / "particles",
+        mask=mask,
+        settings=PrepareSettings(train_box=box),
+    )
+
+
+def make_mesh(particles_dir: Path, mesh_dir: Path, cells: int) -> None:
+    """The stage ``mesh``, for a prepared set."""
+    build_mesh(particles_dir, mesh_dir, MeshSettings(cells=cells))
+
+
+def repeat_set(folder: Path, out: Path, count: int) -> None:
+    """The set of ``make_set`` repeated to ``count`` particles, as if that many had been prepared: ``out``/particles."""
+    source, target = folder / "particles", out / "particles"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(TRAIN_STACK, PARTICLES, SUMMARY))
+    header = read_stack_header(source / TRAIN_STACK)
+    rows = np.arange(count) % header.num_images
+    summary = read_json(source / SUMMARY)
+    with ImageStackWriter(target / TRAIN_STACK, count, header.box, summary["train_pixel_size_A"]) as stack:
+        images = header.open()
+        for first in range(0, count, _CHUNK):
+            stack.append(images[rows[first : first + _CHUNK]])
+    for original, copy, stack_name in (
+        (source / PARTICLES, target / PARTICLES, TRAIN_STACK),
+        (Path(summary["particles"]), out / "input.star", "particles.mrcs"),
+    ):
+        tables = read_tables(original)
+        particles = tables.particles.iloc[rows].reset_index(drop=True)
+        particles["rlnImageName"] = [f"{number + 1:06d}@{stack_name}" for number in range(count)]
+        if "flexInputRow" in particles:
+            particles["flexInputRow"] = np.arange(count)
+        write_star({"optics": tables.optics, "particles": particles}, copy)
+    counts = dict.fromkeys(("num_input", "num_particles", "num_rows"), count)
+    write_json(target / SUMMARY, summary | counts | {"particles": str(out / "input.star")})

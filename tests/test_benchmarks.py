@@ -1,0 +1,57 @@
+"""The benchmarks run and tell what they should, and the page is what they say. No time is ever asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(script: str, *options: object) -> None:
+    command = [sys.executable, BENCHMARKS / script, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_driver_measures_every_part_and_its_page_is_made(tmp_path):
+    out = tmp_path / "results" / "machine.json"
+    run("bench.py", "--quick", "--out", out, "--parts", "operator", "training")
+    run("bench.py", "--quick", "--out", out, "--parts", "reconstruction")
+    result = json.loads(out.read_text())
+    assert {"cpu", "cores", "memory_GB", "gpu", "python", "torch", "numba", "date"} == set(result["machine"])
+    assert {"operator", "training", "reconstruction"} < set(result)  # the second run keeps what the first measured
+    rows = result["operator"]["rows"]
+    assert {row["kernel"] for row in rows} == {"linear", "cubic"} and {row["threads"] for row in rows} >= {1}
+    for row in rows:
+        assert row["voxels"] == pytest.approx(0.2 * 32**3, rel=0.02)
+        assert row["forward_and_adjoint_ns"] > row["forward_ns"] > 0
+        assert row["forward_share_of_adds"] > 0 and row["forward_share_of_copy"] > 0
+    assert [row["latent_dims"] for row in result["training"]["latent_dims"]] == [2]
+    for row in result["training"]["latent_dims"]:
+        assert row["epoch_s"] > 0 and row["epoch_s"] + row["start_s"] < row["wall_s"]
+        assert row["peak_GB"] > 0.1 and row["voxels"] == pytest.approx(0.143 * 32**3, rel=0.02)
+    assert result["reconstruction"]["rows"][0]["both_halves_20_iterations_s_scaled"] > 0
+    run("make_page.py", "--results", out.parent, "--out", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert result["machine"]["cpu"] in page and "Provisional" in page and "Against latent dims" in page
+
+
+def test_performance_page_is_made_of_the_committed_results(tmp_path):
+    run("make_page.py", "--out", tmp_path / "performance.md")
+    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_training_on_a_stack_four_times_the_memory_limit(tmp_path):
+    """80 MB beyond what 2,200 particles take, and 320 MB of images: Linux refuses any allocation over the limit."""
+    limit = 80_000_000
+    out = tmp_path / "memory.json"
+    options = ("--limit-GB", limit / 1e9, "--beyond-warm-up", "--box", 128, "--filling", 0.003, "--cells", 8)
+    run("bench_larger_than_memory.py", *options, "--distinct", 100, "--out", out)
+    result = json.loads(out.read_text())
+    assert result["limit_bytes"] == limit and result["stack_bytes"] > 4 * limit
+    # a stack that is mapped escapes the limit, but not this
+    assert result["peak_resident_bytes"] - result["resident_before_bytes"] < 2 * limit
