@@ -28,7 +28,7 @@ import numpy as np
 
 WARM_UP_PARTICLES = 2200  # enough for mini-batches of full size
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # at once, so that a small limit can be kept
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # at once, so that a small limit can be kept
 
 
 def status_bytes(name: str) -> int:

@@ -43,15 +43,3 @@ def test_driver_measures_every_part_and_its_page_is_made(tmp_path):
 def test_performance_page_is_made_of_the_committed_results(tmp_path):
     run("make_page.py", "--out", tmp_path / "performance.md")
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
-
-
-def test_training_on_a_stack_four_times_the_memory_limit(tmp_path):
-    """80 MB beyond what 2,200 particles take, and 320 MB of images: Linux refuses any allocation over the limit."""
-    limit = 80_000_000
-    out = tmp_path / "memory.json"
-    options = ("--limit-GB", limit / 1e9, "--beyond-warm-up", "--box", 128, "--filling", 0.003, "--cells", 8)
-    run("bench_larger_than_memory.py", *options, "--distinct", 100, "--out", out)
-    result = json.loads(out.read_text())
-    assert result["limit_bytes"] == limit and result["stack_bytes"] > 4 * limit
-    # a stack that is mapped escapes the limit, but not this
-    assert result["peak_resident_bytes"] - result["resident_before_bytes"] < 2 * limit
