@@ -10,6 +10,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
 def tune_process() -> None:
     """Keep freed memory for the next batch, and treat denormal numbers as zero.
 
+    To be called before numba or torch have started threads: a thread inherits how it treats denormal numbers, and where
+    threads differ in that, results of the order of 1e-38 depend on their number.
+
     Batches of the same size come and go by the thousand; without this, glibc returns each large array to the system,
     which maps it anew, page by page. Where the C library has no ``mallopt`` nothing happens.
     """

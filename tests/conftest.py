@@ -2,6 +2,13 @@
 
 from pathlib import Path
 
+from flexlib.runtime import tune_process
+
+
+def pytest_configure(config):
+    """As the stages do, before any thread is started: threads inherit how the processor treats denormal numbers."""
+    tune_process()
+
 
 def pytest_addoption(parser):
     parser.addoption(
