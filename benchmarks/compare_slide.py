@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flexlib.latents import Operator, friedel_halves, infer_latents, log_likelihood_loss
+from flexlib.latents import MovingMap, Operator, friedel_halves, infer_latents, log_likelihood_loss
 from flexlib.maps import read_map, write_map
 from flexlib.mesh.build import build_mesh
 from flexlib.mesh.voxels import voxelise
@@ -87,7 +87,7 @@ def unseen_loss(out: Path, name: str, seed: int) -> np.ndarray:
     losses = []
     for batch in read_ahead(source, split_batches(held, 100), "cpu"):
         start = torch.as_tensor(model.latents[batch.rows])
-        latents = infer_latents(operator, model.flow, values, batch, seen, start, 5).latents
+        latents = infer_latents(MovingMap(operator, model.flow, values), batch, seen, start, 5).latents
         with torch.no_grad():
             losses.append(log_likelihood_loss(operator, values, batch, model.flow(latents), unseen))
     return torch.cat(losses).double().numpy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from flexlib.particles.images import ImageBatch, fourier_resample
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
 
 _MOST_CENTRES = 12  # with more dims, more would only cost: they reach no further
-_VALLEYS_APART = 0.5  # latent units
-_WORTH_TRYING_NATS = 30.0  # a centre may be this much worse than where a particle is: it has not been descended yet
+_VALLEYS_APART, _APART_NATS = 0.5, 1.0  # two ends are in different valleys: latent units, and nats of a parabola's
+# a centre is worth descending if it is worse than where a particle is by no more than this (it has not been descended
+# yet), and by less than this part of what it would be if there were only the one valley
+_WORTH_TRYING_NATS, _WORTH_TRYING_PART = 30.0, 0.5
+_AT_OPTIMUM_NATS = 1e-3  # a step that promises less is not taken
 _UNDECIDED_NATS = 3.0  # valleys this close in the coarse view are decided in the full one
 
 
@@ -144,17 +148,43 @@ class LatentPrior:
         return torch.diag_embed(bend + 1e-3 * self.strength)
 
 
+@dataclass(frozen=True)
+class MovingMap:
+    """What predicts a particle's image from its latents: a map, a flow, and how they are projected."""
+
+    operator: Operator
+    flow: Callable[[torch.Tensor], torch.Tensor]  # (b, K) to (b, nv, 3) in A
+    values: torch.Tensor  # (nvox,)
+    view: CoarseView | None = None  # where there is one, other valleys are looked for and information is measured in it
+    information_ratio: float = 1.0  # of the full box to the view: what finer shells add is nearly common to all
+
+    @cached_property
+    def coarse(self) -> MovingMap:
+        """The same in the coarse view."""
+        assert self.view is not None
+        return MovingMap(self.view.operator, self.flow, self.view.values(self.values))
+
+    def loss(self, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """(b,) nats at latents (b, K): see ``log_likelihood_loss``."""
+        return log_likelihood_loss(self.operator, self.values, batch, self.flow(latents), weight)
+
+    def information(self, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """(b, K, K) Fisher information at latents (b, K), in the coarse view if there is one, at a tenth of the cost.
+
+        On the IgG set standard deviations by it differ by 8 % rms from ``fisher_information``'s (4 % with K = 8).
+        """
+        if self.view is None:
+            return fisher_information(self, batch, weight, latents)
+        small = fisher_information(self.coarse, self.view.batch(batch), self.view.weight(weight), latents)
+        return self.information_ratio * small
+
+
 @torch.no_grad()
 def fisher_information(
-    operator: Operator,
-    flow: Callable[[torch.Tensor], torch.Tensor],
-    values: torch.Tensor,
-    batch: ImageBatch,
-    weight: torch.Tensor,
-    latents: torch.Tensor,
-    probe: float = 0.05,
+    model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, probe: float = 0.05
 ) -> torch.Tensor:
     """(b, K, K) information of the images on their latents (b, K), by K forward differences of step ``probe``."""
+    operator, flow, values = model.operator, model.flow, model.values
     base = operator.slices(values, batch, flow(latents))
     slopes = []
     for axis in range(latents.shape[1]):
@@ -166,127 +196,131 @@ def fisher_information(
     return tangent @ tangent.transpose(1, 2)
 
 
-def _objective_and_gradient(operator, flow, values, batch, weight, latents, prior):
+def _objective_and_gradient(model, batch, weight, latents, prior):
     """(b,) nats with the prior, and their gradient (b, K)."""
     with torch.enable_grad():
         moving = latents.detach().requires_grad_()
-        loss = log_likelihood_loss(operator, values.detach(), batch, flow(moving), weight)
+        loss = model.loss(batch, weight, moving)
         (gradient,) = torch.autograd.grad(loss.sum(), moving)
     return loss.detach() + prior.energy(latents), gradient + prior.gradient(latents)
 
 
 @torch.no_grad()
 def infer_latents(
-    operator: Operator,
-    flow: Callable[[torch.Tensor], torch.Tensor],
-    values: torch.Tensor,
+    model: MovingMap,
     batch: ImageBatch,
     weight: torch.Tensor,
     start: torch.Tensor,
     steps: int = 3,
     prior: LatentPrior = LatentPrior(),
+    information: torch.Tensor | None = None,
 ) -> Posterior:
     """Maximum a posteriori latents by Levenberg-Marquardt: exact gradients, Gauss-Newton curvature from the start.
 
-    ``start`` (b, K); ``weight`` as in ``log_likelihood_loss``. A step that raises a particle's objective is taken back
-    and damped, so the result is never worse than ``start``.
+    ``start`` (b, K); ``weight`` as in ``log_likelihood_loss``; ``information`` (b, K, K), measured if not
+    given. A step that raises a particle's objective is taken back and damped, so the result is never worse than
+    ``start``. Particles that are at their optimum take no more steps.
     """
-    information = fisher_information(operator, flow, values, batch, weight, start)
-    latents = start.clone()
+    if information is None:
+        information = model.information(batch, weight, start)
+    latents, rows = start.clone(), torch.arange(len(start), device=start.device)
+    objective, gradient = _objective_and_gradient(model, batch, weight, latents, prior)
     damping = torch.full((len(latents),), 1e-2, device=latents.device)
-    if steps:
-        objective, gradient = _objective_and_gradient(operator, flow, values, batch, weight, latents, prior)
-    else:
-        objective = log_likelihood_loss(operator, values, batch, flow(latents), weight) + prior.energy(latents)
     for _ in range(steps):
-        hessian = information + prior.curvature(latents)
-        damped = hessian + damping[:, None, None] * torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
-        step = torch.linalg.solve(damped, gradient[..., None])[..., 0]
+        hessian = information[rows] + prior.curvature(latents[rows])
+        newton = torch.linalg.solve(hessian, gradient[rows][..., None])[..., 0]
+        onward = 0.5 * (newton * gradient[rows]).sum(1) > _AT_OPTIMUM_NATS
+        if not onward.all():
+            rows, hessian, batch = rows[onward], hessian[onward], batch.take(torch.nonzero(onward)[:, 0])
+        if not len(rows):
+            break
+        damped = hessian + damping[rows, None, None] * torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
+        step = torch.linalg.solve(damped, gradient[rows][..., None])[..., 0]
         step = step / step.norm(dim=1, keepdim=True).clamp(min=1.0)  # at most one unit
-        trial = latents - step
-        new_objective, new_gradient = _objective_and_gradient(operator, flow, values, batch, weight, trial, prior)
-        better = new_objective <= objective
-        latents = torch.where(better[:, None], trial, latents)
-        gradient = torch.where(better[:, None], new_gradient, gradient)
-        objective = torch.where(better, new_objective, objective)
-        damping = torch.where(better, damping * 0.1, damping * 10.0)
+        trial = latents[rows] - step
+        new_objective, new_gradient = _objective_and_gradient(model, batch, weight, trial, prior)
+        better = new_objective <= objective[rows]
+        latents[rows] = torch.where(better[:, None], trial, latents[rows])
+        gradient[rows] = torch.where(better[:, None], new_gradient, gradient[rows])
+        objective[rows] = torch.where(better, new_objective, objective[rows])
+        damping[rows] = damping[rows] * torch.where(better, 0.1, 10.0)
     return Posterior(latents, information + prior.curvature(latents), objective)
-
-
-@dataclass(frozen=True)
-class Search:
-    """Where to look for the latents of particles that may be lost in a wrong valley, and how wide."""
-
-    centres: torch.Tensor  # (m, K) starts that are tried for every particle
-    coarse: tuple[CoarseView, torch.Tensor] | None  # the view in which they are tried, and the map in it, if not full
 
 
 @torch.no_grad()
 def search_latents(
-    operator: Operator,
-    flow: Callable[[torch.Tensor], torch.Tensor],
-    values: torch.Tensor,
+    model: MovingMap,
     batch: ImageBatch,
     weight: torch.Tensor,
     current: torch.Tensor,
-    search: Search,
+    centres: torch.Tensor,
+    information: torch.Tensor,
     prior: LatentPrior = LatentPrior(),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Other valleys of the objective, for the particles that have one.
+    """Other valleys of the objective, for the particles that have one, in the coarse view if the model has one.
 
-    Every centre is tried for every particle. Where the best one is away from ``current`` (b, K) and not much worse, it
-    is descended, and where it leads elsewhere and down, ``current`` too. Returns the ends of those ways (b, K),
-    elsewhere ``current``, and how much lower they lie (b,), in nats of the search's view; minus infinity where there is
+    Each of ``centres`` (m, K) is tried for every particle. Where the best one is away from ``current`` (b, K) and not
+    as bad as the valley of ``current`` would be there, it is descended, and where it leads elsewhere and down,
+    ``current`` too; with the ``information`` (b, K, K) at ``current`` for both ways. Returns the ends of those ways
+    (b, K), elsewhere ``current``, and how much lower they lie (b,), in nats of the view; minus infinity where there is
     no other valley.
     """
-    if search.coarse is not None:
-        view, values = search.coarse
-        operator, batch, weight = view.operator, view.batch(batch), view.weight(weight)
-
-    def objective(latents: torch.Tensor, displacements_A: torch.Tensor) -> torch.Tensor:
-        return log_likelihood_loss(operator, values, batch, displacements_A, weight) + prior.energy(latents)
-
-    here = objective(current, flow(current))
+    if model.view is not None:
+        information = information / model.information_ratio
+        batch, weight, model = model.view.batch(batch), model.view.weight(weight), model.coarse
+    here = model.loss(batch, weight, current) + prior.energy(current)
     best, start = torch.full_like(here, torch.inf), current.clone()
-    for centre in search.centres:
-        tried = objective(centre.expand_as(current), flow(centre[None]).expand(len(current), -1, -1))
+    for centre in centres:
+        displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
+        tried = log_likelihood_loss(model.operator, model.values, batch, displacements_A, weight)
+        tried = tried + prior.energy(centre[None])
         start = torch.where((tried < best)[:, None], centre, start)
         best = torch.minimum(tried, best)
-    away = (start - current).norm(dim=1) > _VALLEYS_APART
-    rows = torch.nonzero(away & (best < here + _WORTH_TRYING_NATS))[:, 0]
+    hessian = information + prior.curvature(current)
+    worth_trying = (_WORTH_TRYING_PART * _parabola(hessian, start - current)).clamp(max=_WORTH_TRYING_NATS)
+    rows = torch.nonzero(_apart(hessian, start - current) & (best < here + worth_trying))[:, 0]
     found, lower = current.clone(), torch.full_like(here, -torch.inf)
     if not len(rows):
         return found, lower
-    there = infer_latents(operator, flow, values, batch.take(rows), weight, start[rows], 4, prior)
-    other = (there.latents - current[rows]).norm(dim=1) > _VALLEYS_APART
+    there = infer_latents(model, batch.take(rows), weight, start[rows], 4, prior, information[rows])
+    other = _apart(hessian[rows], there.latents - current[rows])
     kept = torch.nonzero(other & (there.objective < here[rows] + _UNDECIDED_NATS))[:, 0]
     rows, there_latents, there_objective = rows[kept], there.latents[kept], there.objective[kept]
     if len(rows):  # only now is it worth to see how deep the valley is that they are in
-        ends = infer_latents(operator, flow, values, batch.take(rows), weight, current[rows], 4, prior)
-        other = (there_latents - ends.latents).norm(dim=1) > _VALLEYS_APART
+        ends = infer_latents(model, batch.take(rows), weight, current[rows], 4, prior, information[rows])
+        other = _apart(hessian[rows], there_latents - ends.latents)
         found[rows] = torch.where(other[:, None], there_latents, current[rows])
         lower[rows] = torch.where(other, ends.objective - there_objective, -torch.inf)
     return found, lower
 
 
+def _parabola(hessian: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """(b,) nats by which an objective of this curvature (b, K, K) rises over a way (b, K) from its minimum."""
+    return 0.5 * torch.einsum("bi,bij,bj->b", change, hessian, change)
+
+
+def _apart(hessian: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """(b,) whether latents that differ by ``change`` (b, K) may lie in different valleys."""
+    return (change.norm(dim=1) > _VALLEYS_APART) & (_parabola(hessian, change) > _APART_NATS)
+
+
 @torch.no_grad()
 def infer_everywhere(
-    operator: Operator,
-    flow: Callable[[torch.Tensor], torch.Tensor],
-    values: torch.Tensor,
+    model: MovingMap,
     batch: ImageBatch,
     weight: torch.Tensor,
     start: torch.Tensor,
     steps: int,
-    search: Search,
+    centres: torch.Tensor,
     prior: LatentPrior = LatentPrior(),
 ) -> Posterior:
     """``infer_latents`` from ``start``, and from any other valley that may be as deep: the lower end is returned."""
-    found, lower = search_latents(operator, flow, values, batch, weight, start, search, prior)
-    posterior = infer_latents(operator, flow, values, batch, weight, start, steps, prior)
+    information = model.information(batch, weight, start)
+    found, lower = search_latents(model, batch, weight, start, centres, information, prior)
+    posterior = infer_latents(model, batch, weight, start, steps, prior, information)
     rows = torch.nonzero(lower > -_UNDECIDED_NATS)[:, 0]
     if len(rows):
-        other = infer_latents(operator, flow, values, batch.take(rows), weight, found[rows], steps, prior)
+        other = infer_latents(model, batch.take(rows), weight, found[rows], steps, prior)
         rows, better = rows[other.objective < posterior.objective[rows]], other.objective < posterior.objective[rows]
         posterior.latents[rows] = other.latents[better]
         posterior.precision[rows] = other.precision[better]
@@ -295,7 +329,7 @@ def infer_everywhere(
 
 
 def latent_centres(latents: np.ndarray, seed: int) -> np.ndarray:
-    """(m, K) k-means centres of (n, K) latents, about one a standard deviation: where ``search_latents`` starts."""
+    """(m, K) k-means centres of (n, K) latents, about one a standard deviation: the centres of ``search_latents``."""
     from scipy.cluster.vq import kmeans2
 
     num, dims = latents.shape

@@ -9,7 +9,6 @@ can be compared particle by particle.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +17,8 @@ import torch
 from flexlib.distributed import ALONE, Group
 from flexlib.latents import (
     LatentPrior,
+    MovingMap,
     Operator,
-    Search,
     friedel_halves,
     infer_everywhere,
     infer_latents,
@@ -64,9 +63,7 @@ def choose_held_out(image_index: np.ndarray, fraction: float, seed: int) -> tupl
 def score_held_out(
     source: ImageSource,
     rows: np.ndarray,
-    flexible: Operator,
-    flow: Callable[[torch.Tensor], torch.Tensor],
-    values: torch.Tensor,
+    model: MovingMap,
     rigid: Operator,
     rigid_values: torch.Tensor,
     start: torch.Tensor,
@@ -76,18 +73,18 @@ def score_held_out(
     steps: int,
     prior: LatentPrior,
     batch_size: int,
-    search: Search | None = None,
+    centres: torch.Tensor | None = None,
     group: Group = ALONE,
 ) -> HeldOutScore:
     """Score the particles at ``rows`` (v,), their latents inferred from ``start`` (v, K) in ``steps`` steps.
 
-    ``values`` and ``rigid_values`` are the maps of the two models. What knows nothing of a particle's motion has the
+    ``rigid_values`` is the map of the rigid model. What knows nothing of a particle's motion has the
     best of four: the rigid map; the flexible model's at rest; that moved to the mean latents; and that moved to the
     latents of another particle. The last is needed because a flow that moves every particle somewhere regularises
     its map: on particles without motion it scored 0.2 nats better than the rigid map, with anybody's latents.
-    With ``search`` other valleys of their objective are looked into. With several processes each scores its part.
+    With ``centres`` other valleys of their objective are looked for. With several processes each scores its part.
     """
-    device = values.device
+    device = model.values.device
     weight = plane_weight(source.box, band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(source.box, seed))
     gains, held = [torch.zeros((4, 0), dtype=torch.float64)], [start[:0]]
@@ -96,15 +93,16 @@ def score_held_out(
     for batch in read_ahead(source, split_batches(group.share(rows), batch_size), device):
         latents, another = (z[first : first + len(batch.rows)] for z in (own_start, others))
         first += len(batch.rows)
-        model = (flexible, flow, values, batch, seen, latents, steps)
-        latents = (infer_latents(*model, prior) if search is None else infer_everywhere(*model, search, prior)).latents
+        if centres is not None:
+            latents = infer_everywhere(model, batch, seen, latents, steps, centres, prior).latents
+        elif steps:
+            latents = infer_latents(model, batch, seen, latents, steps, prior).latents
         held.append(latents)
-        moved = log_likelihood_loss(flexible, values, batch, flow(latents), unseen)
+        moved = model.loss(batch, unseen, latents)
         still = log_likelihood_loss(rigid, rigid_values, batch, None, unseen)
-        at_rest = log_likelihood_loss(flexible, values, batch, None, unseen)
-        middle = flow(start.mean(0, keepdim=True)).expand(len(latents), -1, -1)
-        at_mean = log_likelihood_loss(flexible, values, batch, middle, unseen)
-        exchanged = log_likelihood_loss(flexible, values, batch, flow(another), unseen)
+        at_rest = log_likelihood_loss(model.operator, model.values, batch, None, unseen)
+        at_mean = model.loss(batch, unseen, start.mean(0).expand_as(latents))
+        exchanged = model.loss(batch, unseen, another)
         gains.append((torch.stack([still, at_rest, at_mean, exchanged]) - moved).double().cpu())
     both = group.gather(torch.cat(gains, dim=1).T, len(rows)).T
     worse = int(both.mean(1).argmin()) if both.shape[1] else 0

@@ -11,7 +11,7 @@ from training_sets import neighbour_r2, prepared
 from flexlib.latents import (
     CoarseView,
     LatentPrior,
-    Search,
+    MovingMap,
     fisher_information,
     friedel_halves,
     infer_everywhere,
@@ -111,7 +111,7 @@ def test_assembled_flow_is_the_flow(flow):
 def test_information_is_the_squared_change_of_the_prediction(setup, flow, values, batch):
     weight = plane_weight(BOX, 20)
     z = 0.5 * torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
-    information = fisher_information(setup.operator, flow, values, batch, weight, z, probe=0.02)
+    information = fisher_information(MovingMap(setup.operator, flow, values), batch, weight, z, probe=0.02)
     for direction in torch.tensor([[1.0, 0.0], [0.6, -0.8]]):
         with torch.no_grad():
             ends = [setup.operator.slices(values, batch, flow(z + s * 0.01 * direction)) for s in (1, -1)]
@@ -121,17 +121,28 @@ def test_information_is_the_squared_change_of_the_prediction(setup, flow, values
         assert ((found - expected).abs() < 0.05 * expected).all()
 
 
+def test_information_in_the_coarse_view_is_that_of_its_shells(setup, flow, values, batch):
+    """To shells that the half box holds both views measure the same; the given ratio is for finer ones."""
+    weight = plane_weight(BOX, 10)
+    z = 0.5 * torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    full = fisher_information(MovingMap(setup.operator, flow, values), batch, weight, z)
+    coarse = MovingMap(setup.operator, flow, values, setup.coarse, 1.5).information(batch, weight, z) / 1.5
+    assert (coarse - full).norm() < 0.1 * full.norm()
+    assert ((coarse - full).flatten(1).norm(dim=1) < 0.25 * full.flatten(1).norm(dim=1)).all()
+
+
 def test_gradient_of_the_objective_and_its_optimum(setup, flow, values, batch):
     """Exact gradient against central differences; the inferred latents against a scan around them."""
     weight = plane_weight(BOX, 16)
     seen = predicted_images(setup, flow, values, batch, torch.full((12, 2), 0.4), 2)
+    model = MovingMap(setup.operator, flow, values)
     for prior in (LatentPrior(), LatentPrior(0.8, 4.0)):
 
         def objective(z, prior=prior):
             with torch.no_grad():
                 return log_likelihood_loss(setup.operator, values, seen, flow(z), weight) + prior.energy(z)
 
-        posterior = infer_latents(setup.operator, flow, values, seen, weight, torch.zeros(12, 2), 15, prior)
+        posterior = infer_latents(model, seen, weight, torch.zeros(12, 2), 15, prior)
         best = objective(posterior.latents)
         assert (best - posterior.objective).abs().max() < 1e-2
         for shift in ([0.3, 0], [-0.3, 0], [0, 0.3], [0, -0.3]):
@@ -151,7 +162,7 @@ def test_latents_lie_as_far_from_the_truth_as_their_errors_say(setup, flow, valu
     weight = plane_weight(BOX, 20)
     truth = torch.randn(120, 2, generator=torch.Generator().manual_seed(4))
     batch = predicted_images(setup, flow, values, setup.source.batch(np.arange(120)), truth, 5)
-    posterior = infer_latents(setup.operator, flow, values, batch, weight, truth, 6)
+    posterior = infer_latents(MovingMap(setup.operator, flow, values), batch, weight, truth, 6)
     error = (posterior.latents - truth)[:, None]
     squared = (error @ posterior.precision @ error.transpose(1, 2))[:, 0, 0]
     assert 0.7 < float(squared.median()) / 1.386 < 1.4  # the median of chi squared with two degrees of freedom
@@ -196,15 +207,17 @@ def test_particles_in_a_wrong_valley_are_found(setup, values):
     batch = predicted_images(setup, Swing(), values, setup.source.batch(np.arange(40)), truth, 7)
     centres = torch.as_tensor(latent_centres(truth.numpy(), 0))
     lost = -truth
-    search = Search(centres, (setup.coarse, setup.coarse.values(values)))
-    alone = infer_latents(setup.operator, Swing(), values, batch, weight, lost, 8)
-    found = infer_everywhere(setup.operator, Swing(), values, batch, weight, lost, 8, search)
+    model = MovingMap(setup.operator, Swing(), values, setup.coarse)
+    alone = infer_latents(model, batch, weight, lost, 8)
+    found = infer_everywhere(model, batch, weight, lost, 8, centres)
     assert (found.objective <= alone.objective + 1e-3).all()
     far = (truth.abs() > 0.8)[:, 0]
     right = (found.latents - truth).abs()[:, 0] < 0.5
     assert right.float().mean() > 0.9
     assert right[far].sum() > ((alone.latents - truth).abs()[:, 0] < 0.5)[far].sum()
-    _, lower = search_latents(setup.operator, Swing(), values, batch, weight, found.latents, search)
+    _, lower = search_latents(
+        model, batch, weight, found.latents, centres, model.information(batch, weight, found.latents)
+    )
     assert (lower < 1.0).all()  # nothing is left to find
 
 

@@ -16,6 +16,7 @@ from scipy import linalg, sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
+from threadpoolctl import threadpool_limits
 
 from flexlib.mesh.rigidity import barycentric_gradients
 from flexlib.mesh.tetmesh import TetraMesh
@@ -32,6 +33,8 @@ _SPARE_BLOCK = 60  # vectors beyond those wanted
 _BLOCK_STEPS = 3
 
 
+# more threads gain little here, and on shared cores they wait for each other
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def elastic_modes(mesh: TetraMesh, num_modes: int = 150) -> tuple[np.ndarray, np.ndarray]:
     """Lowest elastic modes of a mesh, softest first, after the motions that cost nothing at all.
 

@@ -7,13 +7,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from flexlib.latents import Search, fisher_information, latent_centres, log_likelihood_loss, search_latents
+from flexlib.latents import MovingMap, fisher_information, latent_centres, log_likelihood_loss, search_latents
 from flexlib.mesh.rigidity import mesh_rigidity
+from flexlib.model import AssembledFlow
 from flexlib.particles.images import plane_weight, read_ahead, split_batches
 from flexlib.training.motion import rms_displacement_A
 from flexlib.training.start import FLOW_RATE
@@ -135,7 +137,10 @@ def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> t
     if not settings.freeze_latents:
         with torch.no_grad():
             if refresh:
-                own_information = _information(setup, state, flow, batch, weight, own_latents, values.detach())
+                model = moving_map(setup, state, flow)
+                if state.step == 0:
+                    model = measure_ratio(setup, state, model, batch, weight, own_latents)
+                own_information = model.information(batch, weight, own_latents)
             own_latents = _newton_latents(setup.prior, own_latents, noisy.detach(), noisy.grad * num, own_information)
     latents, information = group.place(own_latents, num), group.place(own_information, num)
     mean_A = displacements.detach().sum(0) / num
@@ -161,22 +166,22 @@ def _posterior_noise(setup: Setup, latents: torch.Tensor, information: torch.Ten
     return (torch.linalg.cholesky(covariance) @ white)[..., 0]
 
 
-def _information(setup, state, flow, batch, weight, latents, values) -> torch.Tensor:
-    """(b, K, K) Fisher information of latents, from the coarse view where there is one.
+def moving_map(setup: Setup, state: State, flow: AssembledFlow | None = None) -> MovingMap:
+    """Flow and map as they stand (``flow`` if it is assembled already)."""
+    flow = state.flow.assembled() if flow is None else flow
+    return MovingMap(setup.operator, flow, state.canonical.values, setup.coarse, state.information_ratio)
 
-    What finer shells add is nearly a factor common to all particles; it is measured on an epoch's first batch.
-    """
-    if setup.coarse is None:
-        return fisher_information(setup.operator, flow, values, batch, weight, latents)
-    small, small_weight = setup.coarse.batch(batch), setup.coarse.weight(weight)
-    small_values = setup.coarse.values(values)
-    coarse = fisher_information(setup.coarse.operator, flow, small_values, small, small_weight, latents)
-    if state.step == 0:
-        full = fisher_information(setup.operator, flow, values, batch, weight, latents)
-        both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, coarse)])
-        setup.group.add(both)
-        state.information_ratio = float(both[0] / both[1]) if both[1] > 0 else 1.0
-    return state.information_ratio * coarse
+
+def measure_ratio(setup: Setup, state: State, model: MovingMap, batch, weight, latents) -> MovingMap:
+    """``model`` with the ratio of Fisher information in full to that in the coarse view, measured on a batch."""
+    if model.view is None:
+        return model
+    full, quick = fisher_information(model, batch, weight, latents), model.information(batch, weight, latents)
+    both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, quick)])
+    setup.group.add(both)
+    if both[1] > 0:
+        state.information_ratio *= float(both[0] / both[1])
+    return replace(model, information_ratio=state.information_ratio)
 
 
 def _newton_latents(prior, latents, at, gradient, information) -> torch.Tensor:
@@ -210,12 +215,12 @@ def _leave_wrong_valleys(setup: Setup, state: State) -> None:
     if setup.settings.freeze_latents:
         return
     weight = plane_weight(setup.source.box, setup.band(BAND_EPOCHS)).to(setup.device)
-    search, values, moved = valley_search(setup, state), state.canonical.values, torch.zeros(1)
-    own_rows, flow = setup.group.share(setup.training_rows), state.flow.assembled()
+    centres, model, moved = valley_centres(setup, state), moving_map(setup, state), torch.zeros(1)
+    own_rows = setup.group.share(setup.training_rows)
     for batch in read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device):
         rows = torch.as_tensor(batch.rows, device=setup.device)
         found, lower = search_latents(
-            setup.operator, flow, values, batch, weight, state.latents[rows], search, setup.prior
+            model, batch, weight, state.latents[rows], centres, state.information[rows], setup.prior
         )
         clearly = lower > CLEARLY_LOWER_NATS
         state.latents[rows[clearly]] = found[clearly]
@@ -227,12 +232,11 @@ def _leave_wrong_valleys(setup: Setup, state: State) -> None:
     logger.info("%d of %d particles have left a wrong valley of their objective", int(moved), len(rows))
 
 
-def valley_search(setup: Setup, state: State) -> Search:
-    """Starts all over the latents' distribution."""
+def valley_centres(setup: Setup, state: State) -> torch.Tensor:
+    """(m, K) starts all over the latents' distribution, for the search of other valleys."""
     used = state.latents[torch.as_tensor(setup.training_rows, device=setup.device)].cpu().numpy()
     centres = latent_centres(used, derived_seed(setup.settings.seed, 8, state.epoch))
-    coarse = (setup.coarse, setup.coarse.values(state.canonical.values)) if setup.coarse is not None else None
-    return Search(torch.as_tensor(centres, device=setup.device), coarse)
+    return torch.as_tensor(centres, device=setup.device)
 
 
 @torch.no_grad()
@@ -268,9 +272,7 @@ def score_now(setup: Setup, state: State, steps: int, search: bool) -> HeldOutSc
     return score_held_out(
         setup.source,
         setup.validation_rows,
-        setup.operator,
-        state.flow.assembled(),
-        state.canonical.values,
+        moving_map(setup, state),
         setup.rigid,
         state.rigid_values,
         state.held_latents,
@@ -279,7 +281,7 @@ def score_now(setup: Setup, state: State, steps: int, search: bool) -> HeldOutSc
         steps=0 if frozen else steps,
         prior=setup.prior,
         batch_size=setup.batch_size,
-        search=valley_search(setup, state) if search and not frozen else None,
+        centres=valley_centres(setup, state) if search and not frozen else None,
         group=setup.group,
     )
 

@@ -13,7 +13,7 @@ from flexlib.latents import infer_everywhere, infer_latents, log_likelihood_loss
 from flexlib.mesh.tetmesh import TetraMesh
 from flexlib.particles.images import plane_weight, read_ahead, split_batches
 from flexlib.projection.op import gather_volume, scatter_volume
-from flexlib.training.epoch import rigid_part, score_now, standardise, valley_search
+from flexlib.training.epoch import measure_ratio, moving_map, rigid_part, score_now, standardise, valley_centres
 from flexlib.training.motion import slope_A
 from flexlib.training.start import standard_scale
 from flexlib.training.state import BAND_EPOCHS, MASK_FLOOR, Setup, State
@@ -40,15 +40,16 @@ def infer_all(setup: Setup, state: State) -> torch.Tensor:
         state.latents[torch.as_tensor(setup.validation_rows, device=device)] = state.held_latents
     num, mine = len(setup.source), setup.group.part(len(setup.source))
     own_batches = split_batches(np.arange(num)[mine], setup.batch_size)
-    search = None if setup.settings.freeze_latents else valley_search(setup, state)
-    flow = state.flow.assembled()
-    for batch in read_ahead(setup.source, own_batches, device):
+    centres = None if setup.settings.freeze_latents else valley_centres(setup, state)
+    model = moving_map(setup, state)
+    for number, batch in enumerate(read_ahead(setup.source, own_batches, device)):
         rows = torch.as_tensor(batch.rows, device=device)
-        model = (setup.operator, flow, state.canonical.values, batch, weight, state.latents[rows])
-        if search is None:
-            posterior = infer_latents(*model, 0, setup.prior)
+        if number == 0:
+            model = measure_ratio(setup, state, model, batch, weight, state.latents[rows])
+        if centres is None:
+            posterior = infer_latents(model, batch, weight, state.latents[rows], 0, setup.prior)
         else:
-            posterior = infer_everywhere(*model, FINAL_STEPS, search, setup.prior)
+            posterior = infer_everywhere(model, batch, weight, state.latents[rows], FINAL_STEPS, centres, setup.prior)
         state.latents[rows], precision[rows] = posterior.latents, posterior.precision
         state.information[rows] = posterior.precision - setup.prior.curvature(posterior.latents)
     for rows_of_all in (state.latents, precision, state.information):
