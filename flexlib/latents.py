@@ -215,19 +215,24 @@ def infer_latents(
     prior: LatentPrior = LatentPrior(),
     information: torch.Tensor | None = None,
 ) -> Posterior:
-    """Maximum a posteriori latents by Levenberg-Marquardt: exact gradients, Gauss-Newton curvature from the start.
+    """Maximum a posteriori latents by Levenberg-Marquardt, with exact gradients.
 
-    ``start`` (b, K); ``weight`` as in ``log_likelihood_loss``; ``information`` (b, K, K), measured if not
-    given. A step that raises a particle's objective is taken back and damped, so the result is never worse than
-    ``start``. Particles that are at their optimum take no more steps.
+    The curvature starts as Gauss-Newton's and learns from every trial: the linear kernel's objective has wiggles of a
+    pixel's length that no model knows. With Gauss-Newton's alone eight steps got as far as now four.
+
+    ``start`` (b, K); ``weight`` (box, box//2+1) is ``plane_weight`` of the band in use; ``information`` (b, K, K) at
+    the start, measured if not given; the precision returned is its, with the prior's. A step that raises a particle's
+    objective is taken back and damped, so the result is never worse than ``start``. Particles that are at their optimum
+    take no more steps.
     """
     if information is None:
         information = model.information(batch, weight, start)
     latents, rows = start.clone(), torch.arange(len(start), device=start.device)
     objective, gradient = _objective_and_gradient(model, batch, weight, latents, prior)
     damping = torch.full((len(latents),), 1e-2, device=latents.device)
+    curvature = information + prior.curvature(latents)
     for _ in range(steps):
-        hessian = information[rows] + prior.curvature(latents[rows])
+        hessian = curvature[rows]
         newton = torch.linalg.solve(hessian, gradient[rows][..., None])[..., 0]
         onward = 0.5 * (newton * gradient[rows]).sum(1) > _AT_OPTIMUM_NATS
         if not onward.all():
@@ -239,12 +244,30 @@ def infer_latents(
         step = step / step.norm(dim=1, keepdim=True).clamp(min=1.0)  # at most one unit
         trial = latents[rows] - step
         new_objective, new_gradient = _objective_and_gradient(model, batch, weight, trial, prior)
+        curvature[rows] = _learn_curvature(hessian, -step, new_gradient - gradient[rows])
         better = new_objective <= objective[rows]
         latents[rows] = torch.where(better[:, None], trial, latents[rows])
         gradient[rows] = torch.where(better[:, None], new_gradient, gradient[rows])
         objective[rows] = torch.where(better, new_objective, objective[rows])
         damping[rows] = damping[rows] * torch.where(better, 0.1, 10.0)
     return Posterior(latents, information + prior.curvature(latents), objective)
+
+
+def _learn_curvature(hessian: torch.Tensor, step: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """(b, K, K) positive definite: ``hessian`` made to agree with a gradient's ``change`` (b, K) over ``step`` (b, K).
+
+    The BFGS update with Powell's damping (Nocedal and Wright, Numerical Optimization, procedure 18.2).
+    """
+    predicted = (hessian @ step[..., None])[..., 0]
+    expected, found = (step * predicted).sum(1), (step * change).sum(1)
+    share = torch.where(found < 0.2 * expected, 0.8 * expected / (expected - found), 1.0)[:, None]
+    mixed = share * change + (1 - share) * predicted
+    gained = (step * mixed).sum(1)
+
+    def outer(vector: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return vector[:, :, None] * vector[:, None] / scale.clamp(min=1e-30)[:, None, None]
+
+    return hessian - outer(predicted, expected) + outer(mixed, gained)
 
 
 @torch.no_grad()
