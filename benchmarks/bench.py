@@ -36,6 +36,7 @@ from machine import describe_machine, machine_name
 from flexlib.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
+RUN_EPOCHS = 16  # what a run with epochs: auto takes
 PARTS = ("operator", "training", "reconstruction", "memory")
 
 
@@ -53,11 +54,14 @@ def training_cases(device: str, quick: bool) -> dict[str, list[Case]]:
         return {"latent_dims": [Case(200, 32, cells=8, epochs=1, device=device)]}
     if device == "cuda":
         base = Case(10_000, 128, device=device)
-        return {"epochs": [base], "latent_dims": [replace(base, latent_dims=dims) for dims in (1, 2, 4, 8)]}
+        return {
+            "epochs": [base],
+            "latent_dims": [replace(base, latent_dims=dims, epochs=RUN_EPOCHS) for dims in (1, 2, 4, 8)],
+        }
     base = Case()
     return {
         "epochs": [replace(base, particles=10_000), replace(base, particles=5_000, box=128)],
-        "latent_dims": [replace(base, latent_dims=dims) for dims in (1, 2, 4, 8)],
+        "latent_dims": [replace(base, latent_dims=dims, epochs=RUN_EPOCHS) for dims in (1, 2, 4, 8)],
         "cells": [replace(base, cells=cells) for cells in (12, 20, 40)],
         "voxels": [replace(base, filling=filling) for filling in (0.07, 0.143, 0.286)],
         "particles": [base, replace(base, particles=10_000)],

@@ -33,13 +33,13 @@ GPU_OPERATOR = """
 gives both gradients.
 """
 TRAINING = """
-Simulated antibodies in a mask that is a ball; whole runs of `train` with {epochs} epochs, all cores, each in a process
-of its own. An epoch is the median of the run's; the first two also measure the latents' information, and later ones
-every fourth. *Before*: from the start of training to the first epoch (reading, rigid map, elastic modes, spectral
-start). Memory is the whole process's largest resident set.
+Simulated antibodies in a mask that is a ball; whole runs of `train`, all cores, each in a process of its own. An epoch
+is the median of the run's; the first two also measure the latents' information, and later ones every fourth. *Before*:
+from the start of training to the first epoch (reading, rigid map, elastic modes, spectral start). Memory is the whole
+process's largest resident set.
 """
 VARIED = {
-    "epochs": "Epochs",
+    "epochs": "Sizes",
     "voxels": "Against voxels in the mask",
     "latent_dims": "Against latent dims",
     "cells": "Against cells across the box",
@@ -134,9 +134,9 @@ def gpu_operator(figures: dict[str, Any]) -> str:
 def training(figures: dict[str, Any]) -> str:
     """Training, a table for each quantity that varies."""
     lists = {name: figures[name] for name in VARIED if name in figures}
-    text = TRAINING.format(epochs=next(iter(lists.values()))[0]["epochs"])
+    text = TRAINING
     for name, rows in lists.items():
-        text += f"\n{VARIED[name]}:\n" + table(
+        text += f"\n{VARIED[name]}, {rows[0]['epochs']} epochs:\n" + table(
             ("particles", "box", "voxels", "cells", "dims", "epoch, s", "before, s", "whole run, s", "peak memory, GB"),
             (
                 (

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import starfile
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_sets import latents_of, neighbour_r2, prepared
 
 from flexlib import training
@@ -215,9 +216,41 @@ def test_overfitting_lowers_the_held_out_score(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(clamp, tmp_path, monkeypatch):
-    monkeypatch.setattr(epoch, "_step", lambda *arguments: (float("nan"), 0.0))
+    monkeypatch.setattr(epoch, "_step", lambda *arguments: torch.tensor([torch.nan, 0.0]))
     with pytest.raises(FloatingPointError, match="epoch 1: the loss is nan"):
         training.train(clamp / "particles", clamp / "mesh", tmp_path, QUICK)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: numbers read back, shapes that depend on data, checks for errors."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_linalg_check_errors", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not name.startswith(self.FORBIDDEN), name
+        if name.startswith("index"):  # by a mask it would count the mask first
+            masks = [a for a in args[1] if a is not None] if isinstance(args[1], (list, tuple)) else []
+            assert not any(mask.dtype in (torch.bool, torch.uint8) for mask in masks), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_batch_makes_the_host_wait_for_a_gpu(clamp, tmp_path, monkeypatch):
+    """All operations of a step, also when it measures the information, but an epoch's first batch."""
+    step, watched = epoch._step, []
+
+    def watching(setup, state, *arguments):
+        if state.step == 0:
+            return step(setup, state, *arguments)
+        watched.append(arguments[-1])
+        with _NoWaiting():
+            return step(setup, state, *arguments)
+
+    monkeypatch.setattr(epoch, "_step", watching)
+    training.train(clamp / "particles", clamp / "mesh", tmp_path, QUICK)
+    assert True in watched and False in watched
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoWaiting():
+        torch.ones(1).item()
 
 
 def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp, tmp_path):

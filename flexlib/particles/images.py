@@ -73,6 +73,14 @@ class ImageSource(Protocol):
         ...
 
 
+def to_device(array: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """An array of the host's as a tensor on ``device``; a GPU is not waited for: the copy is from pinned memory."""
+    tensor = torch.as_tensor(array)
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def plane_weight(box: int, max_shell: float | None = None) -> torch.Tensor:
     """(box, box//2+1) float32 weight of each stored Fourier pixel in a sum over the full plane.
 
@@ -139,7 +147,13 @@ def fourier_resample(spectra: torch.Tensor, box: int) -> torch.Tensor:
         for rows in (slice(0, half), slice(-half, None)):
             resampled[:, rows, : half + 1] = spectra[:, rows, : half + 1]
         spectra = resampled
-    return spectra * (shell_radius(box) < half).to(spectra.device)
+    return spectra * _inside(box, half, str(spectra.device))
+
+
+@lru_cache(maxsize=32)
+def _inside(box: int, radius: int, device: str) -> torch.Tensor:
+    """(box, box//2+1) bool: shells below ``radius``."""
+    return (shell_radius(box) < radius).to(device)
 
 
 def shell_radius(box: int) -> torch.Tensor:

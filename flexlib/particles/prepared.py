@@ -19,7 +19,7 @@ import torch
 from flexlib.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
 from flexlib.errors import InputError
 from flexlib.files import atomic_path, read_json
-from flexlib.particles.images import ImageBatch, centred_rfft2, fourier_resample, shell_radius
+from flexlib.particles.images import ImageBatch, centred_rfft2, fourier_resample, shell_radius, to_device
 from flexlib.particles.latents_io import write_latents_star
 from flexlib.particles.stack import StackHeader, Stacks, open_stacks, read_stack_header
 from flexlib.particles.table import OpticsGroup, Particles
@@ -94,7 +94,7 @@ class PreparedImages:
         filters = self._filters(str(device))
         if len(filters) == 1:
             return filters
-        return filters[torch.as_tensor(self.particles.optics_index[rows], dtype=torch.int64, device=device)]
+        return filters[to_device(self.particles.optics_index[rows].astype(np.int64), device)]
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """(b, box, box//2+1) complex64: the images at ``rows``, whitened and transformed."""
@@ -103,7 +103,7 @@ class PreparedImages:
     def transfer(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """(b, box, box//2+1): what a projection of the map is multiplied with; see ``images.py``."""
         transfer = ctf_images(self.particles, rows, self.box, None, device)
-        transfer *= torch.as_tensor(self._gain[rows], device=device)[:, None, None]
+        transfer *= to_device(self._gain[rows], device)[:, None, None]
         transfer *= self._filter_of(rows, device)
         return transfer
 
@@ -118,8 +118,8 @@ class PreparedImages:
             rows=rows,
             images=torch.empty((0, self.box, self.box // 2 + 1), dtype=torch.complex64, device=device),
             transfer=self.transfer(rows, device),
-            rotation=torch.as_tensor(self._rotation[rows], device=device),
-            origin_px=torch.as_tensor(self._origin_px[rows], device=device),
+            rotation=to_device(self._rotation[rows], device),
+            origin_px=to_device(self._origin_px[rows], device),
         )
 
 
@@ -132,7 +132,7 @@ class TrainingImages(PreparedImages):
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         images = torch.from_numpy(self._stack.read(self.particles, rows))
-        return centred_rfft2(images.to(device)) * (self._filter_of(rows, device) > 0)
+        return centred_rfft2(to_device(images, device)) * (self._filter_of(rows, device) > 0)
 
 
 class FullImages(PreparedImages):
@@ -176,7 +176,7 @@ class FullImages(PreparedImages):
         for side in np.unique(self.sides_px[group_of_row]):
             members = np.flatnonzero(self.sides_px[group_of_row] == side)
             images = self._read(rows[members], int(side), device)
-            spectra[torch.as_tensor(members, device=device)] = fourier_resample(centred_rfft2(images), self.box)
+            spectra[to_device(members, device)] = fourier_resample(centred_rfft2(images), self.box)
         return spectra * self._filter_of(rows, device)
 
     def _read(self, rows: np.ndarray, side: int, device: torch.device | str) -> torch.Tensor:
@@ -197,8 +197,8 @@ class FullImages(PreparedImages):
                 f"{self.particles.describe_row(bad, column)}: image {self.particles.image_index[bad] + 1} of {path} "
                 "holds values that are not finite"
             )
-        sign = torch.as_tensor(self.particles.contrast_sign[rows], dtype=torch.float32, device=device)
-        return torch.from_numpy(images).to(device) * sign[:, None, None]
+        sign = to_device(self.particles.contrast_sign[rows].astype(np.float32), device)
+        return to_device(images, device) * sign[:, None, None]
 
     def _as_recorded(self, rows: np.ndarray, side: int) -> np.ndarray:
         """(b, side, side) images of one optics group, freed of the CTF that was applied to the whole box."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flexlib.latents import MovingMap, fisher_information, latent_centres, log_likelihood_loss, search_latents
 from flexlib.mesh.rigidity import mesh_rigidity
 from flexlib.model import AssembledFlow
-from flexlib.particles.images import plane_weight, read_ahead, split_batches
+from flexlib.particles.images import plane_weight, read_ahead, split_batches, to_device
 from flexlib.training.motion import rms_displacement_A
 from flexlib.training.start import FLOW_RATE
 from flexlib.training.state import BAND_EPOCHS, RIGIDITY_NATS, Setup, State, derived_seed, follow_first
@@ -64,7 +64,8 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     refresh = epoch < 2 or epoch % 4 == 0
     order = np.random.default_rng((settings.seed, 5, epoch)).permutation(setup.training_rows)
     batches = split_batches(order, setup.batch_size)
-    totals = state.totals or {"loss": 0.0, "rigidity": 0.0}
+    if state.totals is None:
+        state.totals = torch.zeros(2, dtype=torch.float64, device=device)
     ahead = read_ahead(setup.source, map(setup.group.share, batches[state.step :]), device)
     for batch in _with_progress(setup, ahead, len(batches), state.step, f"epoch {epoch + 1}"):
         rows = batches[state.step]
@@ -72,28 +73,25 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         warm_up = min(1.0, (epoch * len(batches) + state.step + 1) / len(batches))
         for group in state.optimiser.param_groups:
             group["lr"] = FLOW_RATE * anneal * warm_up
-        loss, strain = _step(setup, state, rows, batch, weight, band, setup.map_rate * anneal, refresh)
-        totals["loss"] += loss
-        totals["rigidity"] += strain * len(rows)
+        state.totals += _step(setup, state, rows, batch, weight, band, setup.map_rate * anneal, refresh)
         state.step += 1
-        state.totals = totals
         after_batch()
-    if not math.isfinite(totals["loss"]):  # the CPU's operator says so itself; a GPU's would have to be waited for
-        raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {totals['loss']}")
+    loss, strain = (state.totals / len(setup.training_rows)).tolist()
+    if not math.isfinite(loss):  # the CPU's operator says so itself; a GPU's would have to be waited for
+        raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {loss}")
     if epoch == BAND_EPOCHS:
         _leave_wrong_valleys(setup, state)
     standardise(setup, state)
     follow_first(setup, state)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
     state.held_latents, gain, error = score.latents, score.gain, score.standard_error
-    num = len(setup.training_rows)
     state.epoch, state.step, state.totals = epoch + 1, 0, None
     entry = {
         "epoch": epoch + 1,
         "band_shell": round(band, 2),
         "rate": anneal,
-        "loss": totals["loss"] / num,
-        "rigidity": totals["rigidity"] / num,
+        "loss": loss,
+        "rigidity": strain,
         "rms_displacement_A": rms_displacement_A(setup, state),
         "validation_gain": gain,
         "validation_gain_se": error,
@@ -114,14 +112,15 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
             state.anneal_from = epoch + 1
 
 
-def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> tuple[float, float]:
-    """One mini-batch: flow, map and latents. Returns the summed loss and the mean rigidity energy.
+def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> torch.Tensor:
+    """One mini-batch: flow, map and latents. Returns (2,) the loss and the rigidity energy, summed over its particles.
 
     ``batch`` is this rank's part of the particles at ``batch_rows``. Random numbers are drawn for all of them, and what
-    the ranks find is put together in one message, so that every rank takes the same step.
+    the ranks find is put together in one message, so that every rank takes the same step. Nothing here waits for a GPU
+    (but the first batch that measures the information's ratio).
     """
     settings, group, num = setup.settings, setup.group, len(batch_rows)
-    rows = torch.as_tensor(batch_rows, device=setup.device)
+    rows = to_device(batch_rows, setup.device)
     latents, information = state.latents[rows], state.information[rows]
     noisy = group.share(latents + _posterior_noise(setup, latents, information)).requires_grad_()
     values = state.canonical.values.clone().requires_grad_()
@@ -129,7 +128,7 @@ def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> t
     displacements = flow(noisy)
     loss = log_likelihood_loss(setup.operator, values, batch, displacements, weight).sum()
     sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, group.size)]
-    moved = setup.operator.vertices_A + flow(latents[group.share(sample).to(setup.device)])
+    moved = setup.operator.vertices_A + flow(latents[to_device(group.share(sample), setup.device)])
     strain = mesh_rigidity(setup.rigidity, moved).sum() / len(sample)
     (loss / num + settings.rigidity * RIGIDITY_NATS * strain).backward()
 
@@ -151,7 +150,7 @@ def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> t
     state.optimiser.zero_grad()
     hold_gauge(setup, state, mean_A, GAUGE_RATE)
     state.canonical.step(values.grad * num, num / len(setup.training_rows), map_rate, band)
-    return loss.item(), strain.item()
+    return torch.stack([loss.detach(), strain.detach() * num]).double()
 
 
 def _posterior_noise(setup: Setup, latents: torch.Tensor, information: torch.Tensor) -> torch.Tensor:
@@ -160,10 +159,10 @@ def _posterior_noise(setup: Setup, latents: torch.Tensor, information: torch.Ten
     The flow thus learns from latents as uncertain as they are, and where images tell nothing it learns no motion.
     """
     eye = torch.eye(information.shape[1], device=information.device)
-    covariance = torch.linalg.inv(information + setup.prior.curvature(latents))
+    covariance = torch.linalg.inv_ex(information + setup.prior.curvature(latents)).inverse
     covariance = covariance + setup.settings.noise_injection**2 * eye
-    white = torch.randn((*information.shape[:2], 1)).to(information.device)
-    return (torch.linalg.cholesky(covariance) @ white)[..., 0]
+    white = to_device(torch.randn((*information.shape[:2], 1)), information.device)
+    return (torch.linalg.cholesky_ex(covariance).L @ white)[..., 0]
 
 
 def moving_map(setup: Setup, state: State, flow: AssembledFlow | None = None) -> MovingMap:
@@ -187,7 +186,7 @@ def measure_ratio(setup: Setup, state: State, model: MovingMap, batch, weight, l
 def _newton_latents(prior, latents, at, gradient, information) -> torch.Tensor:
     """Move latents towards the maximum a posteriori that a Gauss-Newton step from ``at`` predicts."""
     slope = (gradient + prior.gradient(at))[..., None]
-    full_step = torch.linalg.solve(information + prior.curvature(at), slope)[..., 0]
+    full_step = torch.linalg.solve_ex(information + prior.curvature(at), slope).result[..., 0]
     change = LATENT_RATE * (at - full_step - latents)
     return latents + change * (0.5 / change.norm(dim=1, keepdim=True).clamp(min=0.5))
 
@@ -206,7 +205,7 @@ def rigid_part(setup: Setup, state: State, displacement_A: torch.Tensor) -> torc
     motions = state.flow.basis_A[-6:]
     weighted = motions * setup.density_share[:, None]
     overlap = weighted.flatten(1) @ motions.flatten(1).T
-    return torch.linalg.solve(overlap, weighted.flatten(1) @ displacement_A.flatten())
+    return torch.linalg.solve_ex(overlap, weighted.flatten(1) @ displacement_A.flatten()).result
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ class State:
     epoch: int = 0  # epochs done
     step: int = 0  # batches of the next epoch done
     anneal_from: int | None = None  # epoch at which annealing started
-    totals: dict[str, float] | None = None  # sums over the batches of a part epoch
+    totals: torch.Tensor | None = None  # (2,) loss and rigidity energy, summed over the particles of a part epoch
     wall_s: float = 0.0
 
     def checkpoint(self) -> dict[str, Any]:
