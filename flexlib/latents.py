@@ -230,21 +230,22 @@ def infer_latents(
     latents, rows = start.clone(), torch.arange(len(start), device=start.device)
     objective, gradient = _objective_and_gradient(model, batch, weight, latents, prior)
     damping = torch.full((len(latents),), 1e-2, device=latents.device)
-    curvature = information + prior.curvature(latents)
+    curvature = (information + prior.curvature(latents)).double()
     for _ in range(steps):
-        hessian = curvature[rows]
-        newton = torch.linalg.solve(hessian, gradient[rows][..., None])[..., 0]
-        onward = 0.5 * (newton * gradient[rows]).sum(1) > _AT_OPTIMUM_NATS
+        hessian, slope = curvature[rows], gradient[rows].double()[..., None]
+        promised = 0.5 * (slope * torch.linalg.solve(hessian, slope)).sum((1, 2))
+        onward = promised > _AT_OPTIMUM_NATS
         if not onward.all():
-            rows, hessian, batch = rows[onward], hessian[onward], batch.take(torch.nonzero(onward)[:, 0])
+            rows, hessian, slope = rows[onward], hessian[onward], slope[onward]
+            batch = batch.take(torch.nonzero(onward)[:, 0])
         if not len(rows):
             break
         damped = hessian + damping[rows, None, None] * torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
-        step = torch.linalg.solve(damped, gradient[rows][..., None])[..., 0]
+        step = -torch.linalg.solve(damped, slope)[..., 0]
         step = step / step.norm(dim=1, keepdim=True).clamp(min=1.0)  # at most one unit
-        trial = latents[rows] - step
+        trial = latents[rows] + step.float()
         new_objective, new_gradient = _objective_and_gradient(model, batch, weight, trial, prior)
-        curvature[rows] = _learn_curvature(hessian, -step, new_gradient - gradient[rows])
+        curvature[rows] = learn_curvature(hessian, step, (new_gradient - gradient[rows]).double())
         better = new_objective <= objective[rows]
         latents[rows] = torch.where(better[:, None], trial, latents[rows])
         gradient[rows] = torch.where(better[:, None], new_gradient, gradient[rows])
@@ -253,10 +254,11 @@ def infer_latents(
     return Posterior(latents, information + prior.curvature(latents), objective)
 
 
-def _learn_curvature(hessian: torch.Tensor, step: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+def learn_curvature(hessian: torch.Tensor, step: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     """(b, K, K) positive definite: ``hessian`` made to agree with a gradient's ``change`` (b, K) over ``step`` (b, K).
 
-    The BFGS update with Powell's damping (Nocedal and Wright, Numerical Optimization, procedure 18.2).
+    The BFGS update with Powell's damping (Nocedal and Wright, Numerical Optimization, procedure 18.2). All float64;
+    where rounding leaves a matrix that is not positive definite, it is left as it was.
     """
     predicted = (hessian @ step[..., None])[..., 0]
     expected, found = (step * predicted).sum(1), (step * change).sum(1)
@@ -265,9 +267,11 @@ def _learn_curvature(hessian: torch.Tensor, step: torch.Tensor, change: torch.Te
     gained = (step * mixed).sum(1)
 
     def outer(vector: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return vector[:, :, None] * vector[:, None] / scale.clamp(min=1e-30)[:, None, None]
+        return vector[:, :, None] * vector[:, None] / scale[:, None, None]
 
-    return hessian - outer(predicted, expected) + outer(mixed, gained)
+    learnt = hessian - outer(predicted, expected) + outer(mixed, gained)
+    good = torch.linalg.cholesky_ex(learnt).info == 0
+    return torch.where(good[:, None, None], learnt, hessian)
 
 
 @torch.no_grad()

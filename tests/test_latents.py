@@ -17,6 +17,7 @@ from flexlib.latents import (
     infer_everywhere,
     infer_latents,
     latent_centres,
+    learn_curvature,
     log_likelihood_loss,
     search_latents,
 )
@@ -155,6 +156,25 @@ def test_gradient_of_the_objective_and_its_optimum(setup, flow, values, batch):
             assert torch.allclose(slope, prior.gradient(z)[:, axis], rtol=1e-3)
             bend = (prior.gradient(z + step) - prior.gradient(z - step))[:, axis] / 2e-2
             assert torch.allclose(bend, prior.curvature(z)[:, axis, axis], rtol=5e-3)
+
+
+def test_curvature_learns_from_steps_and_stays_positive_definite():
+    """The secant condition where the gradient rose enough; damped where it fell; else untouched."""
+    generator = torch.Generator().manual_seed(0)
+    step = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    factor = torch.randn(6, 3, 3, generator=generator, dtype=torch.float64)
+    hessian = factor @ factor.transpose(1, 2) + 0.1 * torch.eye(3)
+    true = 2 * hessian + torch.eye(3)
+    learnt = learn_curvature(hessian, step, (true @ step[..., None])[..., 0])
+    assert torch.allclose(learnt @ step[..., None], true @ step[..., None])
+    expected = (step[:, None] @ hessian @ step[..., None])[:, 0, 0]
+    concave = learn_curvature(hessian, step, -(true @ step[..., None])[..., 0])
+    assert torch.allclose((step[:, None] @ concave @ step[..., None])[:, 0, 0], 0.2 * expected)
+    for matrices in (learnt, concave):
+        assert (torch.linalg.eigvalsh(matrices) > 0).all()
+    stiff = torch.diag(torch.tensor([1e9, 1e-3, 1.0], dtype=torch.float64)).expand(3, 3, 3)
+    hopeless = torch.tensor([[0.0, 0.0, 0.0], [torch.nan, 1.0, 0.0], [0.0, 0.0, 1e-200]], dtype=torch.float64)
+    assert torch.equal(learn_curvature(stiff, hopeless, torch.ones(3, 3, dtype=torch.float64)), stiff)
 
 
 def test_latents_lie_as_far_from_the_truth_as_their_errors_say(setup, flow, values):
