@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc, malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # glibc, malloc.h
 
 
 def tune_process() -> None:
@@ -14,7 +14,8 @@ def tune_process() -> None:
     threads differ in that, results of the order of 1e-38 depend on their number.
 
     Batches of the same size come and go by the thousand; without this, glibc returns each large array to the system,
-    which maps it anew, page by page. Where the C library has no ``mallopt`` nothing happens.
+    which maps it anew, page by page. Threads share one heap: what the one that reads ahead has freed is not kept for it
+    alone. Where the C library has no ``mallopt`` nothing happens.
     """
     import torch
 
@@ -26,6 +27,7 @@ def tune_process() -> None:
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     mallopt(_M_TOP_PAD, 1 << 26)
+    mallopt(_M_ARENA_MAX, 1)
 
 
 def share_threads_with_numba() -> None:

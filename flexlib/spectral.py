@@ -21,7 +21,7 @@ from flexlib.particles.images import ImageBatch, plane_weight
 from flexlib.projection.op import project, scatter_volume, view_vertices
 
 _UNSEEN = 1e-6  # of the largest information: fields that images see less are left out, not blown up by the whitening
-_CHUNK = 65536  # particles whose forces are in double precision at one time
+_CHUNK = 65536  # particles, or numbers of a field's transform, that are in double precision at one time
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,11 @@ def mean_information(
             spectrum = torch.fft.rfftn(scatter_volume(values * moved[:, axis], voxels))
             change += frequency[axis] * spectrum.flatten()[where]
         changes[number] = torch.view_as_real(change * root * (2 * np.pi / box))
-    flat = changes.flatten(1).double()
-    return (flat @ flat.T).cpu().numpy()
+    information = torch.zeros((len(basis_A),) * 2, dtype=torch.float64, device=values.device)
+    for part in changes.flatten(1).split(_CHUNK, 1):
+        part = part.double()
+        information += part @ part.T
+    return information.cpu().numpy()
 
 
 def spectral_start(forces: FieldForces, latent_dims: int, prior_precision: np.ndarray) -> SpectralStart:

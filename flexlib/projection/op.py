@@ -11,6 +11,7 @@ numba on the CPU (``cpu.py``), Triton on CUDA (``cuda.py``), plain torch (``refe
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
@@ -26,6 +27,7 @@ from flexlib.projection import reference
 logger = logging.getLogger(__name__)
 
 KERNELS = {"linear": 2, "cubic": 4}  # taps per axis; B-splines of degree 1 and 3
+_FFT_BYTES = 2**22  # of images that the CPU transforms at once: the temporaries stay in its cache, and small
 
 
 @dataclass(frozen=True)
@@ -204,10 +206,14 @@ class _Spectrum(torch.autograd.Function):
     def forward(ctx, images, box, taps):
         ctx.shape = (images.shape[-1], box, taps)
         half, grid = box // 2, images.shape[-1]
-        rows = torch.fft.rfft(images, dim=-1)[..., : half + 1]
-        spectrum = torch.fft.fft(rows, dim=-2)
-        inner = torch.cat([spectrum[:, :half], spectrum[:, grid - half :]], dim=1)
-        return inner.mul_(_deconvolution(box, grid, taps, str(images.device), images.dtype))
+        deconvolution = _deconvolution(box, grid, taps, str(images.device), images.dtype)
+
+        def transform(some: torch.Tensor) -> torch.Tensor:
+            rows = torch.fft.rfft(some, dim=-1)[..., : half + 1]
+            spectrum = torch.fft.fft(rows, dim=-2)
+            return torch.cat([spectrum[:, :half], spectrum[:, grid - half :]], dim=1).mul_(deconvolution)
+
+        return _in_parts(transform, images, grid)
 
     @staticmethod
     def backward(ctx, grad_spectrum):
@@ -227,14 +233,34 @@ def spectrum_to_images(spectra: torch.Tensor, grid: int, taps: int) -> torch.Ten
     """
     box = spectra.shape[1]
     half = box // 2
-    spectra = spectra * _deconvolution(box, grid, taps, str(spectra.device), spectra.real.dtype)
-    if grid > box:
-        padded = spectra.new_zeros((len(spectra), grid, half + 1))
-        padded[:, :half] = spectra[:, :half]
-        padded[:, grid - half :] = spectra[:, half:]
-        spectra = padded
-    columns = torch.fft.ifft(spectra, dim=-2, norm="forward")
-    return torch.fft.irfft(columns, n=grid, dim=-1, norm="forward")
+    deconvolution = _deconvolution(box, grid, taps, str(spectra.device), spectra.real.dtype)
+
+    def transform(some: torch.Tensor) -> torch.Tensor:
+        some = some * deconvolution
+        if grid > box:
+            padded = some.new_zeros((len(some), grid, half + 1))
+            padded[:, :half] = some[:, :half]
+            padded[:, grid - half :] = some[:, half:]
+            some = padded
+        columns = torch.fft.ifft(some, dim=-2, norm="forward")
+        return torch.fft.irfft(columns, n=grid, dim=-1, norm="forward")
+
+    return _in_parts(transform, spectra, grid)
+
+
+def _in_parts(transform: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, grid: int) -> torch.Tensor:
+    """``transform`` of a batch, on the CPU of a part at a time; ``grid`` the side of the images it comes from or to."""
+    at_once = len(batch)
+    if batch.device.type == "cpu":
+        at_once = max(1, _FFT_BYTES // (4 * grid**2))
+    if at_once >= len(batch):
+        return transform(batch)
+    first = transform(batch[:at_once])
+    result = first.new_empty((len(batch), *first.shape[1:]))
+    result[:at_once] = first
+    for start in range(at_once, len(batch), at_once):
+        result[start : start + at_once] = transform(batch[start : start + at_once])
+    return result
 
 
 def view_vertices(
