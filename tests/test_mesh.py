@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.maps import Map, read_map, soft_edge, write_map
+from flexlib.mesh import elastic
 from flexlib.mesh.build import build_mesh, mesh_quality
 from flexlib.mesh.elastic import elastic_modes, rigid_motions, vertex_masses
 from flexlib.mesh.io import read_mesh, write_mesh
@@ -343,6 +344,30 @@ def test_modes_are_reproducible(bar):
     assert (
         np.take_along_axis(first[1].reshape(10, -1), np.abs(first[1]).reshape(10, -1).argmax(1)[:, None], 1) > 0
     ).all()
+
+
+@pytest.mark.parametrize("parted", [False, True])
+def test_modes_of_large_meshes_are_found_among_smooth_fields(parted, monkeypatch):
+    """Never softer than the true modes, the softest nearly they; what costs nothing comes first and only once."""
+    mask = brick(40, (32, 12, 12), (-16, -6, -6))
+    if parted:
+        mask[:, :, 19:21] = False
+    mesh = bcc_mesh(mask, PIXEL_SIZE_A, 6.0)
+    true_stiffness, true_modes = elastic_modes(mesh, 60)
+    monkeypatch.setattr(elastic, "_SMOOTH_ABOVE", 1000)
+    stiffness, modes = elastic_modes(mesh, 60)
+    assert 3 * len(mesh.vertices_A) > 4000 and len(stiffness) == 60
+    mass = vertex_masses(mesh)
+    np.testing.assert_allclose(np.einsum("avi,bvi,v->ab", modes, modes, mass), np.eye(60), atol=1e-7)
+    costly = slice(6, None) if parted else slice(None)
+    tensors = RigidityTensors.from_mesh(mesh, dtype=torch.float64)
+    moved = torch.as_tensor(mesh.vertices_A + 1e-4 * modes[costly])
+    energy = rigidity_energy(deformation_gradients(tensors, moved), tensors.weight) / 1e-8
+    np.testing.assert_allclose(energy, stiffness[costly], rtol=1e-3)
+    ratio = stiffness[costly] / true_stiffness[costly]
+    assert (ratio > 1 - 1e-6).all() and ratio[:6].max() < 1.5
+    overlap = np.einsum("avi,bvi,v->ab", true_modes[:12], modes, mass)
+    assert (overlap**2).sum(1).min() > 0.95
 
 
 def test_separate_bodies_move_against_each_other_first():
