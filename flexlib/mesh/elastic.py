@@ -29,7 +29,7 @@ _SMALLEST_BODY = 0.02  # bodies with less than this part of the mass have no mod
 _MOST_BODIES = 200  # parts joined by faces beyond which those that share a vertex are taken as one
 _NULL = 1e-10  # relative eigenvalue of the joints' normal matrix below which a motion opens no joint
 _DENSE_BELOW = 400  # degrees of freedom up to which a dense solver is quicker
-_SMOOTH_ABOVE = 24_000  # degrees of freedom above which modes are looked for among smooth fields only
+_SMOOTH_ABOVE = 8_000  # degrees of freedom above which modes are looked for among smooth fields only
 _SPARE_BLOCK = 60  # vectors beyond those wanted
 _BLOCK_STEPS = 3
 
@@ -271,7 +271,7 @@ def _smooth_fields(stiffness: sparse.csc_array, weight: np.ndarray, shift: float
 
     The first coarse space of an algebraic multigrid by smoothed aggregation (Vanek, Mandel and Brezina, Computing 56,
     1996), which holds the motions ``null`` (n, size). Vertices are aggregated along the mesh's own edges. The modes
-    come out stiffer than they are: of a mesh of 1,808 vertices by a third.
+    come out stiffer than they are: of the IgG set's mesh by a third, where motion is learnt as well from them.
     """
     from pyamg import smoothed_aggregation_solver
 
