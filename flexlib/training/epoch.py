@@ -178,7 +178,7 @@ def measure_ratio(setup: Setup, state: State, model: MovingMap, batch, weight, l
     full, quick = fisher_information(model, batch, weight, latents), model.information(batch, weight, latents)
     both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, quick)])
     setup.group.add(both)
-    if both[1] > 0:
+    if (both > 0).all():  # a ratio of zero could never be measured again
         state.information_ratio *= float(both[0] / both[1])
     return replace(model, information_ratio=state.information_ratio)
 

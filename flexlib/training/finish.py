@@ -9,7 +9,7 @@ import torch
 from scipy import sparse
 
 from flexlib.deform import deform_volume
-from flexlib.latents import infer_everywhere, infer_latents, log_likelihood_loss
+from flexlib.latents import infer_everywhere, log_likelihood_loss
 from flexlib.mesh.tetmesh import TetraMesh
 from flexlib.particles.images import plane_weight, read_ahead, split_batches
 from flexlib.projection.op import gather_volume, scatter_volume
@@ -47,11 +47,13 @@ def infer_all(setup: Setup, state: State) -> torch.Tensor:
         if number == 0:
             model = measure_ratio(setup, state, model, batch, weight, state.latents[rows])
         if centres is None:
-            posterior = infer_latents(model, batch, weight, state.latents[rows], 0, setup.prior)
+            information = model.information(batch, weight, state.latents[rows])
+            precision[rows] = information + setup.prior.curvature(state.latents[rows])
         else:
             posterior = infer_everywhere(model, batch, weight, state.latents[rows], FINAL_STEPS, centres, setup.prior)
-        state.latents[rows], precision[rows] = posterior.latents, posterior.precision
-        state.information[rows] = posterior.precision - setup.prior.curvature(posterior.latents)
+            state.latents[rows], precision[rows] = posterior.latents, posterior.precision
+            information = posterior.precision - setup.prior.curvature(posterior.latents)
+        state.information[rows] = information
     for rows_of_all in (state.latents, precision, state.information):
         rows_of_all.copy_(setup.group.gather(rows_of_all[mine], num))
     if state.given_latents is not None:
