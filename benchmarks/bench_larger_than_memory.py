@@ -60,8 +60,8 @@ def train_within(folder: Path, limit_bytes: int, warm_up: bool) -> dict[str, flo
     import resource
     import time
 
-    from flexlib.settings import TrainSettings
-    from flexlib.training import run, train
+    from flexlib.train import run, train
+    from flexlib.workflow_support.settings import TrainSettings
 
     def one_epoch(name: str) -> None:
         settings = TrainSettings(latent_dims=1, epochs=1)

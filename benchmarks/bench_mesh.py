@@ -21,7 +21,7 @@ PIXEL_SIZE_A = 1.5
 
 def write_inputs(folder: Path, box: int, filling: float, segments: int) -> None:
     """A bumpy ellipsoid that fills part of the box, its density, and slabs of it as segments."""
-    from flexlib.maps import Map, soft_edge, write_map
+    from flexlib.imaging.maps import Map, soft_edge, write_map
 
     axis = ((np.arange(box) - box // 2) / (box / 2)).astype(np.float32)
     z, y, x = axis[:, None, None], axis[None, :, None], axis[None, None, :]
@@ -39,8 +39,8 @@ def write_inputs(folder: Path, box: int, filling: float, segments: int) -> None:
 def build(folder: Path, cells: int, kind: str) -> None:
     """Build one mesh and print its line; run in a process of its own, so that its memory is its own."""
     from flexlib.mesh.build import build_mesh
-    from flexlib.mesh.io import read_mesh
-    from flexlib.settings import MeshSettings
+    from flexlib.tetra.io import read_mesh
+    from flexlib.workflow_support.settings import MeshSettings
 
     began = time.perf_counter()
     segmentation = folder / "segments.mrc" if kind == "segmented" else None
@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, options.box, options.filling, options.segments)
-        from flexlib.maps import read_map
+        from flexlib.imaging.maps import read_map
 
         share = float((read_map(folder / "mask.mrc").data > 0).mean())
         print(f"box {options.box}, {options.cells} cells across, mask {100 * share:.1f} % of the box")

@@ -29,8 +29,8 @@ from particle_sets import ball
 from scipy.spatial.transform import Rotation
 
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.mesh.voxels import voxelise
 from flexlib.projection.op import KERNELS, VoxelTensors, splat_voxels, view_vertices
+from flexlib.tetra.voxels import voxelise
 
 VOXEL_BYTES = 24 / 8  # cell, barycentric weights and value of a voxel, read once for a block of eight images
 

@@ -21,16 +21,16 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 
-from flexlib.particles.prepared import ImageStackWriter
+from flexlib.images.sources import ImageStackWriter
 from flexlib.particles.star import read_tables, write_star
-from flexlib.simulate import simulate_particles
+from flexlib.simulate.run import simulate_particles
 
 _MEASURE = """
 import sys, threading, time
 from pathlib import Path
-from flexlib.prepare import prepare_particles
+from flexlib.prepare.run import prepare_particles
 from flexlib.runtime import tune_process
-from flexlib.settings import PrepareSettings
+from flexlib.workflow_support.settings import PrepareSettings
 def resident():
     status = Path("/proc/self/status").read_text().split("RssAnon:")[1]
     return 1024 * int(status.split()[0])

@@ -36,17 +36,17 @@ def measure(
 
     import torch
 
-    from flexlib.map_solver import NormalEquations
-    from flexlib.maps import soft_edge
+    from flexlib.images.sources import FullImages
+    from flexlib.images.stack import open_stacks
+    from flexlib.imaging.maps import soft_edge
     from flexlib.mesh.lattice import bcc_mesh
-    from flexlib.mesh.tetmesh import single_cell_mesh
-    from flexlib.mesh.voxels import voxelise
-    from flexlib.model import FlexModel, FlowGenerator
-    from flexlib.particles.prepared import FullImages
-    from flexlib.particles.stack import open_stacks
+    from flexlib.model.flex_model import FlexModel, FlowGenerator
     from flexlib.projection.op import VoxelTensors
-    from flexlib.reconstruct import flexible_vertices, rigid_vertices
+    from flexlib.reconstruct.map_solver import NormalEquations
+    from flexlib.reconstruct.run import flexible_vertices, rigid_vertices
     from flexlib.runtime import tune_process
+    from flexlib.tetra.tetmesh import single_cell_mesh
+    from flexlib.tetra.voxels import voxelise
 
     tune_process()
     torch.set_num_threads(threads)

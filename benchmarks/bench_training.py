@@ -4,7 +4,7 @@
                                         [--dims 1 2 4 8] [--epochs 3] [--device cpu] [--out FILE]
 
 Simulated antibodies, repeated to the number asked for, in a mask that is a ball of the given share of the box. Every
-run is a whole ``flexlib.training.train`` in a process of its own: spectral start, epochs, search of other valleys,
+run is a whole ``flexlib.train.train`` in a process of its own: spectral start, epochs, search of other valleys,
 final inference. ``epoch_s`` is the median epoch; the first two, and every fourth, also measure the latents'
 information. Memory is the largest resident set (Linux's ``VmHWM``).
 """
@@ -73,9 +73,9 @@ def measure(case: Case, mesh_dir: Path, folder: Path) -> dict[str, float | list[
 
     import torch
 
-    from flexlib.maps import read_map
-    from flexlib.settings import TrainSettings
-    from flexlib.training import train
+    from flexlib.imaging.maps import read_map
+    from flexlib.train import train
+    from flexlib.workflow_support.settings import TrainSettings
 
     particles, out = folder / "set" / "particles", folder / "train"
     settings = TrainSettings(latent_dims=case.latent_dims, epochs=case.epochs)

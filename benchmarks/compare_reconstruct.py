@@ -24,17 +24,17 @@ import torch
 from scipy import ndimage
 
 from flexlib.files import read_json
-from flexlib.fsc import corrected_fsc, fsc, predicted_truth_fsc, resolution_at
-from flexlib.maps import read_map
+from flexlib.imaging.fsc import corrected_fsc, fsc, predicted_truth_fsc, resolution_at
+from flexlib.imaging.maps import read_map
 from flexlib.mesh.build import build_mesh
-from flexlib.mesh.voxels import voxelise
-from flexlib.model import FlexModel
-from flexlib.phantoms import make_phantom
-from flexlib.prepare import prepare_particles
-from flexlib.reconstruct import reconstruct
-from flexlib.settings import MeshSettings, PrepareSettings, ReconstructSettings, TrainSettings
-from flexlib.simulate import _GAUSSIAN_SIGMA_A, atoms_to_map, simulate_particles
-from flexlib.training import train
+from flexlib.model.flex_model import FlexModel
+from flexlib.prepare.run import prepare_particles
+from flexlib.reconstruct.run import reconstruct
+from flexlib.simulate.phantoms import make_phantom
+from flexlib.simulate.run import _GAUSSIAN_SIGMA_A, atoms_to_map, simulate_particles
+from flexlib.tetra.voxels import voxelise
+from flexlib.train import train
+from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, ReconstructSettings, TrainSettings
 
 NEAR_RAD = 0.02  # particles within this of an angle show where the flow puts it
 

@@ -15,20 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flexlib.latents import MovingMap, Operator, friedel_halves, infer_latents, log_likelihood_loss
-from flexlib.maps import read_map, write_map
+from flexlib.images.batch import plane_weight, read_ahead, split_batches
+from flexlib.images.sources import open_training_images
+from flexlib.imaging.maps import read_map, write_map
 from flexlib.mesh.build import build_mesh
-from flexlib.mesh.voxels import voxelise
-from flexlib.model import FlexModel
-from flexlib.particles.images import plane_weight, read_ahead, split_batches
-from flexlib.particles.prepared import open_training_images
-from flexlib.phantoms import Phantom, make_phantom
-from flexlib.prepare import prepare_particles
+from flexlib.model.flex_model import FlexModel
+from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume
-from flexlib.settings import MeshSettings, PrepareSettings, TrainSettings
-from flexlib.simulate import simulate_particles
-from flexlib.training import train
-from flexlib.validation import choose_held_out
+from flexlib.simulate.phantoms import Phantom, make_phantom
+from flexlib.simulate.run import simulate_particles
+from flexlib.tetra.voxels import voxelise
+from flexlib.train import train
+from flexlib.train.latents import MovingMap, Operator, friedel_halves, infer_latents, log_likelihood_loss
+from flexlib.train.score import choose_held_out
+from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, TrainSettings
 
 NAMES = {"parted": "a segment per layer", "plain": "one mesh"}
 NUM_PARTICLES, BOX, PIXEL_SIZE_A, SNR, CELLS, HELD_OUT = 3000, 64, 4.0, 0.08, 20, 0.2

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from flexlib.files import read_json, write_json
-from flexlib.maps import Map, soft_edge, write_map
+from flexlib.images.sources import PARTICLES, SUMMARY, TRAIN_STACK, ImageStackWriter
+from flexlib.images.stack import read_stack_header
+from flexlib.imaging.maps import Map, soft_edge, write_map
 from flexlib.mesh.build import build_mesh
-from flexlib.particles.prepared import PARTICLES, SUMMARY, TRAIN_STACK, ImageStackWriter
-from flexlib.particles.stack import read_stack_header
 from flexlib.particles.star import read_tables, write_star
-from flexlib.prepare import prepare_particles
-from flexlib.settings import MeshSettings, PrepareSettings
-from flexlib.simulate import simulate_particles
+from flexlib.prepare.run import prepare_particles
+from flexlib.simulate.run import simulate_particles
+from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
 
 FIELD_OF_VIEW_A = 256.0  # the antibody fits
 _CHUNK = 500  # images copied at once

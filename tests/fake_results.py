@@ -9,15 +9,15 @@ import numpy as np
 import pandas as pd
 
 from flexlib.files import write_json
-from flexlib.fsc import fsc
-from flexlib.maps import lowpass_map, make_mask, write_map
+from flexlib.imaging.fsc import fsc
+from flexlib.imaging.maps import lowpass_map, make_mask, write_map
 from flexlib.mesh.build import build_mesh
 from flexlib.particles.star import write_star
-from flexlib.phantoms import Phantom, make_phantom
 from flexlib.report import write_report
-from flexlib.settings import MeshSettings
-from flexlib.simulate import atoms_to_map
-from flexlib.sweep import SweepPoint, write_sweep_table
+from flexlib.simulate.phantoms import Phantom, make_phantom
+from flexlib.simulate.run import atoms_to_map
+from flexlib.workflow_support.settings import MeshSettings
+from flexlib.workflow_support.sweep import SweepPoint, write_sweep_table
 
 POINT = SweepPoint(cells=8, latent_dims=2, rigidity=2.0, seed=0)
 CONFIG = {

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.model import FlexModel, FlowGenerator
+from flexlib.model.flex_model import FlexModel, FlowGenerator
 
 BOX = 32
 PIXEL_SIZE_A = 3.0

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flexlib.mesh.rigidity import RigidityTensors, deformation_gradients, rigidity_energy
-from flexlib.mesh.tetmesh import TetraMesh
 from flexlib.projection import reference
+from flexlib.tetra.rigidity import RigidityTensors, deformation_gradients, rigidity_energy
+from flexlib.tetra.tetmesh import TetraMesh
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexlib.ctf import ctf_images, even_zernike_index, odd_zernike_index, wavelength_A, zernike
+from flexlib.images.ctf import ctf_images, even_zernike_index, odd_zernike_index, wavelength_A, zernike
 from flexlib.particles.table import OpticsGroup, Particles
 
 

@@ -1,7 +1,7 @@
-"""Why ``flexlib.ctf`` and not torch-ctf, the field's library: where it agrees with RELION's CTF, and where it does not.
+"""Why ``flexlib.images.ctf`` and not torch-ctf, the field's library: where it agrees with RELION's CTF, and where it does not.
 
 The measure is RELION's formula in float64, term by term, as in test_ctf.py; ours is measured beside it. When a newer
-release makes one of these tests fail, the reason it shows is gone: see the docstring of ``flexlib.ctf``.
+release makes one of these tests fail, the reason it shows is gone: see the docstring of ``flexlib.images.ctf``.
 """
 
 from dataclasses import replace
@@ -12,8 +12,8 @@ import torch
 from test_ctf import expected_images, make_particles
 from torch_ctf import calculate_ctf_2d
 
-from flexlib.ctf import ctf_images, zernike
-from flexlib.particles.images import shell_radius
+from flexlib.images.batch import shell_radius
+from flexlib.images.ctf import ctf_images, zernike
 from flexlib.particles.table import OpticsGroup
 
 BOX = 64

@@ -6,11 +6,19 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from flexlib import estimates
 from flexlib.errors import InputError
-from flexlib.estimates import DataSize, check_free_space, data_size, disk_mb, memory_mb, read_map_size, runtime_min
 from flexlib.files import write_json
-from flexlib.maps import write_map
+from flexlib.imaging.maps import write_map
+from flexlib.workflow_support import estimates
+from flexlib.workflow_support.estimates import (
+    DataSize,
+    check_free_space,
+    data_size,
+    disk_mb,
+    memory_mb,
+    read_map_size,
+    runtime_min,
+)
 
 PREPARE = {"crop_box": None, "train_box": 128, "max_particles": None, "symmetry": "C1"}
 LARGE, SMALL = DataSize(1_000_000, 256, 128), DataSize(1000, 64, 64)

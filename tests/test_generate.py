@@ -12,14 +12,14 @@ from moving_ball import BOX, PIXEL_SIZE_A, ball, ball_mesh, centre_A, linear_mod
 from PIL import Image
 from scipy import ndimage
 
-from flexlib import movie
 from flexlib.errors import InputError
 from flexlib.files import write_json
-from flexlib.generate import chimerax_script, displacement_metric, generate_series, main, newest_model
-from flexlib.maps import Map, lowpass_map, read_map, sharpen_map, write_map
+from flexlib.generate.run import chimerax_script, displacement_metric, generate_series, main, newest_model
+from flexlib.imaging.maps import Map, lowpass_map, read_map, sharpen_map, write_map
 from flexlib.particles.star import write_star
-from flexlib.report import surface
-from flexlib.settings import GenerateSettings
+from flexlib.render import film as movie
+from flexlib.render import surface
+from flexlib.workflow_support.settings import GenerateSettings
 
 ORIGIN_A = (7.0, 8.0, 9.0)
 NSTART = (-16, -16, -16)

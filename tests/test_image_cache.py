@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexlib.particles import cache
-from flexlib.particles.cache import cached_images
-from flexlib.particles.prepared import open_full_images
-from flexlib.prepare import prepare_particles
-from flexlib.settings import MeshSettings, PrepareSettings
-from flexlib.simulate import simulate_particles
+from flexlib.images import cache
+from flexlib.images.cache import cached_images
+from flexlib.images.sources import open_full_images
+from flexlib.prepare.run import prepare_particles
+from flexlib.simulate.run import simulate_particles
+from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
 
 COUNT, BOX = 60, 32
 
@@ -131,8 +131,8 @@ def test_jobs_leave_each_other_alone_and_what_a_dead_one_left_is_removed(prepare
 def test_sigterm_removes_the_copy(prepared, tmp_path):
     script = (
         "import sys, time\n"
-        "from flexlib.particles.cache import cached_images\n"
-        "from flexlib.particles.prepared import open_full_images\n"
+        "from flexlib.images.cache import cached_images\n"
+        "from flexlib.images.sources import open_full_images\n"
         "with cached_images(open_full_images(sys.argv[1]), sys.argv[2]):\n"
         "    print('copied', flush=True)\n"
         "    time.sleep(60)\n"

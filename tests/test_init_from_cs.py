@@ -9,12 +9,12 @@ from particle_files import save_cs
 from scipy.spatial.transform import Rotation
 from training_sets import latents_of, prepared
 
-from flexlib import training
+from flexlib import train as training
 from flexlib.errors import InputError
 from flexlib.particles import read_particles
 from flexlib.particles.cs_file import read_cs_file
-from flexlib.prepare import prepare_particles
-from flexlib.settings import PrepareSettings, TrainSettings
+from flexlib.prepare.run import prepare_particles
+from flexlib.workflow_support.settings import PrepareSettings, TrainSettings
 
 FROZEN = TrainSettings(latent_dims=1, epochs=2, validation_fraction=0.1, freeze_latents=True)
 

@@ -8,7 +8,10 @@ import torch
 from scipy import ndimage
 from training_sets import neighbour_r2, prepared
 
-from flexlib.latents import (
+from flexlib.images.batch import plane_weight, split_batches
+from flexlib.model.flex_model import FlowGenerator
+from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices
+from flexlib.train.latents import (
     CoarseView,
     LatentPrior,
     MovingMap,
@@ -21,11 +24,8 @@ from flexlib.latents import (
     log_likelihood_loss,
     search_latents,
 )
-from flexlib.model import FlowGenerator
-from flexlib.particles.images import plane_weight, split_batches
-from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices
-from flexlib.settings import TrainSettings
-from flexlib.spectral import (
+from flexlib.train.score import HeldOutScore, choose_held_out
+from flexlib.train.spectral import (
     FieldForces,
     FourierSampling,
     fields_of_latents,
@@ -34,9 +34,9 @@ from flexlib.spectral import (
     spectral_start,
     suggest_dims,
 )
-from flexlib.training.start import BASIS_UNIT_A, _basis
-from flexlib.training.state import Setup, set_up
-from flexlib.validation import HeldOutScore, choose_held_out
+from flexlib.train.start import BASIS_UNIT_A, _basis
+from flexlib.train.state import Setup, set_up
+from flexlib.workflow_support.settings import TrainSettings
 
 BOX = 64
 

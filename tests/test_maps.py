@@ -6,8 +6,8 @@ import mrcfile
 import numpy as np
 import pytest
 
-from flexlib import maps
 from flexlib.errors import InputError
+from flexlib.imaging import maps
 
 
 def gaussian(box: int, centre_px=(3.0, -2.0, 1.0), sigma_px: float = 3.0, pixel: float = 1.0) -> np.ndarray:

@@ -11,23 +11,23 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
-from flexlib.maps import Map, read_map, soft_edge, write_map
-from flexlib.mesh import elastic
+from flexlib.imaging.maps import Map, read_map, soft_edge, write_map
 from flexlib.mesh.build import build_mesh, mesh_quality
-from flexlib.mesh.elastic import elastic_modes, rigid_motions, vertex_masses
-from flexlib.mesh.io import read_mesh, write_mesh
 from flexlib.mesh.lattice import BccLattice, bcc_mesh
-from flexlib.mesh.rigidity import (
+from flexlib.mesh.weights import density_rigidity
+from flexlib.tetra import elastic
+from flexlib.tetra.elastic import elastic_modes, rigid_motions, vertex_masses
+from flexlib.tetra.io import read_mesh, write_mesh
+from flexlib.tetra.rigidity import (
     RigidityTensors,
     deformation_gradients,
     mesh_rigidity,
     nearest_rotations,
     rigidity_energy,
 )
-from flexlib.mesh.tetmesh import TetraMesh, single_cell_mesh
-from flexlib.mesh.voxels import covered, tetra_index_map, voxelise
-from flexlib.mesh.weights import density_rigidity
-from flexlib.settings import MeshSettings
+from flexlib.tetra.tetmesh import TetraMesh, single_cell_mesh
+from flexlib.tetra.voxels import covered, tetra_index_map, voxelise
+from flexlib.workflow_support.settings import MeshSettings
 
 PIXEL_SIZE_A = 3.0
 

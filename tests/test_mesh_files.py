@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from flexlib.errors import InputError
-from flexlib.maps import Map, write_map
+from flexlib.imaging.maps import Map, write_map
 from flexlib.mesh.build import build_mesh, count_bodies, make_mesh, mesh_quality
 from flexlib.mesh.cryosparc import load_arrays, read_flex_mesh, write_flex_mesh
-from flexlib.mesh.io import read_mesh, write_mesh
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.mesh.segments import Segmentation
 from flexlib.mesh.surface import relax, surface_mesh, surface_net
-from flexlib.mesh.tetmesh import TetraMesh, boundary_faces
-from flexlib.mesh.voxels import tetra_index_map, voxelise
-from flexlib.settings import MeshSettings
+from flexlib.tetra.io import read_mesh, write_mesh
+from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
+from flexlib.tetra.voxels import tetra_index_map, voxelise
+from flexlib.workflow_support.settings import MeshSettings
 
 BOX, PIXEL_SIZE_A = 40, 3.0
 AXIS = np.arange(BOX) - BOX // 2

@@ -9,13 +9,9 @@ import pytest
 import torch
 
 from flexlib.errors import InputError
-from flexlib.maps import LabelGrid, Map, write_map
+from flexlib.imaging.maps import LabelGrid, Map, write_map
 from flexlib.mesh.build import build_mesh, count_bodies, make_mesh
-from flexlib.mesh.connections import parse_connections
-from flexlib.mesh.elastic import elastic_modes, free_motions, rigid_motions, vertex_masses
-from flexlib.mesh.io import read_mesh, write_mesh
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.mesh.rigidity import RigidityTensors, mesh_rigidity
 from flexlib.mesh.segments import (
     SOLVENT,
     Segmentation,
@@ -25,10 +21,14 @@ from flexlib.mesh.segments import (
     read_segments,
     touching_pairs,
 )
-from flexlib.mesh.tetmesh import TetraMesh, boundary_faces
-from flexlib.mesh.voxels import voxelise
 from flexlib.mesh.weights import RIGID_SEGMENT_WEIGHT
-from flexlib.settings import MeshSettings
+from flexlib.tetra.elastic import elastic_modes, free_motions, rigid_motions, vertex_masses
+from flexlib.tetra.io import read_mesh, write_mesh
+from flexlib.tetra.rigidity import RigidityTensors, mesh_rigidity
+from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
+from flexlib.tetra.voxels import voxelise
+from flexlib.workflow_support.connections import parse_connections
+from flexlib.workflow_support.settings import MeshSettings
 
 BOX, PIXEL_SIZE_A = 40, 3.0
 AXIS = np.arange(BOX) - BOX // 2

@@ -9,10 +9,10 @@ import pytest
 import starfile
 from scipy.spatial.transform import Rotation
 
-from flexlib.ctf import even_zernike_index, physical_frequencies, wavelength_A, zernike
 from flexlib.errors import InputError
+from flexlib.images.ctf import even_zernike_index, physical_frequencies, wavelength_A, zernike
+from flexlib.images.stack import open_stacks, read_stack_header
 from flexlib.particles import read_particles
-from flexlib.particles.stack import open_stacks, read_stack_header
 from flexlib.particles.star import relion_tables, write_star
 
 COUNT, BOX = 12, 8

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from scipy import fft
 
-from flexlib.fsc import corrected_fsc, fsc, predicted_truth_fsc
-from flexlib.maps import lowpass_map, shell_radius, soft_edge
+from flexlib.imaging.fsc import corrected_fsc, fsc, predicted_truth_fsc
+from flexlib.imaging.maps import lowpass_map, shell_radius, soft_edge
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.mesh.voxels import voxelise
-from flexlib.postprocess import (
+from flexlib.reconstruct.postprocess import (
     guinier_b_factor,
     local_resolution,
     moving_region,
     rms_displacement_A,
     sharpened_map,
 )
+from flexlib.tetra.voxels import voxelise
 
 
 def noise(seed: int, box: int) -> np.ndarray:

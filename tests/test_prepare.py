@@ -9,20 +9,20 @@ import starfile
 import torch
 from scipy.spatial.transform import Rotation
 
-from flexlib.ctf import ctf_images
 from flexlib.errors import InputError
 from flexlib.files import read_json
-from flexlib.maps import Map, fourier_crop_map, read_map, write_map
-from flexlib.mesh.tetmesh import single_cell_mesh
-from flexlib.mesh.voxels import voxelise
+from flexlib.images.batch import centred_irfft2, centred_rfft2, plane_weight, shell_radius
+from flexlib.images.ctf import ctf_images
+from flexlib.images.sources import open_full_images, open_training_images, write_latents_star
+from flexlib.imaging.maps import Map, fourier_crop_map, read_map, write_map
 from flexlib.particles import read_particles
-from flexlib.particles.images import centred_irfft2, centred_rfft2, plane_weight, shell_radius
-from flexlib.particles.prepared import open_full_images, open_training_images, write_latents_star
 from flexlib.particles.star import relion_tables, write_star
 from flexlib.particles.table import OpticsGroup, Particles
-from flexlib.prepare import match_grid, prepare_particles, read_mask, select_particles, smooth_power
+from flexlib.prepare.run import match_grid, prepare_particles, read_mask, select_particles, smooth_power
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
-from flexlib.settings import PrepareSettings
+from flexlib.tetra.tetmesh import single_cell_mesh
+from flexlib.tetra.voxels import voxelise
+from flexlib.workflow_support.settings import PrepareSettings
 
 COUNT, BOX, PIXEL_SIZE_A = 700, 48, 3.0
 SCALES = (2.5, 0.7)  # of the two optics groups

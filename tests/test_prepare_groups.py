@@ -16,20 +16,20 @@ import starfile
 import torch
 from scipy.spatial.transform import Rotation
 
-from flexlib.ctf import ctf_images
 from flexlib.files import read_json
-from flexlib.maps import read_map, write_map
-from flexlib.mesh.tetmesh import single_cell_mesh
-from flexlib.mesh.voxels import voxelise
+from flexlib.images.batch import plane_weight, shell_radius
+from flexlib.images.ctf import ctf_images
+from flexlib.images.sources import open_full_images, open_training_images
+from flexlib.imaging.maps import read_map, write_map
+from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.particles import read_particles
-from flexlib.particles.images import plane_weight, shell_radius
-from flexlib.particles.prepared import open_full_images, open_training_images
 from flexlib.particles.star import write_star
 from flexlib.particles.table import OpticsGroup, Particles
-from flexlib.prepare import prepare_particles
+from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
-from flexlib.settings import PrepareSettings
-from flexlib.symmetry import symmetry_rotations
+from flexlib.tetra.tetmesh import single_cell_mesh
+from flexlib.tetra.voxels import voxelise
+from flexlib.workflow_support.settings import PrepareSettings
 
 SIGMA_A = 2.6  # of the Gaussians
 SIGNAL = 10000.0

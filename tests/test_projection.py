@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from flexlib.mesh.tetmesh import MeshVoxels
 from flexlib.projection import cpu
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, splat_voxels, view_vertices
+from flexlib.tetra.tetmesh import MeshVoxels
 
 # The Kuhn split of a cube into 6 tetra: one per order in which the axes are walked from corner (0,0,0) to (1,1,1).
 KUHN_ORDERS = [(0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1), (2, 1, 0), (1, 0, 2)]

@@ -11,17 +11,17 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.files import read_json
-from flexlib.fsc import fsc
-from flexlib.map_solver import NormalEquations, project_adjoint, solve_map
-from flexlib.maps import lowpass_map, read_map, soft_edge
+from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.imaging.fsc import fsc
+from flexlib.imaging.maps import lowpass_map, read_map, soft_edge
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.mesh.tetmesh import single_cell_mesh
-from flexlib.mesh.voxels import voxelise
-from flexlib.model import FlexModel, FlowGenerator, rigid_modes_A
-from flexlib.particles.images import ImageBatch, plane_weight
+from flexlib.model.flex_model import FlexModel, FlowGenerator, rigid_modes_A
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
-from flexlib.reconstruct import fsc_table, reconstruct
-from flexlib.settings import MeshSettings, PrepareSettings, ReconstructSettings
+from flexlib.reconstruct.map_solver import NormalEquations, project_adjoint, solve_map
+from flexlib.reconstruct.run import fsc_table, reconstruct
+from flexlib.tetra.tetmesh import single_cell_mesh
+from flexlib.tetra.voxels import voxelise
+from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, ReconstructSettings
 
 BOX = 24
 PIXEL_SIZE_A = 3.0
@@ -348,7 +348,7 @@ def test_a_half_set_never_sees_the_other():
 def test_objective_falls_and_the_reason_to_stop_is_told(caplog):
     problem = Problem()
     source = FakeSource(100, problem.values, problem.points_A(), noise=1.0)
-    with caplog.at_level(logging.WARNING, "flexlib.map_solver"):
+    with caplog.at_level(logging.WARNING, "flexlib.reconstruct.map_solver"):
         _, convergence = problem.solve(source, max_iterations=40)
         assert convergence.converged and not caplog.records
         assert np.all(np.diff(convergence.objective) < 0)
@@ -377,8 +377,8 @@ def test_fsc_of_pure_noise_in_a_mask_is_corrected_to_zero():
 
 
 def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
-    from flexlib.prepare import prepare_particles
-    from flexlib.simulate import simulate_particles
+    from flexlib.prepare.run import prepare_particles
+    from flexlib.simulate.run import simulate_particles
 
     box, pixel_size_A = 32, 8.0
     truth = simulate_particles(

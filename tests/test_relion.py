@@ -18,22 +18,22 @@ import pandas as pd
 import pytest
 import torch
 
-from flexlib.ctf import ctf_images
 from flexlib.files import read_json
-from flexlib.fsc import fsc
-from flexlib.maps import read_map, soft_edge, write_map
-from flexlib.mesh.tetmesh import single_cell_mesh
-from flexlib.mesh.voxels import voxelise
+from flexlib.images.batch import shell_radius
+from flexlib.images.ctf import ctf_images
+from flexlib.images.sources import FullImages, open_full_images, read_noise
+from flexlib.images.stack import open_stacks
+from flexlib.imaging.fsc import fsc
+from flexlib.imaging.maps import read_map, soft_edge, write_map
 from flexlib.particles import read_particles
-from flexlib.particles.images import shell_radius
-from flexlib.particles.prepared import FullImages, open_full_images, read_noise
-from flexlib.particles.stack import open_stacks
 from flexlib.particles.star import write_star
-from flexlib.prepare import prepare_particles
+from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors
-from flexlib.reconstruct import rigid_vertices, solve_map
-from flexlib.settings import MeshSettings, PrepareSettings
-from flexlib.simulate import simulate_particles
+from flexlib.reconstruct.run import rigid_vertices, solve_map
+from flexlib.simulate.run import simulate_particles
+from flexlib.tetra.tetmesh import single_cell_mesh
+from flexlib.tetra.voxels import voxelise
+from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
 
 BOX = 48
 PIXEL_SIZE_A = 5.5

@@ -16,13 +16,13 @@ import pytest
 from fake_results import CONFIG, NASTY, finished_report, write_fake_results
 from PIL import Image
 
+from flexlib.render.surface import isosurface, quarter_turn, render_surface
 from flexlib.report import facts, plots, sections, write_report, write_summary_figure
 from flexlib.report.facts import neighbour_r2
 from flexlib.report.morph import Gallery
 from flexlib.report.packing import pack_column, pack_rows
 from flexlib.report.pictures import cell_sections
 from flexlib.report.results import Results
-from flexlib.report.surface import isosurface, quarter_turn, render_surface
 
 SECTIONS = ("input", "mesh", "sweep", "training", "latents", "motion", "resolution", "settings")
 NOTHING = Gallery([], None, [])
@@ -264,7 +264,7 @@ def test_isosurface_lies_where_the_density_crosses() -> None:
 
 def test_sections_and_surface_of_a_mesh() -> None:
     from flexlib.mesh.lattice import bcc_mesh
-    from flexlib.mesh.tetmesh import boundary_faces
+    from flexlib.tetra.tetmesh import boundary_faces
 
     mask = np.zeros((16, 16, 16), bool)
     mask[4:12, 4:12, 4:12] = True
@@ -287,9 +287,9 @@ def test_a_segmented_mesh_is_shown_by_segment() -> None:
     from flexlib.mesh.build import mesh_quality
     from flexlib.mesh.lattice import bcc_mesh
     from flexlib.mesh.segments import Segmentation
-    from flexlib.mesh.voxels import voxelise
     from flexlib.report.scenes import mesh_view
     from flexlib.report.sections import mesh_section
+    from flexlib.tetra.voxels import voxelise
 
     mask = np.zeros((16, 16, 16), bool)
     mask[4:12, 4:12, 4:12] = True

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from flexlib.errors import InputError
-from flexlib.particles.latents_io import components, read_latent_points
-from flexlib.series import (
+from flexlib.generate.series import (
     Neighbourhood,
     SeriesRequest,
     axis_points,
@@ -18,6 +17,7 @@ from flexlib.series import (
     principal_curve,
     series_files,
 )
+from flexlib.particles.latents_io import components, read_latent_points
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from flexlib.errors import InputError
-from flexlib.maps import write_map
-from flexlib.settings import (
+from flexlib.imaging.maps import write_map
+from flexlib.simulate.run import simulate_particles
+from flexlib.workflow_support.settings import (
     SECTIONS,
     MeshSettings,
     ReconstructSettings,
@@ -26,7 +27,6 @@ from flexlib.settings import (
     gpu_complaint,
     make_settings,
 )
-from flexlib.simulate import simulate_particles
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
@@ -231,7 +231,7 @@ def test_several_processes_need_a_gpu_each_where_there_are_gpus(monkeypatch):
     assert gpu_complaint("cuda", False, {"train": 2, "reconstruct": "2"}, 2) is None
     assert gpu_complaint("auto", False, {"train": 0, "reconstruct": 0}, 2) is None
     assert gpu_complaint("cpu", False, asked_for, 2) is None
-    monkeypatch.setattr("flexlib.settings._count_gpus", lambda: 2)
+    monkeypatch.setattr("flexlib.workflow_support.settings._count_gpus", lambda: 2)
     assert gpu_complaint("cuda", True, {}, 2) is None
     assert "processes: 3, one a GPU, but this machine shows 2: lower it" in gpu_complaint("auto", True, {}, 3)
 

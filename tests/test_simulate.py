@@ -13,16 +13,16 @@ from scipy.ndimage import center_of_mass
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
-from flexlib import simulate
-from flexlib.ctf import ctf_images
 from flexlib.errors import InputError
-from flexlib.maps import read_map, shell_radius
-from flexlib.mesh.tetmesh import single_cell_mesh
-from flexlib.mesh.voxels import voxelise
+from flexlib.images.ctf import ctf_images
+from flexlib.imaging.maps import read_map, shell_radius
 from flexlib.particles.read import read_particles
-from flexlib.phantoms import PHANTOMS, make_phantom, phantom_from_pdb
 from flexlib.projection.op import VoxelTensors, project, view_vertices
-from flexlib.simulate import SimulationTruth, atoms_to_map, project_atoms, simulate_particles
+from flexlib.simulate import run as simulate
+from flexlib.simulate.phantoms import PHANTOMS, make_phantom, phantom_from_pdb
+from flexlib.simulate.run import SimulationTruth, atoms_to_map, project_atoms, simulate_particles
+from flexlib.tetra.tetmesh import single_cell_mesh
+from flexlib.tetra.voxels import voxelise
 
 BOX, PIXEL_A = 48, 5.0
 

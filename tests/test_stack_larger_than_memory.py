@@ -13,9 +13,9 @@ _READ = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from flexlib.particles.images import read_ahead, split_batches
-from flexlib.particles.prepared import TrainingImages
-from flexlib.particles.stack import read_stack_header
+from flexlib.images.batch import read_ahead, split_batches
+from flexlib.images.sources import TrainingImages
+from flexlib.images.stack import read_stack_header
 from flexlib.particles.table import OpticsGroup, Particles
 
 def status_bytes(name):

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from flexlib.errors import InputError
+from flexlib.images.stack import open_stacks, read_stack_header
 from flexlib.particles import read_particles
-from flexlib.particles.stack import open_stacks, read_stack_header
 from flexlib.particles.star import write_star
 
 BOX, COUNT = 6, 4

@@ -8,7 +8,7 @@ import pytest
 
 from flexlib.errors import InputError
 from flexlib.files import read_json, write_json
-from flexlib.sweep import (
+from flexlib.workflow_support.sweep import (
     COLUMNS,
     Score,
     SweepPoint,

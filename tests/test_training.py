@@ -17,14 +17,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_sets import latents_of, neighbour_r2, prepared
 
-from flexlib import training
+from flexlib import train as training
 from flexlib.errors import InputError
-from flexlib.maps import read_map
+from flexlib.imaging.maps import read_map
 from flexlib.mesh.build import build_mesh
-from flexlib.model import FlexModel, FlowGenerator
-from flexlib.settings import MeshSettings, TrainSettings
-from flexlib.training import epoch
-from flexlib.training.state import set_up
+from flexlib.model.flex_model import FlexModel, FlowGenerator
+from flexlib.train import epoch
+from flexlib.train.state import set_up
+from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 QUICK = TrainSettings(latent_dims=1, epochs=3, validation_fraction=0.1)
 
@@ -256,8 +256,8 @@ def test_no_batch_makes_the_host_wait_for_a_gpu(clamp, tmp_path, monkeypatch):
 def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp, tmp_path):
     """SIGKILL, which nothing can catch: the next run continues from the last checkpoint, to the same latents."""
     program = (
-        "import sys; from flexlib.training import train; from flexlib.settings import TrainSettings;"
-        "import flexlib.training.epoch as t; from pathlib import Path; step = t._step;"
+        "import sys; from flexlib.train import train; from flexlib.workflow_support.settings import TrainSettings;"
+        "import flexlib.train.epoch as t; from pathlib import Path; step = t._step;"
         "done = [0]\n"
         "def counted(*a):\n"
         "    done[0] += 1\n"
@@ -290,7 +290,7 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp,
 
 def test_checkpoints_are_written_within_long_epochs(clamp, tmp_path, monkeypatch):
     """With every batch checkpointed, the middle of an epoch is a place to continue from."""
-    monkeypatch.setattr("flexlib.training.run.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("flexlib.train.run.CHECKPOINT_EVERY_S", 0.0)
     settings = replace(QUICK, epochs=2)
     take_step, done = epoch._step, [0]
 
@@ -318,7 +318,7 @@ def test_score_does_not_depend_on_threads_or_batch_size(trained, clamp, tmp_path
         if change == "threads":
             torch.set_num_threads(3 - min(threads, 2))
         else:
-            monkeypatch.setattr("flexlib.training.state.BATCH_SIZE", 13)
+            monkeypatch.setattr("flexlib.train.state.BATCH_SIZE", 13)
         training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=6))
     finally:
         torch.set_num_threads(threads)

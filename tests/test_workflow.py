@@ -9,7 +9,7 @@ import pytest
 import yaml
 from run_snakemake import ROOT, snakemake
 
-from flexlib.maps import write_map
+from flexlib.imaging.maps import write_map
 
 CONFIG = {"name": "tiny", "particles": "data/p.star", "consensus": "data/c.mrc", "prepare": {"train_box": 32}}
 DONE = "{train: {rigidity: 2.0}, reconstruct: {points: all}}"  # of a finished run

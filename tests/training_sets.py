@@ -7,9 +7,9 @@ import starfile
 from scipy.spatial import cKDTree
 
 from flexlib.mesh.build import build_mesh
-from flexlib.prepare import prepare_particles
-from flexlib.settings import MeshSettings, PrepareSettings
-from flexlib.simulate import simulate_particles
+from flexlib.prepare.run import prepare_particles
+from flexlib.simulate.run import simulate_particles
+from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
 
 
 def prepared(

@@ -12,8 +12,8 @@ import triton
 from operator_cases import CASES, random_case, twisted_bodies
 from triton.backends.compiler import GPUTarget
 
-from flexlib.mesh import rigidity, rigidity_cuda
 from flexlib.projection import cuda
+from flexlib.tetra import rigidity, rigidity_cuda
 
 
 def interpret() -> dict[str, object]:

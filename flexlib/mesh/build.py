@@ -14,19 +14,19 @@ from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
 from flexlib.files import write_json
-from flexlib.maps import Map, lowpass_map, read_map, write_map
+from flexlib.imaging.maps import Map, lowpass_map, read_map, write_map
 from flexlib.mesh.chimerax import write_chimerax
-from flexlib.mesh.connections import check_mesh_keys
 from flexlib.mesh.custom import read_custom_mesh
-from flexlib.mesh.io import write_mesh
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.mesh.rigidity import barycentric_gradients
 from flexlib.mesh.segments import load_segmentation
 from flexlib.mesh.surface import surface_mesh
-from flexlib.mesh.tetmesh import MeshVoxels, TetraMesh
-from flexlib.mesh.voxels import tetra_index_map, voxelise
 from flexlib.mesh.weights import rigidity_weights
-from flexlib.settings import MeshSettings
+from flexlib.tetra.io import write_mesh
+from flexlib.tetra.rigidity import barycentric_gradients
+from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
+from flexlib.tetra.voxels import tetra_index_map, voxelise
+from flexlib.workflow_support.connections import check_mesh_keys
+from flexlib.workflow_support.settings import MeshSettings
 
 logger = logging.getLogger(__name__)
 

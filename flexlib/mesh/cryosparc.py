@@ -23,10 +23,10 @@ import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
-from flexlib.maps import read_map
-from flexlib.mesh.io import oriented_cells, read_mesh, used_vertices
-from flexlib.mesh.tetmesh import TetraMesh
-from flexlib.mesh.voxels import tetra_index_map, voxelise
+from flexlib.imaging.maps import read_map
+from flexlib.tetra.io import oriented_cells, read_mesh, used_vertices
+from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.tetra.voxels import tetra_index_map, voxelise
 
 logger = logging.getLogger(__name__)
 

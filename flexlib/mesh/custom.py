@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from flexlib.errors import InputError
-from flexlib.maps import Map
+from flexlib.imaging.maps import Map
 from flexlib.mesh.cryosparc import read_flex_mesh
-from flexlib.mesh.io import read_grid, read_mesh
 from flexlib.mesh.surface import fill_surface
-from flexlib.mesh.tetmesh import TetraMesh
-from flexlib.mesh.voxels import covered
+from flexlib.tetra.io import read_grid, read_mesh
+from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.tetra.voxels import covered
 
 logger = logging.getLogger(__name__)
 

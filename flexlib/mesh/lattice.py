@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
 from flexlib.mesh.segments import Segmentation
-from flexlib.mesh.tetmesh import TetraMesh
+from flexlib.tetra.tetmesh import TetraMesh
 
 
 class BccLattice:

@@ -16,8 +16,8 @@ import numpy as np
 from scipy import ndimage
 
 from flexlib.errors import InputError
-from flexlib.maps import LabelGrid, Map, read_label_map
-from flexlib.mesh.connections import parse_connections
+from flexlib.imaging.maps import LabelGrid, Map, read_label_map
+from flexlib.workflow_support.connections import parse_connections
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 
 from flexlib.errors import InputError
-from flexlib.mesh.io import oriented_cells
 from flexlib.mesh.lattice import fuse_submeshes
 from flexlib.mesh.segments import SOLVENT, Segmentation
-from flexlib.mesh.tetmesh import TetraMesh
+from flexlib.tetra.io import oriented_cells
+from flexlib.tetra.tetmesh import TetraMesh
 
 logger = logging.getLogger(__name__)
 

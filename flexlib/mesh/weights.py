@@ -10,9 +10,9 @@ import numpy as np
 from scipy import ndimage
 
 from flexlib.errors import InputError
-from flexlib.maps import Map, read_map
-from flexlib.mesh.tetmesh import MeshVoxels, TetraMesh
-from flexlib.settings import MeshSettings
+from flexlib.imaging.maps import Map, read_map
+from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
+from flexlib.workflow_support.settings import MeshSettings
 
 logger = logging.getLogger(__name__)
 

@@ -76,7 +76,7 @@ def _prepared_rows(summary: Mapping[str, Any], table: pd.DataFrame) -> InputRows
 
 def _read_prepared(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """prepared.json, and of particles.star what says where rows came from."""
-    from flexlib.particles.prepared import PARTICLES, SUMMARY
+    from flexlib.images.sources import PARTICLES, SUMMARY
 
     for name in (SUMMARY, PARTICLES):
         if not (folder / name).is_file():

@@ -21,8 +21,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from flexlib.mesh.tetmesh import MeshVoxels
 from flexlib.projection import reference
+from flexlib.tetra.tetmesh import MeshVoxels
 
 logger = logging.getLogger(__name__)
 

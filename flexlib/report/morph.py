@@ -12,8 +12,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image
 
-from flexlib.maps import Map, fourier_crop_map, read_map
-from flexlib.report import pictures, surface
+from flexlib.imaging.maps import Map, fourier_crop_map, read_map
+from flexlib.render import surface
+from flexlib.report import pictures
 from flexlib.report.results import Results, Series
 
 MOST_SERIES = 8  # with pictures; a browser gives 3D views no more than some 16 WebGL contexts
@@ -162,8 +163,8 @@ def displacement_map(results: Results, sample: int = 256) -> tuple[np.ndarray, M
     """
     if not (results.stage_dir("train") / "model.pt").exists() or results.mask is None:
         return None
-    from flexlib.mesh.voxels import voxelise
-    from flexlib.model import FlexModel
+    from flexlib.model.flex_model import FlexModel
+    from flexlib.tetra.voxels import voxelise
 
     model = FlexModel.load(results.stage_dir("train"))
     rows = np.random.default_rng(0).permutation(len(model.latents))[:sample]

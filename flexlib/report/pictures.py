@@ -10,9 +10,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from flexlib.maps import Map
+from flexlib.imaging.maps import Map
 from flexlib.mesh.chimerax import segment_colours
-from flexlib.mesh.tetmesh import TetraMesh
+from flexlib.tetra.tetmesh import TetraMesh
 
 INK, MUTED, GRID = "#1d2733", "#5b6875", "#dfe4ea"
 FLEX, RIGID, ACCENT = "#1f6fb4", "#9aa3ad", "#d1731f"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from flexlib.fsc import resolution_at
+from flexlib.imaging.fsc import resolution_at
 from flexlib.report.pictures import ACCENT, FLEX, GRID, INK, MUTED, RIGID
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"

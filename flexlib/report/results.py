@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from flexlib.files import read_json
-from flexlib.maps import Map, read_map
-from flexlib.mesh.tetmesh import TetraMesh
+from flexlib.imaging.maps import Map, read_map
 from flexlib.particles.star import StarTables, read_tables
-from flexlib.sweep import SweepPoint
+from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.workflow_support.sweep import SweepPoint
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Results:
         path = self.stage_dir("mesh") / "mesh.vtu"
         if not path.exists():
             return None
-        from flexlib.mesh.io import read_mesh
+        from flexlib.tetra.io import read_mesh
 
         return read_mesh(path)
 

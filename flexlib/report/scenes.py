@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from flexlib.maps import Map, fourier_crop_map
+from flexlib.imaging.maps import Map, fourier_crop_map
 from flexlib.mesh.chimerax import segment_colours
-from flexlib.mesh.tetmesh import TetraMesh, boundary_faces
-from flexlib.report import surface
+from flexlib.render import surface
 from flexlib.report.morph import Morph
 from flexlib.report.plots import styled
+from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
 
 _NOTHING = np.zeros((1, 3))
 _AXES = ("xaxis", "yaxis", "zaxis")

@@ -11,10 +11,10 @@ import yaml
 from run_snakemake import snakemake
 from scipy.spatial import cKDTree
 
-from flexlib.deform import deform_at_latent
-from flexlib.fsc import fsc
-from flexlib.maps import read_map
-from flexlib.model import FlexModel
+from flexlib.imaging.fsc import fsc
+from flexlib.imaging.maps import read_map
+from flexlib.model.flex_model import FlexModel
+from flexlib.tetra.deform import deform_at_latent
 
 POINT = "cells~20/dims~2/rigidity~2.0/seed~0"
 NEIGHBOURS = 30

@@ -13,16 +13,16 @@ from scipy import ndimage
 from test_igg import neighbour_regression_r2
 from training_sets import latents_of, prepared
 
-from flexlib import training
-from flexlib.deform import deform_at_latent
-from flexlib.fsc import fsc
-from flexlib.maps import read_map
+from flexlib import train as training
+from flexlib.imaging.fsc import fsc
+from flexlib.imaging.maps import read_map
 from flexlib.mesh.build import build_mesh
-from flexlib.model import FlexModel
-from flexlib.prepare import prepare_particles
+from flexlib.model.flex_model import FlexModel
+from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import scatter_volume
-from flexlib.settings import MeshSettings, TrainSettings
-from flexlib.training.state import set_up
+from flexlib.tetra.deform import deform_at_latent
+from flexlib.train.state import set_up
+from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 SEEDS = (0, 1, 2)
 
@@ -102,7 +102,7 @@ def test_score_does_not_depend_on_threads_or_batch_size(folder, tmp_path, monkey
         if change == "one thread":
             torch.set_num_threads(1)
         else:
-            monkeypatch.setattr("flexlib.training.state.BATCH_SIZE", int(change.split()[-1]))
+            monkeypatch.setattr("flexlib.train.state.BATCH_SIZE", int(change.split()[-1]))
         training.train(folder / "particles", folder / "mesh", tmp_path, TrainSettings())
     finally:
         torch.set_num_threads(threads)

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from run_snakemake import snakemake
 
-from flexlib.maps import read_map, write_map
-from flexlib.mesh.io import read_mesh
-from flexlib.mesh.voxels import voxelise
+from flexlib.imaging.maps import read_map, write_map
+from flexlib.tetra.io import read_mesh
+from flexlib.tetra.voxels import voxelise
 
 
 def run(folder: Path, igg: Path, mesh: dict) -> Path:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from flexlib.files import read_json
-from flexlib.particles.prepared import open_full_images, open_training_images
-from flexlib.prepare import prepare_particles
-from flexlib.settings import PrepareSettings
+from flexlib.images.sources import open_full_images, open_training_images
+from flexlib.prepare.run import prepare_particles
+from flexlib.workflow_support.settings import PrepareSettings
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from flexlib.ctf import ctf_images
 from flexlib.errors import InputError
+from flexlib.images.ctf import ctf_images
+from flexlib.images.stack import open_stacks, read_stack_header
 from flexlib.particles import read_particles
 from flexlib.particles.cs_file import read_cs_file
-from flexlib.particles.stack import open_stacks, read_stack_header
 from flexlib.particles.star_text import read_star_text
 from flexlib.particles.table import Particles
 

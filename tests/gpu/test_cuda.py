@@ -16,8 +16,8 @@ from operator_cases import (
     twisted_bodies,
 )
 
-from flexlib.mesh.rigidity import RigidityTensors, mesh_rigidity
 from flexlib.projection.op import KERNELS, VoxelTensors, has_triton, project, splat_voxels
+from flexlib.tetra.rigidity import RigidityTensors, mesh_rigidity
 
 BOX = 64
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import yaml
 
-from flexlib import estimates
+from flexlib.workflow_support import estimates
 from flexlib.errors import InputError
-from flexlib.mesh.connections import check_mesh_keys
-from flexlib.series import check_series, count_maps
-from flexlib.settings import (
+from flexlib.workflow_support.connections import check_mesh_keys
+from flexlib.generate.series import check_series, count_maps
+from flexlib.workflow_support.settings import (
     MeshSettings,
     check_config,
     check_maps,
@@ -19,7 +19,7 @@ from flexlib.settings import (
     input_paths,
     make_settings,
 )
-from flexlib.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
+from flexlib.workflow_support.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
 
 
 def checked(config):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlib.errors import InputError
-from flexlib.estimates import check_free_space
+from flexlib.workflow_support.estimates import check_free_space
 
 
 def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:

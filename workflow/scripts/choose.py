@@ -4,7 +4,7 @@ from _common import run_stage
 
 
 def choose(snakemake):
-    from flexlib.sweep import choose_from_files
+    from flexlib.workflow_support.sweep import choose_from_files
 
     choose_from_files(snakemake.params.points, snakemake.input.validation, snakemake.output.best)
 

@@ -4,8 +4,8 @@ from _common import folder, run_stage, use_torch_threads
 
 
 def generate(snakemake):
-    from flexlib.generate import generate_series
-    from flexlib.settings import GenerateSettings, make_settings
+    from flexlib.generate.run import generate_series
+    from flexlib.workflow_support.settings import GenerateSettings, make_settings
 
     use_torch_threads(snakemake)
     generate_series(

@@ -5,7 +5,7 @@ from _common import folder, run_stage, use_torch_threads
 
 def mesh(snakemake):
     from flexlib.mesh.build import build_mesh
-    from flexlib.settings import MeshSettings, make_settings
+    from flexlib.workflow_support.settings import MeshSettings, make_settings
 
     use_torch_threads(snakemake)
     build_mesh(

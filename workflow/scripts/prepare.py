@@ -4,8 +4,8 @@ from _common import folder, optional, run_stage, use_torch_threads
 
 
 def prepare(snakemake):
-    from flexlib.prepare import prepare_particles
-    from flexlib.settings import MeshSettings, PrepareSettings, make_settings
+    from flexlib.prepare.run import prepare_particles
+    from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, make_settings
 
     use_torch_threads(snakemake)
     prepare_particles(

@@ -4,8 +4,8 @@ from _common import chosen_device, folder, run_stage, use_torch_threads
 
 
 def reconstruct(snakemake):
-    from flexlib import reconstruct as stage
-    from flexlib.settings import ReconstructSettings, make_settings
+    from flexlib.reconstruct import run as stage
+    from flexlib.workflow_support.settings import ReconstructSettings, make_settings
 
     use_torch_threads(snakemake)
     stage.reconstruct(

@@ -4,7 +4,7 @@ from _common import folder, run_stage, use_torch_threads
 
 
 def simulate(snakemake):
-    from flexlib.simulate import simulate_particles
+    from flexlib.simulate.run import simulate_particles
 
     use_torch_threads(snakemake)
     simulate_particles(folder(snakemake.output.particles), **snakemake.params.settings)

@@ -4,7 +4,7 @@ from _common import folder, run_stage
 
 
 def summarise(snakemake):
-    from flexlib.sweep import summarise_sweep
+    from flexlib.workflow_support.sweep import summarise_sweep
 
     results_dir = folder(snakemake.output.table)
     folders = {folder(path) for path in snakemake.input.resolutions}

@@ -6,8 +6,8 @@ from _common import chosen_device, folder, run_stage, use_torch_threads
 def train(snakemake):
     from dataclasses import replace
 
-    from flexlib import training
-    from flexlib.settings import TrainSettings, make_settings
+    from flexlib import train as training
+    from flexlib.workflow_support.settings import TrainSettings, make_settings
 
     use_torch_threads(snakemake)
     processes = snakemake.config["train"]["processes"]  # no parameter: another number must not repeat what is done

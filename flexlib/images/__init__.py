@@ -1,0 +1,1 @@
+"""Pixels: contrast transfer, stacks, batches, the prepared set."""

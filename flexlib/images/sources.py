@@ -1,0 +1,346 @@
+"""The prepared particles: what ``prepare`` wrote, served as image sources to training and reconstruction.
+
+Files and columns: docs/architecture.md; the data model: ``flexlib/images/batch.py``.
+"""
+
+from __future__ import annotations
+
+import csv
+from copy import copy
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+import torch
+
+from flexlib.errors import InputError
+from flexlib.files import atomic_path, read_json
+from flexlib.images.batch import ImageBatch, centred_rfft2, fourier_resample, shell_radius, to_device
+from flexlib.images.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
+from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
+from flexlib.particles.latents_io import write_latents_star
+from flexlib.particles.table import OpticsGroup, Particles
+
+__all__ = [
+    "FullImages",
+    "TrainingImages",
+    "open_full_images",
+    "open_training_images",
+    "write_latents_star",
+]
+
+PARTICLES = "particles.star"
+TRAIN_STACK = "train.mrcs"
+NOISE = "noise.csv"
+SUMMARY = "prepared.json"
+
+
+class PreparedImages:
+    """Common to both sources: transfer functions and poses. A subclass gives the whitened transforms.
+
+    Holds no state that a batch changes, so several threads may call ``batch`` at once.
+    """
+
+    def __init__(
+        self,
+        particles: Particles,
+        box: int,
+        pixel_size_A: float,
+        sides_px: np.ndarray,
+        image_scale: np.ndarray,
+        sigma: np.ndarray,
+        full_box: int,
+        full_pixel_size_A: float,
+    ) -> None:
+        """Arrays are per optics group, whose pixel size and box in ``particles`` are those of the images served.
+
+        ``sides_px`` (groups,) side of the real-space crop in the group's original pixels (see ``crop_sides``);
+        ``image_scale`` (groups,); ``sigma`` (groups, full_box//2) by shell of the full box.
+        """
+        self.particles = particles
+        self.box = box
+        self.pixel_size_A = pixel_size_A
+        self.half_set = particles.half_set
+        self._sigma, self._full = sigma, (full_box, full_pixel_size_A)
+        self._band_px = np.minimum(sides_px, box)  # images hold nothing beyond the Nyquist of a box so large
+        gain = (image_scale / sides_px)[particles.optics_index] * (pixel_size_A / full_pixel_size_A) ** 3
+        if particles.particle_scale is not None:
+            gain = gain * particles.particle_scale
+        self._gain = gain.astype(np.float32)
+        # a group's own pixel size may differ from the nominal one: its images are then seen at another magnification
+        magnification = np.array([pixel_size_A / group.pixel_size_A for group in particles.optics])
+        enlarged = magnification[particles.optics_index]
+        self._rotation = (view_rotations(particles) * enlarged[:, None, None]).astype(np.float32)
+        self._origin_px = (particles.origin_A * enlarged[:, None] / pixel_size_A).astype(np.float32)
+        self._filters = lru_cache(maxsize=4)(self._make_filters)
+
+    def __len__(self) -> int:
+        return len(self.particles)
+
+    def _make_filters(self, device: str) -> torch.Tensor:
+        """(groups, box, box//2+1) float32: 1 / sigma, 0 beyond Nyquist."""
+        full_box, full_pixel_size_A = self._full
+        radius = shell_radius(self.box).numpy()
+        shell = radius * (full_box * full_pixel_size_A) / (self.box * self.pixel_size_A)
+        sigma = np.stack([np.interp(shell, np.arange(len(line)), line) for line in self._sigma])
+        inside = radius < self._band_px[:, None, None] / 2
+        return torch.as_tensor(inside / sigma, dtype=torch.float32, device=device)
+
+    def _filter_of(self, rows: np.ndarray, device: torch.device | str) -> torch.Tensor:
+        """1 / sigma for each row, 0 beyond Nyquist: (b or 1, box, box//2+1)."""
+        filters = self._filters(str(device))
+        if len(filters) == 1:
+            return filters
+        return filters[to_device(self.particles.optics_index[rows].astype(np.int64), device)]
+
+    def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(b, box, box//2+1) complex64: the images at ``rows``, whitened and transformed."""
+        raise NotImplementedError
+
+    def transfer(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(b, box, box//2+1): what a projection of the map is multiplied with; see ``images.py``."""
+        transfer = ctf_images(self.particles, rows, self.box, None, device)
+        transfer *= to_device(self._gain[rows], device)[:, None, None]
+        transfer *= self._filter_of(rows, device)
+        return transfer
+
+    def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> ImageBatch:
+        """See ``images.ImageSource``."""
+        return replace(self.geometry(rows, device), images=self.whitened(np.asarray(rows), device))
+
+    def geometry(self, rows: np.ndarray, device: torch.device | str = "cpu") -> ImageBatch:
+        """As ``batch``, but no image is read: ``images`` has no rows."""
+        rows = np.asarray(rows)
+        return ImageBatch(
+            rows=rows,
+            images=torch.empty((0, self.box, self.box // 2 + 1), dtype=torch.complex64, device=device),
+            transfer=self.transfer(rows, device),
+            rotation=to_device(self._rotation[rows], device),
+            origin_px=to_device(self._origin_px[rows], device),
+        )
+
+
+class TrainingImages(PreparedImages):
+    """Images that prepare has already whitened and Fourier-cropped, read from its stack."""
+
+    def __init__(self, header: StackHeader, *args: Any) -> None:
+        super().__init__(*args)
+        self._stack = Stacks((header,))
+
+    def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        images = torch.from_numpy(self._stack.read(self.particles, rows))
+        return centred_rfft2(to_device(images, device)) * (self._filter_of(rows, device) > 0)
+
+
+class FullImages(PreparedImages):
+    """The original images, read, cropped in real space, resampled where pixel sizes differ, and whitened on the fly."""
+
+    def __init__(
+        self,
+        stacks: Stacks,
+        particles: Particles,
+        box: int,
+        pixel_size_A: float,
+        image_scale: np.ndarray,
+        sigma: np.ndarray,
+        full_box: int,
+        full_pixel_size_A: float,
+    ) -> None:
+        """``particles`` with their original optics groups, ``box`` and ``pixel_size_A`` as wanted; else as above."""
+        self._stacks = stacks
+        self._original = without_odd_aberrations(particles)
+        self.sides_px = crop_sides(particles.optics, box, pixel_size_A)
+        served = replace(particles, optics=resampled_optics(particles.optics, self.sides_px, box))
+        super().__init__(
+            served, box, pixel_size_A, self.sides_px, image_scale, sigma, full_box, full_pixel_size_A
+        )  # fmt: skip
+
+    @property
+    def stored(self) -> tuple[Stacks, Particles]:
+        """The stacks that images are read from, and which image of which is whose."""
+        return self._stacks, self._original
+
+    def reading_from(self, stacks: Stacks, image_index: np.ndarray) -> FullImages:
+        """The same images from copies of their stacks; ``image_index`` (n,) tells where in them each one lies."""
+        copied = copy(self)
+        copied._stacks, copied._original = stacks, replace(self._original, image_index=image_index)
+        return copied
+
+    def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        rows = np.asarray(rows)
+        group_of_row = self.particles.optics_index[rows]
+        spectra = torch.empty((len(rows), self.box, self.box // 2 + 1), dtype=torch.complex64, device=device)
+        for side in np.unique(self.sides_px[group_of_row]):
+            members = np.flatnonzero(self.sides_px[group_of_row] == side)
+            images = self._read(rows[members], int(side), device)
+            spectra[to_device(members, device)] = fourier_resample(centred_rfft2(images), self.box)
+        return spectra * self._filter_of(rows, device)
+
+    def _read(self, rows: np.ndarray, side: int, device: torch.device | str) -> torch.Tensor:
+        """(b, side, side) images in white contrast, as recorded."""
+        images = np.empty((len(rows), side, side), np.float32)
+        group_of_row = self._original.optics_index[rows]
+        for group in np.unique(group_of_row):
+            members = np.flatnonzero(group_of_row == group)
+            applied = self._original.optics[group].ctf_applied
+            images[members] = self._as_recorded(rows[members], side) if applied else self._stacks.read(
+                self._original, rows[members], side
+            )  # fmt: skip
+        if not np.isfinite(images).all():
+            bad = int(rows[np.argmax(~np.isfinite(images).all((1, 2)))])
+            column = self.particles.extra.get("image_column", "rlnImageName")
+            path = self.particles.stack_paths[self.particles.stack_index[bad]]
+            raise InputError(
+                f"{self.particles.describe_row(bad, column)}: image {self.particles.image_index[bad] + 1} of {path} "
+                "holds values that are not finite"
+            )
+        sign = to_device(self.particles.contrast_sign[rows].astype(np.float32), device)
+        return to_device(images, device) * sign[:, None, None]
+
+    def _as_recorded(self, rows: np.ndarray, side: int) -> np.ndarray:
+        """(b, side, side) images of one optics group, freed of the CTF that was applied to the whole box."""
+        group = self._original.optics[self._original.optics_index[rows[0]]]
+        images = torch.from_numpy(self._stacks.read(self._original, rows))
+        undo = undo_applied_ctf(ctf_images(self._original, rows, group.box), group.ctf_applied)
+        whole = torch.fft.irfft2(torch.fft.rfft2(images) * undo, s=(group.box, group.box)).numpy()
+        start = group.box // 2 - side // 2
+        return whole[:, start : start + side, start : start + side]
+
+
+def crop_sides(optics: tuple[OpticsGroup, ...], box: int, pixel_size_A: float) -> np.ndarray:
+    """(groups,) even side, in each group's own pixels, of a real-space crop as wide as ``box * pixel_size_A``.
+
+    Rounding and the images' edge keep it from being exactly so wide; whatever it is, frequencies are counted from it
+    (``resampled_optics``), so nothing is approximated.
+    """
+    sides = [2 * round(box * pixel_size_A / group.pixel_size_A / 2) for group in optics]
+    return np.array([min(side, group.box // 2 * 2) for side, group in zip(sides, optics, strict=True)])
+
+
+def resampled_optics(optics: tuple[OpticsGroup, ...], sides_px: np.ndarray, box: int) -> tuple[OpticsGroup, ...]:
+    """Optics groups after a crop to ``sides_px`` and Fourier resampling to ``box``: exact pixel sizes, CTF undone."""
+    return tuple(
+        replace(group, box=box, pixel_size_A=group.pixel_size_A * int(side) / box, ctf_applied="")
+        for group, side in zip(optics, sides_px, strict=True)
+    )
+
+
+def view_rotations(particles: Particles) -> np.ndarray:
+    """(n, 3, 3) volume to view as images see it: the rotation, with the magnification matrix in the image plane.
+
+    RELION takes the slice at M k, which is the transform of positions that M transposed has moved.
+    """
+    matrices = np.broadcast_to(np.eye(3), (len(particles.optics), 3, 3)).copy()
+    for matrix, group in zip(matrices, particles.optics, strict=True):
+        matrix[:2, :2] = np.asarray(group.magnification_matrix).T
+    return matrices[particles.optics_index] @ particles.rotation
+
+
+def open_training_images(particles_dir: str | Path) -> TrainingImages:
+    """The training images of a prepared particle set. Raises InputError where files are missing or don't agree."""
+    folder = Path(particles_dir)
+    summary, particles, _ = _read_prepared(folder)
+    header = read_stack_header(folder / TRAIN_STACK)
+    expected = (summary["num_particles"], summary["train_box"])
+    if (header.num_images, header.box) != expected or len(particles) != summary["num_rows"]:
+        raise InputError(
+            f"{folder / TRAIN_STACK}: {header.num_images} images of {header.box} px for {len(particles)} rows of "
+            f"{PARTICLES}, but {SUMMARY} tells of {expected[0]} of {expected[1]} px for {summary['num_rows']}: "
+            "run prepare again"
+        )
+    return TrainingImages(
+        header,
+        particles,
+        summary["train_box"],
+        summary["train_pixel_size_A"],
+        np.array([group["side_px"] for group in summary["optics_groups"]]),
+        *_noise_and_scale(folder, summary),
+    )
+
+
+def open_full_images(particles_dir: str | Path) -> FullImages:
+    """The original images at the reconstruction box (``crop_box``, else the whole). Raises InputError as above."""
+    folder = Path(particles_dir)
+    summary, particles, table = _read_prepared(folder)
+    names = table["flexImageName"].str.partition("@")
+    stacks_named, stack_index = np.unique(names[2].to_numpy(str), return_inverse=True)
+    particles = replace(
+        particles,
+        stack_paths=tuple(Path(name) for name in stacks_named),
+        stack_index=stack_index.astype(np.int32),
+        image_index=names[0].to_numpy().astype(np.int64) - 1,
+        contrast_sign=table["flexInputSign"].to_numpy(np.float64),
+        optics=tuple(
+            replace(
+                group,
+                pixel_size_A=original["input_pixel_size_A"],
+                box=original["input_box"],
+                ctf_applied=original["ctf_applied"],
+            )
+            for group, original in zip(particles.optics, summary["optics_groups"], strict=True)
+        ),
+        extra={"image_column": "flexImageName"},
+    )
+    stacks, particles = open_stacks(particles)
+    return FullImages(
+        stacks, particles, summary["crop_box"], summary["full_pixel_size_A"], *_noise_and_scale(folder, summary)
+    )
+
+
+def _noise_and_scale(folder: Path, summary: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int, float]:
+    """What was measured: image_scale, sigma and the full box and pixel size they refer to."""
+    image_scale = np.array([group["image_scale"] for group in summary["optics_groups"]])
+    return image_scale, read_noise(folder / NOISE), summary["full_box"], summary["full_pixel_size_A"]
+
+
+def _read_prepared(folder: Path) -> tuple[dict[str, Any], Particles, Any]:
+    """prepared.json, the particles as written, and their table."""
+    from flexlib.particles.star import particles_from_tables, read_tables
+
+    for name in (SUMMARY, PARTICLES, NOISE, TRAIN_STACK):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: not found: is this a folder that prepare has written?")
+    tables = read_tables(folder / PARTICLES)
+    return read_json(folder / SUMMARY), particles_from_tables(tables, folder), tables.particles
+
+
+def write_noise(path: str | Path, sigma: np.ndarray, frequency_1_per_A: np.ndarray) -> None:
+    """Write sigma (groups, shells) as noise.csv; groups count from 1 as rlnOpticsGroup."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["group", "shell", "frequency_1_per_A", "sigma"])
+        for group, line in enumerate(sigma, 1):
+            for shell, value in enumerate(line):
+                writer.writerow([group, shell, f"{frequency_1_per_A[shell]:.8g}", f"{value:.8g}"])
+
+
+def read_noise(path: str | Path) -> np.ndarray:
+    """(groups, shells) float64 sigma from noise.csv."""
+    columns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1, 3), ndmin=2)
+    groups = int(columns[:, 0].max())
+    return columns[:, 2].reshape(groups, -1)
+
+
+class ImageStackWriter:
+    """A float32 image stack on disk, written image by image: no more is in memory than what is appended."""
+
+    def __init__(self, path: str | Path, num_images: int, box: int, pixel_size_A: float) -> None:
+        with mrcfile.new_mmap(path, (num_images, box, box), mrc_mode=2, overwrite=True) as stack:
+            stack.set_image_stack()
+            stack.voxel_size = pixel_size_A
+            offset = stack.header.nbytes
+        self._file = Path(path).open("r+b")  # noqa: SIM115 (closed by __exit__)
+        self._file.seek(offset)
+
+    def append(self, images: np.ndarray) -> None:
+        """Write (b, box, box) images after those written before."""
+        self._file.write(np.ascontiguousarray(images, "<f4").data)
+
+    def __enter__(self) -> ImageStackWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

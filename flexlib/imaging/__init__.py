@@ -1,0 +1,1 @@
+"""What a map or image is, whoever uses it."""

@@ -1,0 +1,1 @@
+"""The generative model: flow, canonical map, and the images that they predict."""

@@ -1,0 +1,1 @@
+"""Pictures of maps, for generate and report."""

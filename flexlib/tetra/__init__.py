@@ -1,0 +1,1 @@
+"""The tetrahedral mesh and what lives on it, whoever uses it."""

@@ -1,0 +1,212 @@
+"""The spectral start: motion read off the residual images in one pass, before any network exists.
+
+At zero displacement the force of particle i on the mesh, projected on m smooth displacement fields, is
+``s_i = H_i a_i + e_i`` with ``a_i`` the particle's (small) displacement and ``Cov(e_i) = H_i``, the Fisher information.
+The mean of H_i follows from the model: it is what the derivative of the map along each field would add to each
+Fourier coefficient, weighted by how often, and how strongly, the views sample it. In the coordinates where mean H is
+the identity, directions whose variance stands above the noise edge are motion; their scores start the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flexlib.distributed import ALONE, Group
+from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.projection.op import project, scatter_volume, view_vertices
+from flexlib.train.latents import Operator
+
+_UNSEEN = 1e-6  # of the largest information: fields that images see less are left out, not blown up by the whitening
+_CHUNK = 65536  # particles, or numbers of a field's transform, that are in double precision at one time
+
+
+@dataclass(frozen=True)
+class FieldForces:
+    """Forces of all particles on m displacement fields at rest, and what noise alone would give."""
+
+    force: np.ndarray  # (n, m) float32, minus the gradient of the loss by the field's coefficient, mean removed
+    information: np.ndarray  # (m, m) float64, mean Fisher information = covariance of the forces of pure noise
+
+
+@dataclass(frozen=True)
+class SpectralStart:
+    """Result of ``spectral_start``: eigenvalues in units of the noise, and latents with the fields they belong to."""
+
+    eigenvalues: np.ndarray  # (m,) descending; 1 is pure noise
+    noise_edge: float  # largest eigenvalue that pure noise is expected to give
+    suggested_dims: int  # see ``suggest_dims``
+    latents: np.ndarray  # (n, K) float32, unit variance
+    directions: np.ndarray  # (K, m) float32 coefficients of the fields per unit latent
+
+
+def suggest_dims(eigenvalues: np.ndarray, noise_edge: float, most: int = 10) -> int:
+    """Number of leading eigenvalues (descending, noise = 1) before the deepest drop; 0 if none leaves the noise.
+
+    All that stand above the noise edge would be too many: a motion too large to be linear has harmonics of its own,
+    which follow the true dimensions after a drop.
+    """
+    above = min(int((eigenvalues > noise_edge).sum()), most)
+    if above == 0:
+        return 0
+    signal = np.maximum(eigenvalues[: above + 1], noise_edge) - 1.0
+    return int(np.argmax(signal[:-1] / signal[1:])) + 1 if len(signal) > above else above
+
+
+def measure_forces(
+    operator: Operator,
+    values: torch.Tensor,
+    batches: Iterable[ImageBatch],
+    num_particles: int,
+    basis_A: torch.Tensor,
+    band: float,
+    group: Group = ALONE,
+) -> FieldForces:
+    """One pass over the particles: their forces on the fields ``basis_A`` (m, nv, 3) at rest, shells up to ``band``.
+
+    ``values`` (nvox,) the rigid map; ``batches`` in the order of rows, ``num_particles`` in all. With several processes
+    ``batches`` are those of the rank's own part of the rows; the result is of all.
+    """
+    box = operator.voxels.box
+    weight = plane_weight(box, band).to(values.device)
+    force = np.empty((num_particles, len(basis_A)), np.float32)
+    sampling = FourierSampling(box, band)
+    every = max(1, num_particles // 2000)  # a few thousand views tell how Fourier space is sampled
+    mine = group.part(num_particles)
+    first = mine.start
+    for batch in batches:
+        last = first + len(batch.rows)
+        force[first:last] = _batch_forces(operator, values, batch, basis_A, weight).cpu().numpy()
+        sampling.add(batch, slice((-first) % every, None, every))
+        first = last
+    if group.size > 1:
+        force[: mine.start] = force[mine.stop :] = 0.0
+        for first in range(0, num_particles, _CHUNK):
+            group.add(torch.from_numpy(force[first : first + _CHUNK]))
+        sampling.add_up(group)
+    for axis in range(force.shape[1]):
+        force[:, axis] -= force[:, axis].mean(dtype=np.float64)
+    return FieldForces(force, group.from_first(lambda: mean_information(operator, values, basis_A, sampling)))
+
+
+def _batch_forces(operator, values, batch, basis_A, weight) -> torch.Tensor:
+    """(b, m) forces of one batch."""
+    vertices = view_vertices(operator.vertices_A, batch.rotation, batch.origin_px, operator.pixel_size_A)
+    vertices = vertices.detach().requires_grad_()
+    slices = project(values, vertices, operator.voxels, operator.kernel, operator.oversampling)
+    predicted = batch.transfer * slices
+    residual = (batch.images - predicted).detach()
+    (gradient,) = torch.autograd.grad(
+        (weight * (residual.real * predicted.real + residual.imag * predicted.imag)).sum(), vertices
+    )
+    spatial = gradient @ batch.rotation[:, :2] / operator.pixel_size_A  # (b, nv, 3), back in the volume's frame
+    return spatial.flatten(1) @ basis_A.flatten(1).T
+
+
+class FourierSampling:
+    """How strongly a particle of the set, on average, samples each 3D Fourier voxel: the sum of |transfer|^2 there."""
+
+    def __init__(self, box: int, band: float):
+        weight = plane_weight(box, band)
+        ky, kx = torch.nonzero(weight > 0, as_tuple=True)
+        self.box = box
+        self.pixels = (ky, kx)
+        self.weight = weight[ky, kx]
+        frequency = torch.stack([kx, torch.where(ky < box // 2, ky, ky - box)], 1).float()
+        self.frequency = frequency  # (p, 2), (x, y) in cycles per box
+        self.total = torch.zeros(box * box * (box // 2 + 1), dtype=torch.float64)
+        self.count = 0
+
+    def add(self, batch: ImageBatch, rows: slice = slice(None)) -> None:
+        """Count the views of ``rows`` of a batch."""
+        rotation = batch.rotation[rows].cpu()
+        power = batch.transfer[rows].abs().square().cpu()[:, self.pixels[0], self.pixels[1]] * self.weight
+        where = torch.round(self.frequency @ rotation[:, :2]).long()  # (b, p, 3), the plane turned into the volume
+        where = torch.where(where[..., :1] < 0, -where, where)  # Friedel mates: x >= 0
+        x, y, z = where.unbind(-1)
+        inside = (where.abs() < self.box // 2).all(-1)
+        flat = ((z % self.box) * self.box + y % self.box) * (self.box // 2 + 1) + x
+        self.total += torch.bincount(flat[inside], power[inside].double(), minlength=len(self.total))
+        self.count += len(rotation)
+
+    def add_up(self, group: Group) -> None:
+        """Count what the other ranks have counted, too."""
+        count = torch.tensor([float(self.count)], dtype=torch.float64)
+        group.add(self.total, count)
+        self.count = int(count)
+
+    def mean(self) -> torch.Tensor:
+        """(box, box, box//2+1) float64, in the layout of rfftn."""
+        return (self.total / max(self.count, 1)).view(self.box, self.box, self.box // 2 + 1)
+
+
+def mean_information(
+    operator: Operator, values: torch.Tensor, basis_A: torch.Tensor, sampling: FourierSampling
+) -> np.ndarray:
+    """(m, m) float64 mean Fisher information of the coefficients of m displacement fields at rest.
+
+    A voxel that moves by u changes the transform of the map by ``-2 pi i (k . u) V exp(-2 pi i k . x)``: three 3D FFTs
+    per field, no image. By the projection theorem the mean over particles of the squared change of their images is
+    that of the map's, weighted by the Fourier ``sampling``.
+    """
+    box, voxels = operator.voxels.box, operator.voxels
+    seen = sampling.mean().to(values.device)
+    where = torch.nonzero(seen.flatten() > 0)[:, 0]
+    root = seen.flatten()[where].sqrt().float()
+    axes = [torch.fft.fftfreq(box, 1.0 / box), torch.fft.fftfreq(box, 1.0 / box), torch.arange(box // 2 + 1)]
+    grid = torch.meshgrid(*[axis.float().to(values.device) for axis in axes], indexing="ij")
+    frequency = [part.flatten()[where] for part in reversed(grid)]  # x, y, z
+    changes = torch.empty((len(basis_A), len(where), 2), device=values.device)
+    corners = voxels.cells.long()[voxels.cell.long()]
+    for number, field in enumerate(basis_A):
+        moved = (field[corners] * voxels.bary[..., None]).sum(1) / operator.pixel_size_A  # (nvox, 3) pixels
+        change = torch.zeros(len(where), dtype=torch.complex64, device=values.device)
+        for axis in range(3):
+            spectrum = torch.fft.rfftn(scatter_volume(values * moved[:, axis], voxels))
+            change += frequency[axis] * spectrum.flatten()[where]
+        changes[number] = torch.view_as_real(change * root * (2 * np.pi / box))
+    information = torch.zeros((len(basis_A),) * 2, dtype=torch.float64, device=values.device)
+    for part in changes.flatten(1).split(_CHUNK, 1):
+        part = part.double()
+        information += part @ part.T
+    return information.cpu().numpy()
+
+
+def spectral_start(forces: FieldForces, latent_dims: int, prior_precision: np.ndarray) -> SpectralStart:
+    """Principal components of the forces in units of their noise.
+
+    ``prior_precision`` (m,) of the fields' coefficients comes from the rigidity: directions that the images hardly see
+    stay small.
+    """
+    num = len(forces.force)
+    spread, axes = np.linalg.eigh(forces.information)
+    seen = spread > spread[-1] * _UNSEEN
+    whitener = axes[:, seen] / np.sqrt(spread[seen])
+    covariance = np.zeros((seen.sum(), seen.sum()))
+    for first in range(0, num, _CHUNK):
+        white = forces.force[first : first + _CHUNK].astype(np.float64) @ whitener
+        covariance += white.T @ white / num
+    variance, directions = np.linalg.eigh(covariance)
+    variance, directions = variance[::-1].copy(), directions[:, ::-1]
+    edge = float((1.0 + np.sqrt(seen.sum() / num)) ** 2 * 1.02)
+    to_latents = whitener @ directions[:, :latent_dims] / np.sqrt(variance[:latent_dims])
+    latents = (forces.force @ to_latents.astype(np.float32)).astype(np.float32)
+    fields = fields_of_latents(forces, latents, prior_precision)
+    return SpectralStart(variance, edge, suggest_dims(variance, edge), latents, fields)
+
+
+def fields_of_latents(forces: FieldForces, latents: np.ndarray, prior_precision: np.ndarray) -> np.ndarray:
+    """(K, m) float32: the displacement that goes with one unit of each of the (n, K) latents, whatever their source.
+
+    The regression of the forces on the latents is H times the displacement; it is solved with the rigidity as prior.
+    """
+    centred = latents.astype(np.float64) - latents.mean(0, dtype=np.float64)
+    slope = np.zeros((forces.force.shape[1], latents.shape[1]))
+    for first in range(0, len(centred), _CHUNK):
+        slope += forces.force[first : first + _CHUNK].T.astype(np.float64) @ centred[first : first + _CHUNK]
+    slope = np.linalg.solve(centred.T @ centred, slope.T)  # (K, m)
+    solved = np.linalg.solve(forces.information + np.diag(prior_precision), slope.T)
+    return solved.T.astype(np.float32)
