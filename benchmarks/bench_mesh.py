@@ -21,7 +21,8 @@ PIXEL_SIZE_A = 1.5
 
 def write_inputs(folder: Path, box: int, filling: float, segments: int) -> None:
     """A bumpy ellipsoid that fills part of the box, its density, and slabs of it as segments."""
-    from flexlib.imaging.maps import Map, soft_edge, write_map
+    from flexlib.imaging.maps import Map, write_map
+    from flexlib.imaging.masks import soft_edge
 
     axis = ((np.arange(box) - box // 2) / (box / 2)).astype(np.float32)
     z, y, x = axis[:, None, None], axis[None, :, None], axis[None, None, :]

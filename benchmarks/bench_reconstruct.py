@@ -38,7 +38,7 @@ def measure(
 
     from flexlib.images.sources import FullImages
     from flexlib.images.stack import open_stacks
-    from flexlib.imaging.maps import soft_edge
+    from flexlib.imaging.masks import soft_edge
     from flexlib.mesh.lattice import bcc_mesh
     from flexlib.model.flex_model import FlexModel, FlowGenerator
     from flexlib.projection.op import VoxelTensors

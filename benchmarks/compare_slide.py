@@ -20,13 +20,14 @@ from flexlib.images.sources import open_training_images
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
+from flexlib.model.forward import MovingMap, Operator, log_likelihood_loss
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.simulate.phantoms import Phantom, make_phantom
 from flexlib.simulate.run import simulate_particles
 from flexlib.tetra.voxels import voxelise
 from flexlib.train import train
-from flexlib.train.latents import MovingMap, Operator, friedel_halves, infer_latents, log_likelihood_loss
+from flexlib.train.latents import friedel_halves, infer_latents
 from flexlib.train.score import choose_held_out
 from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, TrainSettings
 

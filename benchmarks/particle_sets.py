@@ -14,7 +14,8 @@ import numpy as np
 from flexlib.files import read_json, write_json
 from flexlib.images.sources import PARTICLES, SUMMARY, TRAIN_STACK, ImageStackWriter
 from flexlib.images.stack import read_stack_header
-from flexlib.imaging.maps import Map, soft_edge, write_map
+from flexlib.imaging.maps import Map, write_map
+from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.build import build_mesh
 from flexlib.particles.star import read_tables, write_star
 from flexlib.prepare.run import prepare_particles

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+from functools import cache
+from importlib.util import find_spec
+
+logger = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # glibc, malloc.h
 
@@ -39,3 +44,12 @@ def share_threads_with_numba() -> None:
     numba.set_num_threads(min(threads, available))
     if torch.get_num_threads() != threads:  # numba starts its threads at its first use, and sets torch's number too
         torch.set_num_threads(threads)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton, which torch brings along with CUDA on Linux, is installed; warns once where it is not."""
+    if find_spec("triton") is not None:
+        return True
+    logger.warning("triton is not installed: projections on this GPU are computed by plain torch, slowly")
+    return False

@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 
 from flexlib.files import write_json
+from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import fsc
-from flexlib.imaging.maps import lowpass_map, make_mask, write_map
+from flexlib.imaging.maps import write_map
+from flexlib.imaging.masks import make_mask
 from flexlib.mesh.build import build_mesh
 from flexlib.particles.star import write_star
 from flexlib.report import write_report

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexlib.images.ctf import ctf_images, even_zernike_index, odd_zernike_index, wavelength_A, zernike
-from flexlib.particles.table import OpticsGroup, Particles
+from flexlib.images.ctf import ctf_images, even_zernike_index, odd_zernike_index, zernike
+from flexlib.particles.table import OpticsGroup, Particles, wavelength_A
 
 
 def make_particles(optics, groups, **columns):

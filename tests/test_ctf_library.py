@@ -1,4 +1,4 @@
-"""Why ``flexlib.images.ctf`` and not torch-ctf, the field's library: where it agrees with RELION's CTF, and where it does not.
+"""Why our own CTF and not torch-ctf, the field's library: where it agrees with RELION's CTF, and where it does not.
 
 The measure is RELION's formula in float64, term by term, as in test_ctf.py; ours is measured beside it. When a newer
 release makes one of these tests fail, the reason it shows is gone: see the docstring of ``flexlib.images.ctf``.

@@ -7,7 +7,8 @@ import pytest
 from moving_ball import BOX, PIXEL_SIZE_A, ball, ball_mesh, centre_A, linear_model
 from scipy.spatial.transform import Rotation
 
-from flexlib.imaging.maps import Map, soft_edge
+from flexlib.imaging.maps import Map
+from flexlib.imaging.masks import soft_edge
 from flexlib.tetra.deform import VolumeDeformer, deform_at_latent, deform_volume, moving_mask
 from flexlib.tetra.voxels import voxelise
 

@@ -16,9 +16,9 @@ from training_sets import latents_of, prepared
 from flexlib.distributed import EXIT_INTERRUPTED, Group, check_processes, launch
 from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
+from flexlib.model.forward import Operator
 from flexlib.reconstruct.run import reconstruct
 from flexlib.train import epoch, run, state, train
-from flexlib.train.latents import Operator
 from flexlib.workflow_support.settings import ReconstructSettings, TrainSettings
 
 SETTINGS = TrainSettings(latent_dims=2, epochs=2, validation_fraction=0.1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import corrected_fsc, frequencies_1_per_A, fsc, phase_randomise, resolution_at
-from flexlib.imaging.maps import lowpass_map, soft_edge
+from flexlib.imaging.masks import soft_edge
 
 
 def noise(seed: int, box: int = 32) -> np.ndarray:

@@ -15,7 +15,8 @@ from scipy import ndimage
 from flexlib.errors import InputError
 from flexlib.files import write_json
 from flexlib.generate.run import chimerax_script, displacement_metric, generate_series, main, newest_model
-from flexlib.imaging.maps import Map, lowpass_map, read_map, sharpen_map, write_map
+from flexlib.imaging.fourier import lowpass_map, sharpen_map
+from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.particles.star import write_star
 from flexlib.render import film as movie
 from flexlib.render import surface

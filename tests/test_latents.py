@@ -10,18 +10,15 @@ from training_sets import neighbour_r2, prepared
 
 from flexlib.images.batch import plane_weight, split_batches
 from flexlib.model.flex_model import FlowGenerator
+from flexlib.model.forward import CoarseView, MovingMap, fisher_information, log_likelihood_loss
 from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices
 from flexlib.train.latents import (
-    CoarseView,
     LatentPrior,
-    MovingMap,
-    fisher_information,
     friedel_halves,
     infer_everywhere,
     infer_latents,
     latent_centres,
     learn_curvature,
-    log_likelihood_loss,
     search_latents,
 )
 from flexlib.train.score import HeldOutScore, choose_held_out

@@ -11,7 +11,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
-from flexlib.imaging.maps import Map, read_map, soft_edge, write_map
+from flexlib.imaging.maps import Map, read_map, write_map
+from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.build import build_mesh, mesh_quality
 from flexlib.mesh.lattice import BccLattice, bcc_mesh
 from flexlib.mesh.weights import density_rigidity

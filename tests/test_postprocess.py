@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import fft
 
+from flexlib.imaging.fourier import lowpass_map, shell_radius
 from flexlib.imaging.fsc import corrected_fsc, fsc, predicted_truth_fsc
-from flexlib.imaging.maps import lowpass_map, shell_radius, soft_edge
+from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.reconstruct.postprocess import (
     guinier_b_factor,

@@ -14,7 +14,8 @@ from flexlib.files import read_json
 from flexlib.images.batch import centred_irfft2, centred_rfft2, plane_weight, shell_radius
 from flexlib.images.ctf import ctf_images
 from flexlib.images.sources import open_full_images, open_training_images, write_latents_star
-from flexlib.imaging.maps import Map, fourier_crop_map, read_map, write_map
+from flexlib.imaging.fourier import fourier_crop_map
+from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.particles import read_particles
 from flexlib.particles.star import relion_tables, write_star
 from flexlib.particles.table import OpticsGroup, Particles

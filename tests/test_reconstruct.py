@@ -12,8 +12,10 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.files import read_json
 from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import fsc
-from flexlib.imaging.maps import lowpass_map, read_map, soft_edge
+from flexlib.imaging.maps import read_map
+from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.model.flex_model import FlexModel, FlowGenerator, rigid_modes_A
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices

@@ -24,7 +24,8 @@ from flexlib.images.ctf import ctf_images
 from flexlib.images.sources import FullImages, open_full_images, read_noise
 from flexlib.images.stack import open_stacks
 from flexlib.imaging.fsc import fsc
-from flexlib.imaging.maps import read_map, soft_edge, write_map
+from flexlib.imaging.maps import read_map, write_map
+from flexlib.imaging.masks import soft_edge
 from flexlib.particles import read_particles
 from flexlib.particles.star import write_star
 from flexlib.prepare.run import prepare_particles

@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 
 from flexlib.errors import InputError
-from flexlib.generate.series import (
-    Neighbourhood,
-    SeriesRequest,
-    axis_points,
-    check_series,
-    cluster_points,
-    line_points,
-    parse_series,
-    principal_curve,
-    series_files,
-)
+from flexlib.generate.series import Neighbourhood, axis_points, cluster_points, line_points, principal_curve
 from flexlib.particles.latents_io import components, read_latent_points
+from flexlib.workflow_support.series import SeriesRequest, check_series, parse_series, series_files
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.images.ctf import ctf_images
-from flexlib.imaging.maps import read_map, shell_radius
+from flexlib.imaging.fourier import shell_radius
+from flexlib.imaging.maps import read_map
 from flexlib.particles.read import read_particles
 from flexlib.projection.op import VoxelTensors, project, view_vertices
 from flexlib.simulate import run as simulate

@@ -19,24 +19,15 @@ import pandas as pd
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
-from flexlib.generate.series import (
-    MAX_POINTS,
-    SPELLINGS,
-    Neighbourhood,
-    SeriesRequest,
-    axis_points,
-    cluster_points,
-    line_points,
-    parse_point,
-    parse_series,
-    principal_curve,
-)
-from flexlib.imaging.maps import Map, lowpass_map, read_map, sharpen_map, write_map
+from flexlib.generate.series import MAX_POINTS, Neighbourhood, axis_points, cluster_points, line_points, principal_curve
+from flexlib.imaging.fourier import lowpass_map, sharpen_map
+from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.model.flex_model import MODEL_FILE, FlexModel
 from flexlib.render.film import FrameNote, SeriesMovie
 from flexlib.runtime import share_threads_with_numba
 from flexlib.tetra.deform import VolumeDeformer, moving_mask
 from flexlib.tetra.io import write_displacement
+from flexlib.workflow_support.series import SPELLINGS, SeriesRequest, parse_point, parse_series
 from flexlib.workflow_support.settings import GenerateSettings
 
 logger = logging.getLogger(__name__)
@@ -68,7 +59,7 @@ def generate_series(
     out_dir
         Folder to write; frames of an earlier run of the same series are replaced.
     settings
-        ``series`` as ``flexlib.generate.series.parse_series`` reads it; ``volume`` a map at any box and pixel size, of the same
+        ``series`` as ``workflow_support.series`` reads it; ``volume`` a map at any box and pixel size, of the same
         box centre, to deform in place of the canonical one.
     particles_dir
         Folder that prepare wrote; by default ``particles`` beside the training. Needed for particles named by row, and

@@ -22,20 +22,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from math import factorial, pi, sqrt
+from math import factorial, pi
 
 import numpy as np
 import torch
 
-from flexlib.particles.table import OpticsGroup, Particles
+from flexlib.particles.table import OpticsGroup, Particles, wavelength_A
 
 _MIN_CTF = 0.02  # premultiplied images are divided by no less; float16 rounding is then below 2 % of the noise
-
-
-def wavelength_A(voltage_kV: float) -> float:
-    """Relativistic electron wavelength in A."""
-    volt = 1e3 * voltage_kV
-    return 12.2643247 / sqrt(volt * (1.0 + 0.978466e-6 * volt))
 
 
 def has_odd_aberrations(particles: Particles) -> bool:

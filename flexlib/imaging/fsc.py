@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft
 
-from flexlib.imaging.maps import fft_workers, shell_radius
+from flexlib.imaging.fourier import fft_workers, shell_radius
 
 
 def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:

@@ -9,19 +9,12 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import mrcfile
 import numpy as np
-from scipy import fft, ndimage
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
-
-_DUST_FRACTION = 0.05  # bodies with less than this part of the largest body's density are dropped
-_NOISE_SIGMAS = 3.0  # automatic threshold: this many solvent standard deviations above the solvent level
-_MIN_PEAK_FRACTION = 0.015  # and at least this fraction of the dense core, for maps without solvent noise
-_AUTO_BLUR = 2.0  # automatic masks are made from the map low-passed this much further: moving domains are blurred
 
 
 @dataclass(frozen=True)
@@ -169,39 +162,6 @@ def _placement(like: Map, box: int, pixel_size_A: float) -> tuple[list[float], t
     return origin_A, (start[0], start[1], start[2])
 
 
-def fourier_crop_map(volume: np.ndarray, box: int) -> np.ndarray:
-    """Resample (N, N, N) to a smaller ``box`` of the same extent by dropping high frequencies.
-
-    The centre stays at voxel ``N//2`` and values stay densities. The new Nyquist planes are zero. Returns float32.
-    """
-    if box > volume.shape[0]:
-        raise ValueError(f"cannot crop a box of {volume.shape[0]} to {box}")
-    return _fourier_resample(volume, box)
-
-
-def fourier_pad_map(volume: np.ndarray, box: int) -> np.ndarray:
-    """Resample (N, N, N) to a larger ``box`` of the same extent; the inverse of ``fourier_crop_map``."""
-    if box < volume.shape[0]:
-        raise ValueError(f"cannot pad a box of {volume.shape[0]} to {box}")
-    return _fourier_resample(volume, box)
-
-
-def _fourier_resample(volume: np.ndarray, box: int) -> np.ndarray:
-    """Zero-pad or crop the spectrum of ``volume`` to even side ``box``; planes at either Nyquist are zero."""
-    old = volume.shape[0]
-    if old == box:
-        return np.array(volume, dtype=np.float32)
-    half = min(old, box) // 2  # frequencies -half < k < half are kept
-    spectrum = fft.rfftn(fft.ifftshift(np.asarray(volume, dtype=np.float32)), workers=fft_workers())
-    resampled = np.zeros((box, box, box // 2 + 1), dtype=spectrum.dtype)
-    low, high = slice(0, half), slice(-half + 1, None)
-    for z in (low, high):
-        for y in (low, high):
-            resampled[z, y, :half] = spectrum[z, y, :half]
-    volume = fft.fftshift(fft.irfftn(resampled, s=(box,) * 3, workers=fft_workers()))
-    return (volume * (box / old) ** 3).astype(np.float32)
-
-
 def crop_or_pad_real(volume: np.ndarray, box: int, fill: float = 0.0) -> np.ndarray:
     """Cut or extend (N, N, N) to side ``box`` at the same voxel size: voxel ``N//2`` becomes voxel ``box//2``."""
     old = volume.shape[0]
@@ -211,136 +171,3 @@ def crop_or_pad_real(volume: np.ndarray, box: int, fill: float = 0.0) -> np.ndar
     old_slice = slice(max(-start, 0), max(-start, 0) + new_slice.stop - new_slice.start)
     result[new_slice, new_slice, new_slice] = volume[old_slice, old_slice, old_slice]
     return result
-
-
-def shell_radius(box: int) -> np.ndarray:
-    """(N, N, N//2+1) float32 radius of each coefficient of ``rfftn``, in shells (cycles per box)."""
-    k = fft.fftfreq(box, 1.0 / box).astype(np.float32) ** 2
-    half = np.arange(box // 2 + 1, dtype=np.float32) ** 2
-    return np.sqrt(k[:, None, None] + k[None, :, None] + half[None, None, :])
-
-
-def lowpass_map(volume: np.ndarray, pixel_size_A: float, resolution_A: float, edge_shells: float = 4.0) -> np.ndarray:
-    """Low-pass (N, N, N) at ``resolution_A`` with a cosine edge ``edge_shells`` wide, centred on the cut.
-
-    Returns float32; a resolution beyond Nyquist leaves the map unchanged.
-    """
-    box = volume.shape[0]
-    cut = box * pixel_size_A / resolution_A
-    if cut >= box / 2:
-        return np.array(volume, dtype=np.float32)
-    ramp = np.clip((shell_radius(box) - cut) / edge_shells + 0.5, 0.0, 1.0)
-    gain = (0.5 + 0.5 * np.cos(np.pi * ramp)).astype(np.float32)
-    spectrum = fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
-    return fft.irfftn(spectrum * gain, s=volume.shape, workers=fft_workers()).astype(np.float32)
-
-
-def sharpen_map(volume: np.ndarray, pixel_size_A: float, bfactor_A2: float) -> np.ndarray:
-    """Multiply the amplitudes of (N, N, N) at frequency s by ``exp(-bfactor_A2 s^2 / 4)``: negative sharpens.
-
-    The sign is RELION's and CryoSPARC's. Returns float32.
-    """
-    box = volume.shape[0]
-    frequency = shell_radius(box) / (box * pixel_size_A)
-    gain = np.exp(-0.25 * bfactor_A2 * frequency**2).astype(np.float32)
-    spectrum = fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
-    return fft.irfftn(spectrum * gain, s=volume.shape, workers=fft_workers()).astype(np.float32)
-
-
-def soft_edge(mask: np.ndarray, pixel_size_A: float, dilate_A: float, width_A: float) -> np.ndarray:
-    """Grow a binary mask by ``dilate_A`` and add a cosine edge of ``width_A`` outside it.
-
-    Returns (N, N, N) float32 in [0, 1]: 1 within ``dilate_A`` of the mask, 0 beyond ``dilate_A + width_A``.
-    """
-    if not mask.any():
-        return np.zeros(mask.shape, np.float32)
-    distance_A = ndimage.distance_transform_edt(~mask).astype(np.float32) * pixel_size_A
-    if width_A <= 0:
-        return (distance_A <= dilate_A).astype(np.float32)
-    ramp = np.clip((distance_A - dilate_A) / width_A, 0.0, 1.0)
-    soft = 0.5 + 0.5 * np.cos(np.pi * ramp)
-    return np.where(ramp < 1.0, soft, 0.0).astype(np.float32)
-
-
-def auto_threshold(volume: np.ndarray) -> float:
-    """Density level that separates particle from solvent, low enough to hold domains blurred by motion.
-
-    The solvent's level and noise are those of the negative side of the histogram, where no particle is: the mode,
-    and the spread of the values below it. The level is ``_NOISE_SIGMAS`` above the solvent, but never below
-    ``_MIN_PEAK_FRACTION`` of the dense core, which takes over in maps whose solvent was flattened.
-    """
-    inside = volume[_sphere(volume.shape[0])]
-    level = float(np.median(inside))
-    below = inside[inside < level]
-    for _ in range(5):  # the particle's voxels pull the median up: take the median of what is not particle
-        sigma = 1.4826 * float(np.median(level - below)) if below.size else 0.0
-        solvent = inside[inside < level + 3.0 * sigma]
-        if solvent.size == 0:
-            break
-        level = float(np.median(solvent))
-        below = inside[inside < level]
-    peak = float(np.mean(np.sort(inside)[-max(1, inside.size // 1000) :]))
-    return max(level + _NOISE_SIGMAS * sigma, level + _MIN_PEAK_FRACTION * (peak - level))
-
-
-def make_mask(
-    volume: np.ndarray,
-    pixel_size_A: float,
-    lowpass_A: float = 10.0,
-    threshold: float | Literal["auto"] = "auto",
-    dilate_A: float = 2.0,
-    pad_A: float = 5.0,
-) -> np.ndarray:
-    """Solvent mask of a consensus map: low-pass, threshold, drop dust, dilate, add a cosine edge.
-
-    Parameters: ``threshold`` an absolute density level of the low-passed map, or "auto": ``auto_threshold`` of the map
-    low-passed at ``2 * lowpass_A``, where domains that move stand out of the noise as far as they reach.
-    Returns (N, N, N) float32 in [0, 1]. Raises ``InputError`` if nothing lies above the threshold.
-    """
-    blur = _AUTO_BLUR if threshold == "auto" else 1.0
-    filtered = lowpass_map(volume, pixel_size_A, blur * lowpass_A)
-    level = auto_threshold(filtered) if threshold == "auto" else float(threshold)
-    core = (filtered > level) & _sphere(volume.shape[0])
-    if not core.any():
-        raise InputError(f"mask: no voxel of the map lies above the threshold {level:g} (maximum {filtered.max():g})")
-    return soft_edge(_drop_dust(core, filtered - level), pixel_size_A, dilate_A, pad_A)
-
-
-def resample_mask(mask: np.ndarray, box: int, scale: float | None = None) -> np.ndarray:
-    """Bring a mask (N, N, N) to another ``box``, trilinear, in [0, 1], centre on centre.
-
-    ``scale`` is the ratio of new to old voxel size; None keeps the extent. Fourier resampling would ring: a hard mask
-    would leave traces tens of Angstrom beyond its edge.
-    """
-    old = mask.shape[0]
-    if scale is None:
-        scale = old / box
-    if old == box and scale == 1:
-        return np.array(mask, dtype=np.float32)
-    offset = old // 2 - scale * (box // 2)
-    source = np.asarray(mask, dtype=np.float32)
-    if scale > 1:  # average over the larger voxels, so that thin edges are not missed
-        source = ndimage.uniform_filter(source, size=2 * int(scale / 2) + 1, mode="constant")
-    result = ndimage.affine_transform(source, [scale] * 3, offset, (box,) * 3, order=1, mode="constant")
-    return np.clip(result, 0.0, 1.0).astype(np.float32)
-
-
-def _drop_dust(core: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Keep the connected bodies whose summed ``weight`` is not negligible against the largest one's."""
-    labels, count = ndimage.label(core, structure=np.ones((3, 3, 3)))
-    if count <= 1:
-        return core
-    mass = ndimage.sum_labels(weight, labels, np.arange(count + 1))
-    mass[0] = 0.0
-    return (mass >= _DUST_FRACTION * mass.max())[labels] & core
-
-
-def _sphere(box: int) -> np.ndarray:
-    """(N, N, N) bool, the ball of radius ``N/2`` about voxel ``N//2``."""
-    axis = (np.arange(box) - box // 2).astype(np.float32) ** 2
-    return axis[:, None, None] + axis[None, :, None] + axis[None, None, :] < (box / 2) ** 2
-
-
-def fft_workers() -> int:
-    """Threads for FFTs: those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

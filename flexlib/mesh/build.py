@@ -14,7 +14,8 @@ from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
 from flexlib.files import write_json
-from flexlib.imaging.maps import Map, lowpass_map, read_map, write_map
+from flexlib.imaging.fourier import lowpass_map
+from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.mesh.chimerax import write_chimerax
 from flexlib.mesh.custom import read_custom_mesh
 from flexlib.mesh.lattice import bcc_mesh

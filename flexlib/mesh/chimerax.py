@@ -9,15 +9,10 @@ import numpy as np
 
 from flexlib.files import atomic_path
 from flexlib.imaging.maps import Map
+from flexlib.render.colours import segment_colours
 from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
 
-SEGMENT_COLOURS = ("#1f6fb4", "#d1731f", "#3a9a5b", "#a33f8f", "#8a6d3b", "#2aa5a0", "#c23b4a", "#6a63c4")
 _RAMP = np.array([[0.99, 0.89, 0.49], [0.25, 0.65, 0.55], [0.27, 0.15, 0.40]])  # soft to rigid
-
-
-def segment_colours(segment: np.ndarray) -> dict[int, str]:
-    """Segment -> colour, in ascending order of the segments."""
-    return {int(one): SEGMENT_COLOURS[i % len(SEGMENT_COLOURS)] for i, one in enumerate(np.unique(segment))}
 
 
 def write_chimerax(out_dir: str | os.PathLike[str], mesh: TetraMesh, consensus: Map, map_path: Path) -> None:

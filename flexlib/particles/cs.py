@@ -217,7 +217,7 @@ def _optics_group(row: np.ndarray) -> OpticsGroup:
     With theta = atan2(ky, kx): odd phase -2 pi lambda^2 k^3 (tilt . (cos, sin) theta) is RELION's beam tilt with
     ``tilt_A = Cs * tilt_rad``; trefoil and tetrafoil are Zernike terms Z3^+-3, Z4^+-2 (with Z2^+-2) and Z4^+-4.
     """
-    from flexlib.images.ctf import wavelength_A
+    from flexlib.particles.table import wavelength_A
 
     group_id, voltage_kV, cs_mm, amplitude, pixel_size_A, box = row[:6]
     tilt_A, trefoil_A, tetra_A, anisomag = row[6:8], row[8:10], row[10:14], row[14:18].reshape(2, 2)

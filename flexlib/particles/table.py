@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,9 @@ def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> 
             if (root / candidate).is_file():
                 return root / candidate
     return roots[0] / plain
+
+
+def wavelength_A(voltage_kV: float) -> float:
+    """Relativistic electron wavelength in A."""
+    volt = 1e3 * voltage_kV
+    return 12.2643247 / sqrt(volt * (1.0 + 0.978466e-6 * volt))

@@ -36,16 +36,9 @@ from flexlib.images.sources import (
     write_noise,
 )
 from flexlib.images.stack import Stacks, open_stacks
-from flexlib.imaging.maps import (
-    Map,
-    crop_or_pad_real,
-    fourier_crop_map,
-    fourier_pad_map,
-    make_mask,
-    read_map,
-    resample_mask,
-    write_map,
-)
+from flexlib.imaging.fourier import fourier_crop_map, fourier_pad_map
+from flexlib.imaging.maps import Map, crop_or_pad_real, read_map, write_map
+from flexlib.imaging.masks import make_mask, resample_mask
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.particles.read import read_particles
 from flexlib.particles.table import OpticsGroup, Particles

@@ -13,15 +13,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import numpy as np
 import torch
 
 from flexlib.projection import reference
+from flexlib.runtime import has_triton
 from flexlib.tetra.tetmesh import MeshVoxels
 
 logger = logging.getLogger(__name__)
@@ -138,15 +138,6 @@ def _backend(device: str, dtype: torch.dtype) -> ModuleType:
     if dtype != torch.float32 or (device == "cuda" and not has_triton()):
         return reference
     return import_module(f"flexlib.projection.{device}")
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton, which torch brings along with CUDA on Linux, is installed; warns once where it is not."""
-    if find_spec("triton") is not None:
-        return True
-    logger.warning("triton is not installed: projections on this GPU are computed by plain torch, slowly")
-    return False
 
 
 def _register(device: str) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from scipy import fft, ndimage
 
+from flexlib.imaging.fourier import fft_workers, lowpass_map, shell_radius
 from flexlib.imaging.fsc import predicted_truth_fsc
-from flexlib.imaging.maps import fft_workers, lowpass_map, shell_radius, soft_edge
+from flexlib.imaging.masks import soft_edge
 from flexlib.model.flex_model import FlexModel
 from flexlib.tetra.voxels import MeshVoxels
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flexlib.files import atomic_path
-from flexlib.imaging.maps import fourier_crop_map
+from flexlib.imaging.fourier import fourier_crop_map
 
 _LARGEST_BOX = 128  # larger maps are cropped in Fourier space for the pictures
 _SIZE_PX = 280  # of a view

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from scipy import ndimage
 
-from flexlib.imaging.maps import fourier_crop_map, fourier_pad_map
+from flexlib.imaging.fourier import fourier_crop_map, fourier_pad_map
 
 _LIGHT = np.array([-0.45, 0.6, 0.66])  # towards the light, from above and the left
 _SHARP_BOX = 128  # smaller boxes are padded in Fourier space to this one, so that voxels do not show

@@ -12,7 +12,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image
 
-from flexlib.imaging.maps import Map, fourier_crop_map, read_map
+from flexlib.imaging.fourier import fourier_crop_map
+from flexlib.imaging.maps import Map, read_map
 from flexlib.render import surface
 from flexlib.report import pictures
 from flexlib.report.results import Results, Series

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flexlib.imaging.maps import Map
-from flexlib.mesh.chimerax import segment_colours
+from flexlib.render.colours import segment_colours
 from flexlib.tetra.tetmesh import TetraMesh
 
 INK, MUTED, GRID = "#1d2733", "#5b6875", "#dfe4ea"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from flexlib.imaging.maps import Map, fourier_crop_map
-from flexlib.mesh.chimerax import segment_colours
+from flexlib.imaging.fourier import fourier_crop_map
+from flexlib.imaging.maps import Map
 from flexlib.render import surface
+from flexlib.render.colours import segment_colours
 from flexlib.report.morph import Morph
 from flexlib.report.plots import styled
 from flexlib.tetra.tetmesh import TetraMesh, boundary_faces

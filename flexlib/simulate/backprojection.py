@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit
 from scipy import fft
 
-from flexlib.imaging.maps import crop_or_pad_real, shell_radius
+from flexlib.imaging.fourier import shell_radius
+from flexlib.imaging.maps import crop_or_pad_real
 
 _PADDING = 2
 _MIN_WEIGHT_FRACTION = 0.05  # of a shell's mean CTF^2: the least that a coefficient is divided by

@@ -2,7 +2,7 @@
 
 Signal is the Fourier transform of the pseudo-atoms evaluated at the Fourier pixels themselves, without any grid in
 between; it and the truth maps are zero at and beyond ``|k| = N/2``. The CTF is written out here on purpose instead of
-shared with ``flexlib.images.ctf``: an error in one of the two shows as a disagreement, and would cancel if they were one.
+shared with ``images/ctf.py``: an error in one of the two shows as a disagreement, and would cancel if they were one.
 
     python -m flexlib.simulate --phantom antibody --num-particles 2000 --out simulated/
 """
@@ -542,7 +542,7 @@ def simulate_particles(
     )
 
 
-def main() -> None:
+def main() -> int:
     """Command line: ``python -m flexlib.simulate``."""
     parser = argparse.ArgumentParser(description="Simulate a flexible particle set with known truth.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -570,3 +570,4 @@ def main() -> None:
     except InputError as error:
         raise SystemExit(str(error)) from None
     print(truth.particles_star)
+    return 0

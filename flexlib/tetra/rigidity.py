@@ -12,7 +12,7 @@ from importlib import import_module
 import numpy as np
 import torch
 
-from flexlib.projection.op import has_triton
+from flexlib.runtime import has_triton
 from flexlib.tetra.tetmesh import TetraMesh
 
 _NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more

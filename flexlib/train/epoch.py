@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from flexlib.images.batch import plane_weight, read_ahead, split_batches, to_device
 from flexlib.model.flex_model import AssembledFlow
+from flexlib.model.forward import MovingMap, fisher_information, log_likelihood_loss
 from flexlib.tetra.rigidity import mesh_rigidity
-from flexlib.train.latents import MovingMap, fisher_information, latent_centres, log_likelihood_loss, search_latents
+from flexlib.train.latents import latent_centres, search_latents
 from flexlib.train.motion import rms_displacement_A
 from flexlib.train.score import HeldOutScore, score_held_out
 from flexlib.train.start import FLOW_RATE

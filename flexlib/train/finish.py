@@ -9,11 +9,12 @@ import torch
 from scipy import sparse
 
 from flexlib.images.batch import plane_weight, read_ahead, split_batches
+from flexlib.model.forward import log_likelihood_loss
 from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.tetra.deform import deform_volume
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.train.epoch import measure_ratio, moving_map, rigid_part, score_now, standardise, valley_centres
-from flexlib.train.latents import infer_everywhere, log_likelihood_loss
+from flexlib.train.latents import infer_everywhere
 from flexlib.train.motion import slope_A
 from flexlib.train.score import HeldOutScore
 from flexlib.train.start import standard_scale

@@ -16,15 +16,8 @@ import torch
 
 from flexlib.distributed import ALONE, Group
 from flexlib.images.batch import ImageSource, plane_weight, read_ahead, split_batches
-from flexlib.train.latents import (
-    LatentPrior,
-    MovingMap,
-    Operator,
-    friedel_halves,
-    infer_everywhere,
-    infer_latents,
-    log_likelihood_loss,
-)
+from flexlib.model.forward import MovingMap, Operator, log_likelihood_loss
+from flexlib.train.latents import LatentPrior, friedel_halves, infer_everywhere, infer_latents
 
 MOST_HELD_OUT = 2000  # enough for a standard error of a few hundredths of a nat
 

@@ -17,8 +17,8 @@ import torch
 
 from flexlib.distributed import ALONE, Group
 from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.model.forward import Operator
 from flexlib.projection.op import project, scatter_volume, view_vertices
-from flexlib.train.latents import Operator
 
 _UNSEEN = 1e-6  # of the largest information: fields that images see less are left out, not blown up by the whitening
 _CHUNK = 65536  # particles, or numbers of a field's transform, that are in double precision at one time

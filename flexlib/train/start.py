@@ -11,12 +11,12 @@ import torch
 from flexlib.errors import InputError
 from flexlib.images.batch import plane_weight, read_ahead, shell_radius, split_batches
 from flexlib.model.flex_model import FlexModel, FlowGenerator, displacement_basis_A
+from flexlib.model.forward import Operator, log_likelihood_loss
 from flexlib.particles.latents_io import read_latents
 from flexlib.projection.op import gather_volume
 from flexlib.tetra.elastic import elastic_modes
 from flexlib.tetra.rigidity import mesh_rigidity
 from flexlib.train.canonical import CanonicalMap
-from flexlib.train.latents import Operator, log_likelihood_loss
 from flexlib.train.spectral import FieldForces, SpectralStart, fields_of_latents, measure_forces, spectral_start
 from flexlib.train.state import BAND_EPOCHS, RIGIDITY_NATS, Setup, State, derived_seed, follow_first
 from flexlib.workflow_support.settings import TrainSettings

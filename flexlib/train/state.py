@@ -15,13 +15,14 @@ from flexlib.images.batch import split_batches
 from flexlib.images.sources import TrainingImages, open_training_images
 from flexlib.imaging.maps import Map, read_map
 from flexlib.model.flex_model import FlowGenerator
+from flexlib.model.forward import CoarseView, Operator
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.tetra.io import read_mesh
 from flexlib.tetra.rigidity import RigidityTensors
 from flexlib.tetra.tetmesh import TetraMesh, single_cell_mesh
 from flexlib.tetra.voxels import voxelise
 from flexlib.train.canonical import CanonicalMap
-from flexlib.train.latents import CoarseView, LatentPrior, Operator
+from flexlib.train.latents import LatentPrior
 from flexlib.train.score import choose_held_out
 from flexlib.train.spectral import SpectralStart
 from flexlib.workflow_support.settings import TrainSettings

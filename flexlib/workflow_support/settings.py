@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from flexlib.errors import InputError
-from flexlib.generate.series import series_files
 from flexlib.workflow_support.estimates import MapSize, read_map_size
+from flexlib.workflow_support.series import series_files
 
 Auto = Literal["auto"]
 Settings = TypeVar("Settings")
@@ -85,7 +85,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """``generate:``; ``series`` as ``flexlib.generate.series`` reads it; ``volume`` to deform instead of the canonical map."""
+    """``generate:``; ``series`` as ``series.py`` reads it; ``volume`` is deformed instead of the canonical map."""
 
     frames: int = 41
     series: str | list[str] = "axes"

@@ -16,7 +16,8 @@ from operator_cases import (
     twisted_bodies,
 )
 
-from flexlib.projection.op import KERNELS, VoxelTensors, has_triton, project, splat_voxels
+from flexlib.projection.op import KERNELS, VoxelTensors, project, splat_voxels
+from flexlib.runtime import has_triton
 from flexlib.tetra.rigidity import RigidityTensors, mesh_rigidity
 
 BOX = 64

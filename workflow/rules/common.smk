@@ -9,7 +9,7 @@ import yaml
 from flexlib.workflow_support import estimates
 from flexlib.errors import InputError
 from flexlib.workflow_support.connections import check_mesh_keys
-from flexlib.generate.series import check_series, count_maps
+from flexlib.workflow_support.series import check_series, count_maps
 from flexlib.workflow_support.settings import (
     MeshSettings,
     check_config,

@@ -1,0 +1,182 @@
+"""What stages tell each other in JSON: one dataclass a file, with its one reader and its one writer.
+
+Plain Python: the workflow reads these too. Files of an older flexlib lack keys that newer ones have; a key that has a
+default here takes it, any other is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from flexlib.errors import InputError
+from flexlib.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON file with fixed keys."""
+
+    stage: ClassVar[str] = ""  # that writes it
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the record at ``path``.
+
+        Raises
+        ------
+        InputError
+            The file is not there, or lacks a key.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"{path}: not found: is this a folder that {cls.stage} has written?")
+        try:
+            return cls.from_json(read_json(path))
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"{path}: not what this version's {cls.stage} writes ({error}): run it again") from error
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """The record with the keys of ``content``; keys that it does not know are passed over."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in content.items() if key in known})
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``write`` writes."""
+        return asdict(self)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the record, atomically."""
+        write_json(path, self.to_json())
+
+
+@dataclass(frozen=True)
+class OpticsRecord:
+    """How the images of one optics group were recorded, and what prepare made of them."""
+
+    name: str
+    input_box: int
+    input_pixel_size_A: float
+    ctf_applied: str  # "" for nothing; see ``particles.table.OpticsGroup``
+    side_px: int  # of the real-space crop, in the group's own pixels
+    image_scale: float  # what one voxel of the consensus is worth in the images
+
+
+@dataclass(frozen=True)
+class PreparedRecord(Record):
+    """``prepared.json``: what prepare read and made. A row is a particle in one of its equivalent poses."""
+
+    stage: ClassVar[str] = "prepare"
+
+    particles: str  # the user's files, absolute
+    passthrough: str | None
+    image_root: str | None
+    consensus: str
+    mask: str | None
+    num_input: int  # particles in the user's file
+    num_particles: int  # kept
+    symmetry: str
+    symmetry_copies: int
+    num_rows: int  # of particles.star: particles times symmetry copies
+    half_sets: str  # where they came from: "input" or "random"
+    full_box: int  # of the images, brought to a common grid
+    full_pixel_size_A: float
+    crop_box: int  # for reconstruction
+    train_box: int
+    train_pixel_size_A: float
+    optics_groups: list[OpticsRecord]
+    settings: dict[str, Any] = field(default_factory=dict)  # ``prepare:``
+    mask_settings: dict[str, Any] = field(default_factory=dict)  # what of ``mesh:`` made the mask
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """See ``Record``."""
+        groups = [group if is_dataclass(group) else OpticsRecord(**group) for group in content.get("optics_groups", [])]
+        return super().from_json(content | {"optics_groups": groups})
+
+
+@dataclass(frozen=True)
+class ValidationRecord(Record):
+    """``validation.json``: what a training came to. Gains are in nats per particle, over the rigid model.
+
+    Where nothing was held out gains are nan; ``rejected`` ones are of a model that was set to rest.
+    """
+
+    stage: ClassVar[str] = "train"
+
+    validation_gain: float | None
+    validation_gain_se: float | None
+    validation_particles: int  # held out
+    rejected_gain: float | None
+    rejected_gain_se: float | None
+    suggested_dims: int
+    rms_displacement_A: float
+    rms_displacement_per_unit_A: list[float]  # of each latent
+    motion_share: list[float]  # of all motion, in each principal axis
+    mean_strain: float | None
+    epochs: int
+    band_shell: float
+    num_particles: int  # measured images
+    num_voxels: int
+    num_vertices: int
+    num_cells: int
+    wall_s: float
+    num_rows: int = 0  # particles times symmetry copies
+    validation_rows: int = 0  # held out
+
+    @property
+    def gain(self) -> float:
+        """``validation_gain``, nan where there is none."""
+        return math.nan if self.validation_gain is None else float(self.validation_gain)
+
+    @property
+    def gain_se(self) -> float:
+        """``validation_gain_se``, nan where there is none."""
+        return math.nan if self.validation_gain_se is None else float(self.validation_gain_se)
+
+
+@dataclass(frozen=True)
+class ChoiceRecord(Record):
+    """``best_point.json``: the chosen sweep point, and how it compares with the one of the highest score."""
+
+    stage: ClassVar[str] = "choose"
+
+    cells: int
+    latent_dims: int
+    rigidity: float
+    seed: int
+    path: str
+    validation_gain: float | None
+    validation_gain_se: float | None
+    highest_validation_gain: float | None
+    highest_validation_gain_path: str
+    difference_to_best: float | None
+    difference_to_best_se: float | None
+
+
+@dataclass(frozen=True)
+class ResolutionRecord(Record):
+    """``resolution.json``: resolutions of the half-maps in Angstrom, and what was derived from them."""
+
+    stage: ClassVar[str] = "reconstruct"
+
+    resolutions_A: dict[str, float]  # by model, part and threshold: "flex_0.143", "rigid_0.5", "flex_moving_0.143"
+    moving_rms_displacement: dict[str, float]  # "largest_A", "threshold_A"
+    flex_b_factor_A2: float | None
+    flex_local_A: dict[str, float]  # percentiles of the local resolution
+    converged: dict[str, bool]  # by model and half: "flex_half1"
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """See ``Record``; resolutions lie at the top level of the file, as ``flex_0.143_A``."""
+        own = {item.name for item in fields(cls)}
+        found = {key.removesuffix("_A"): value for key, value in content.items() if key not in own}
+        return super().from_json(content | {"resolutions_A": found})
+
+    def to_json(self) -> dict[str, Any]:
+        """See ``from_json``."""
+        content = super().to_json()
+        return {f"{key}_A": value for key, value in content.pop("resolutions_A").items()} | content
