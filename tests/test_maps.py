@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexlib.errors import InputError
-from flexlib.imaging import maps
+from flexlib.imaging import fourier, maps, masks
 
 
 def gaussian(box: int, centre_px=(3.0, -2.0, 1.0), sigma_px: float = 3.0, pixel: float = 1.0) -> np.ndarray:
@@ -30,14 +30,14 @@ def write_raw(path, data, voxel_size=2.0, **header) -> None:
 @pytest.mark.parametrize("box", [16, 20, 24, 48, 64])
 def test_fourier_resampling_keeps_positions_and_densities(box):
     old = 32
-    resample = maps.fourier_crop_map if box < old else maps.fourier_pad_map
+    resample = fourier.fourier_crop_map if box < old else fourier.fourier_pad_map
     expected = gaussian(box, pixel=old / box)
     assert np.abs(resample(gaussian(old), box) - expected).max() < (2e-2 if box == 16 else 2e-4)
 
 
 def test_fourier_crop_undoes_pad():
-    volume = maps.lowpass_map(np.random.default_rng(0).standard_normal((24, 24, 24)), 1.0, 4.0)
-    assert np.abs(maps.fourier_crop_map(maps.fourier_pad_map(volume, 40), 24) - volume).max() < 1e-5
+    volume = fourier.lowpass_map(np.random.default_rng(0).standard_normal((24, 24, 24)), 1.0, 4.0)
+    assert np.abs(fourier.fourier_crop_map(fourier.fourier_pad_map(volume, 40), 24) - volume).max() < 1e-5
 
 
 @pytest.mark.parametrize("box", [20, 32, 46])
@@ -51,7 +51,7 @@ def test_lowpass_keeps_low_and_removes_high_waves():
     x = np.arange(box)
     for shell, gain in [(4, 1.0), (16, 0.5), (24, 0.0)]:
         wave = np.broadcast_to(np.cos(2 * np.pi * shell * x / box), (box, box, box))
-        filtered = maps.lowpass_map(wave, pixel_size_A, box * pixel_size_A / 16)
+        filtered = fourier.lowpass_map(wave, pixel_size_A, box * pixel_size_A / 16)
         np.testing.assert_allclose(filtered, gain * wave, atol=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_a_text_file_is_no_map(tmp_path):
 def test_soft_edge_falls_as_a_cosine_outside_the_dilated_mask():
     mask = np.zeros((32, 32, 32), bool)
     mask[16, 16, 16] = True
-    profile = maps.soft_edge(mask, pixel_size_A=2.0, dilate_A=4.0, width_A=12.0)[16, 16, 16:]
+    profile = masks.soft_edge(mask, pixel_size_A=2.0, dilate_A=4.0, width_A=12.0)[16, 16, 16:]
     expected = 0.5 + 0.5 * np.cos(np.pi * np.clip((2.0 * np.arange(16) - 4.0) / 12.0, 0, 1))
     np.testing.assert_allclose(profile, expected, atol=1e-6)
 
@@ -154,7 +154,7 @@ def blurred_particle(noise: float) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
 def test_automatic_mask_holds_the_blurred_arm_and_little_else(noise):
     volume, particle = blurred_particle(noise)
-    mask = maps.make_mask(volume, pixel_size_A=3.0)
+    mask = masks.make_mask(volume, pixel_size_A=3.0)
     assert mask.dtype == np.float32 and mask.min() == 0.0 and mask.max() == 1.0
     assert (mask[particle] > 0.5).mean() > 0.98
     assert (mask > 0.5).sum() < 4 * particle.sum() < 0.1 * mask.size
@@ -162,20 +162,20 @@ def test_automatic_mask_holds_the_blurred_arm_and_little_else(noise):
 
 def test_dust_is_dropped_and_a_second_body_kept():
     volume = gaussian(48, (-10, 0, 0)) + gaussian(48, (12, 0, 0), 2.5) + 0.9 * gaussian(48, (0, 18, 0), 0.8)
-    mask = maps.make_mask(volume, 3.0, threshold=0.3)
+    mask = masks.make_mask(volume, 3.0, threshold=0.3)
     assert mask[24, 24, 14] == 1.0 and mask[24, 24, 36] == 1.0
     assert mask[24, 42, 24] == 0.0
 
 
 def test_threshold_above_the_map_is_refused():
     with pytest.raises(InputError, match="threshold"):
-        maps.make_mask(gaussian(16), 3.0, threshold=5.0)
+        masks.make_mask(gaussian(16), 3.0, threshold=5.0)
 
 
 @pytest.mark.parametrize("box", [16, 24, 48, 64])
 def test_resampled_mask_keeps_its_place_and_volume(box):
-    mask = maps.soft_edge(gaussian(32, (2, -3, 1)) > 0.2, 1.0, 1.0, 4.0)
-    other = maps.resample_mask(mask, box)
+    mask = masks.soft_edge(gaussian(32, (2, -3, 1)) > 0.2, 1.0, 1.0, 4.0)
+    other = masks.resample_mask(mask, box)
     assert other.min() >= 0 and other.max() <= 1
 
     def moments(m):
