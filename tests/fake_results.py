@@ -18,8 +18,9 @@ from flexlib.particles.star import write_star
 from flexlib.report import write_report
 from flexlib.simulate.phantoms import Phantom, make_phantom
 from flexlib.simulate.run import atoms_to_map
+from flexlib.workflow_support.points import SweepPoint
 from flexlib.workflow_support.settings import MeshSettings
-from flexlib.workflow_support.sweep import SweepPoint, write_sweep_table
+from flexlib.workflow_support.sweep import write_sweep_table
 
 POINT = SweepPoint(cells=8, latent_dims=2, rigidity=2.0, seed=0)
 CONFIG = {

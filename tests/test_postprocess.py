@@ -10,13 +10,8 @@ from flexlib.imaging.fourier import lowpass_map, shell_radius
 from flexlib.imaging.fsc import corrected_fsc, fsc, predicted_truth_fsc
 from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.reconstruct.postprocess import (
-    guinier_b_factor,
-    local_resolution,
-    moving_region,
-    rms_displacement_A,
-    sharpened_map,
-)
+from flexlib.model.motion import rms_displacement_A
+from flexlib.reconstruct.postprocess import guinier_b_factor, local_resolution, moving_region, sharpened_map
 from flexlib.tetra.voxels import voxelise
 
 

@@ -8,16 +8,9 @@ import pytest
 
 from flexlib.errors import InputError
 from flexlib.files import read_json, write_json
-from flexlib.workflow_support.sweep import (
-    COLUMNS,
-    Score,
-    SweepPoint,
-    choose_from_files,
-    choose_point,
-    select_points,
-    summarise_sweep,
-    sweep_points,
-)
+from flexlib.workflow_support.points import SweepPoint, select_points, sweep_points
+from flexlib.workflow_support.scores import Score, choose_point
+from flexlib.workflow_support.sweep import COLUMNS, choose_from_files, summarise_sweep
 
 
 def config(cells=20, dims=2, rigidity=2.0, seed=0, exclude=(), points=()):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import torch
 from scipy import fft, ndimage
 
 from flexlib.imaging.fourier import fft_workers, lowpass_map, shell_radius
 from flexlib.imaging.fsc import predicted_truth_fsc
 from flexlib.imaging.masks import soft_edge
 from flexlib.model.flex_model import FlexModel
+from flexlib.model.motion import rms_displacement_A
 from flexlib.tetra.voxels import MeshVoxels
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 MOVING_FRACTION = 0.5  # of the largest rms displacement, from which on a voxel belongs to the moving region
 MOVING_MIN_PX = 0.5  # rms displacement below which nothing counts as moving: no image could tell
 MOVING_EDGE_PX = 8.0  # a steeper edge spreads strong low shells over the weak high ones
-MOTION_PARTICLES = 10_000  # that stand for all in the rms displacement
 MIN_REGION_VOXELS = 1000  # an FSC within fewer says nothing
 
 LOCAL_THRESHOLD = 0.5  # a window has few coefficients per shell: 0.143 is within its noise
@@ -29,24 +28,6 @@ LOCAL_MIN_SIDE_PX = 16
 
 GUINIER_FROM_A = 10.0  # coarser than this, amplitudes follow the molecule's shape
 GUINIER_MIN_SHELLS = 6
-
-
-def rms_displacement_A(model: FlexModel, voxels: MeshVoxels) -> np.ndarray:
-    """How far each voxel moves about its mean position, rms over the particles.
-
-    Up to ``MOTION_PARTICLES`` particles, evenly spaced, stand for all. Parameters: ``voxels`` of the model's mesh.
-    Returns (nvox,) float32 in Angstrom: the barycentric mix of the vertices' values.
-    """
-    latents = model.latents[:: max(1, -(-len(model.latents) // MOTION_PARTICLES))]
-    total = np.zeros((len(model.mesh.vertices_A), 3))
-    square = np.zeros(len(total))
-    for first in range(0, len(latents), 256):
-        moved = model.displacements_A(torch.as_tensor(latents[first : first + 256])).double().cpu().numpy()
-        total += moved.sum(0)
-        square += (moved**2).sum((0, 2))
-    variance = square / len(latents) - ((total / len(latents)) ** 2).sum(1)
-    at_vertices = np.sqrt(np.maximum(variance, 0.0))
-    return np.einsum("nk,nk->n", voxels.bary, at_vertices[voxels.cells[voxels.cell]]).astype(np.float32)
 
 
 def moving_region(model: FlexModel, voxels: MeshVoxels, mask: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:

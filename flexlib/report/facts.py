@@ -8,7 +8,7 @@ import pandas as pd
 from flexlib.report.markup import NONE, angstrom, duration, missing, number, table, text
 from flexlib.report.plots import FSC_KINDS, FSC_LABELS, SWEPT, fsc_column, paired, resolution_A
 from flexlib.report.results import Results
-from flexlib.workflow_support.sweep import SweepPoint
+from flexlib.workflow_support.points import SweepPoint
 
 _SIMPLER = "fewer latent dimensions first, then a coarser mesh, then stiffer"
 _QUALITY = {

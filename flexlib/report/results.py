@@ -15,7 +15,7 @@ from flexlib.files import read_json
 from flexlib.imaging.maps import Map, read_map
 from flexlib.particles.star import StarTables, read_tables
 from flexlib.tetra.tetmesh import TetraMesh
-from flexlib.workflow_support.sweep import SweepPoint
+from flexlib.workflow_support.points import SweepPoint
 
 
 @dataclass(frozen=True)

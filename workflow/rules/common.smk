@@ -19,7 +19,8 @@ from flexlib.workflow_support.settings import (
     input_paths,
     make_settings,
 )
-from flexlib.workflow_support.sweep import MESH_PATTERN, POINT_PATTERN, select_points, sweep_points
+from flexlib.layout import MESH_PATTERN, POINT_PATTERN
+from flexlib.workflow_support.points import select_points, sweep_points
 
 
 def checked(config):
