@@ -72,6 +72,14 @@ class CanonicalMap:
         change = torch.fft.irfftn(change, s=(box,) * 3)
         self.values = self.values - rate * self.mask_values * gather_volume(change, self.voxels)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What changes."""
+        return {"values": self.values}
+
+    def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.values = saved["values"]
+
     def volume(self) -> np.ndarray:
         """(box, box, box) float32, zero outside the mask."""
         return scatter_volume(self.values, self.voxels).cpu().numpy()

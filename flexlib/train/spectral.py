@@ -10,7 +10,7 @@ the identity, directions whose variance stands above the noise edge are motion; 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -41,6 +41,16 @@ class SpectralStart:
     suggested_dims: int  # see ``suggest_dims``
     latents: np.ndarray  # (n, K) float32, unit variance
     directions: np.ndarray  # (K, m) float32 coefficients of the fields per unit latent
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All fields as tensors on the CPU."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: torch.as_tensor(v.copy() if isinstance(v, np.ndarray) else v) for name, v in own.items()}
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, torch.Tensor]) -> SpectralStart:
+        """The inverse of ``state_dict``."""
+        return cls(**{name: v.item() if v.ndim == 0 else v.cpu().numpy() for name, v in saved.items()})
 
 
 def suggest_dims(eigenvalues: np.ndarray, noise_edge: float, most: int = 10) -> int:
