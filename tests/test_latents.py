@@ -9,9 +9,11 @@ from scipy import ndimage
 from training_sets import neighbour_r2, prepared
 
 from flexlib.images.batch import plane_weight, split_batches
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.model.flex_model import FlowGenerator
 from flexlib.model.forward import CoarseView, MovingMap, fisher_information, log_likelihood_loss
 from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices
+from flexlib.train.fields import BASIS_UNIT_A, displacement_basis
 from flexlib.train.latents import (
     LatentPrior,
     friedel_halves,
@@ -22,6 +24,7 @@ from flexlib.train.latents import (
     search_latents,
 )
 from flexlib.train.score import HeldOutScore, choose_held_out
+from flexlib.train.setup import Setup, set_up
 from flexlib.train.spectral import (
     FieldForces,
     FourierSampling,
@@ -31,8 +34,6 @@ from flexlib.train.spectral import (
     spectral_start,
     suggest_dims,
 )
-from flexlib.train.start import BASIS_UNIT_A, _basis
-from flexlib.train.state import Setup, set_up
 from flexlib.workflow_support.settings import TrainSettings
 
 BOX = 64
@@ -47,12 +48,12 @@ def clamp(tmp_path_factory):
 @pytest.fixture(scope="module")
 def setup(clamp) -> Setup:
     settings = TrainSettings(latent_dims=2, validation_fraction=0.1)
-    return set_up(clamp / "particles", clamp / "mesh", settings, "cpu")
+    return set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), settings, "cpu")
 
 
 @pytest.fixture(scope="module")
 def basis(setup) -> torch.Tensor:
-    return _basis(setup)
+    return displacement_basis(setup.mesh, setup.group, setup.device)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_particles_in_a_wrong_valley_are_found(setup, values):
             circle = torch.cat([torch.sin(angle), torch.cos(angle) - 1], 1) * 6.0
             return torch.einsum("bi,ivc->bvc", circle, fields)
 
-    fields = _basis(setup)[:2] / BASIS_UNIT_A
+    fields = displacement_basis(setup.mesh, setup.group, setup.device)[:2] / BASIS_UNIT_A
     weight = plane_weight(BOX, 20)
     truth = torch.linspace(-1.8, 1.8, 40)[:, None]
     batch = predicted_images(setup, Swing(), values, setup.source.batch(np.arange(40)), truth, 7)

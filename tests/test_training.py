@@ -20,10 +20,11 @@ from training_sets import latents_of, neighbour_r2, prepared
 from flexlib import train as training
 from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel, FlowGenerator
 from flexlib.train import epoch
-from flexlib.train.state import set_up
+from flexlib.train.setup import set_up
 from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 QUICK = TrainSettings(latent_dims=1, epochs=3, validation_fraction=0.1)
@@ -87,7 +88,7 @@ def test_interrupted_run_ends_like_an_undisturbed_one(clamp, tmp_path, monkeypat
     training.train(*arguments, tmp_path / "whole", settings)
 
     steps = {"done": 0}
-    take_step = epoch._step
+    take_step = epoch.take_step
 
     def step_then_sigterm(*args):
         steps["done"] += 1
@@ -95,7 +96,7 @@ def test_interrupted_run_ends_like_an_undisturbed_one(clamp, tmp_path, monkeypat
             signal.raise_signal(signal.SIGTERM)
         return take_step(*args)
 
-    monkeypatch.setattr(epoch, "_step", step_then_sigterm)
+    monkeypatch.setattr(epoch, "take_step", step_then_sigterm)
     with pytest.raises(SystemExit) as stopped:
         training.train(*arguments, tmp_path / "parts", settings)
     assert stopped.value.code == training.EXIT_INTERRUPTED
@@ -145,7 +146,7 @@ def scores_of(train_dir: Path) -> dict:
 def test_mean_motion_of_the_molecule_is_taken_out(trained, clamp):
     """The gauge: no mean translation or rotation of the density, and no bend at the mean latents."""
     model = FlexModel.load(trained)
-    setup = set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
+    setup = set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), QUICK, "cpu")
     share = setup.density_share.numpy()[:, None]
     at = model.mesh.vertices_A - (share * model.mesh.vertices_A).sum(0)
 
@@ -165,7 +166,7 @@ def test_mean_motion_of_the_molecule_is_taken_out(trained, clamp):
 def test_motion_coordinates_are_angstrom(trained, clamp):
     """Distances between particles in flexMotion1Angst are rms displacements of density between their states."""
     model = FlexModel.load(trained)
-    setup = set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
+    setup = set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), QUICK, "cpu")
     share = setup.density_share.numpy()
     motion = latents_of(trained, r"^flexMotion\d+Angst$")
     assert motion.shape == model.latents.shape
@@ -216,7 +217,7 @@ def test_overfitting_lowers_the_held_out_score(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(clamp, tmp_path, monkeypatch):
-    monkeypatch.setattr(epoch, "_step", lambda *arguments: torch.tensor([torch.nan, 0.0]))
+    monkeypatch.setattr(epoch, "take_step", lambda *arguments: torch.tensor([torch.nan, 0.0]))
     with pytest.raises(FloatingPointError, match="epoch 1: the loss is nan"):
         training.train(clamp / "particles", clamp / "mesh", tmp_path, QUICK)
 
@@ -237,16 +238,16 @@ class _NoWaiting(TorchDispatchMode):
 
 def test_no_batch_makes_the_host_wait_for_a_gpu(clamp, tmp_path, monkeypatch):
     """All operations of a step, also when it measures the information, but an epoch's first batch."""
-    step, watched = epoch._step, []
+    step, watched = epoch.take_step, []
 
-    def watching(setup, state, *arguments):
+    def watching(setup, state, batch):
         if state.step == 0:
-            return step(setup, state, *arguments)
-        watched.append(arguments[-1])
+            return step(setup, state, batch)
+        watched.append(batch.measures_information)
         with _NoWaiting():
-            return step(setup, state, *arguments)
+            return step(setup, state, batch)
 
-    monkeypatch.setattr(epoch, "_step", watching)
+    monkeypatch.setattr(epoch, "take_step", watching)
     training.train(clamp / "particles", clamp / "mesh", tmp_path, QUICK)
     assert True in watched and False in watched
     with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoWaiting():
@@ -257,14 +258,14 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp,
     """SIGKILL, which nothing can catch: the next run continues from the last checkpoint, to the same latents."""
     program = (
         "import sys; from flexlib.train import train; from flexlib.workflow_support.settings import TrainSettings;"
-        "import flexlib.train.epoch as t; from pathlib import Path; step = t._step;"
+        "import flexlib.train.epoch as t; from pathlib import Path; step = t.take_step;"
         "done = [0]\n"
         "def counted(*a):\n"
         "    done[0] += 1\n"
         "    if done[0] == 30: Path(sys.argv[4]).touch()\n"
         "    if done[0] >= 30: import time; time.sleep(float(sys.argv[5]))\n"
         "    return step(*a)\n"
-        "t._step = counted\n"
+        "t.take_step = counted\n"
         "train(*sys.argv[1:4], TrainSettings(latent_dims=2, epochs=3, validation_fraction=0.1), 'cpu')"
     )
     arguments = [str(clamp / "particles"), str(clamp / "mesh")]
@@ -289,10 +290,10 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp,
 
 
 def test_checkpoints_are_written_within_long_epochs(clamp, tmp_path, monkeypatch):
-    """With every batch checkpointed, the middle of an epoch is a place to continue from."""
+    """With every batch checkpointed, a run continues from the middle of an epoch."""
     monkeypatch.setattr("flexlib.train.run.CHECKPOINT_EVERY_S", 0.0)
     settings = replace(QUICK, epochs=2)
-    take_step, done = epoch._step, [0]
+    take_step, done = epoch.take_step, [0]
 
     def step_then_fail(*arguments):
         done[0] += 1
@@ -300,26 +301,26 @@ def test_checkpoints_are_written_within_long_epochs(clamp, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return take_step(*arguments)
 
-    monkeypatch.setattr(epoch, "_step", step_then_fail)
+    monkeypatch.setattr(epoch, "take_step", step_then_fail)
     with pytest.raises(KeyboardInterrupt):
         training.train(clamp / "particles", clamp / "mesh", tmp_path / "parts", settings)
     saved = torch.load(tmp_path / "parts/checkpoints/checkpoint.pt", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (1, 6)  # 20 batches an epoch
-    monkeypatch.setattr(epoch, "_step", take_step)
+    monkeypatch.setattr(epoch, "take_step", take_step)
     training.train(clamp / "particles", clamp / "mesh", tmp_path / "parts", settings)
     training.train(clamp / "particles", clamp / "mesh", tmp_path / "whole", settings)
     assert np.abs(latents_of(tmp_path / "whole") - latents_of(tmp_path / "parts")).max() < 1e-6
 
 
 @pytest.mark.parametrize("change", ["threads", "batch size"])
-def test_score_does_not_depend_on_threads_or_batch_size(trained, clamp, tmp_path, monkeypatch, change):
-    threads = torch.get_num_threads()
+def test_score_does_not_depend_on_threads_or_batch_size(trained, clamp, tmp_path, change):
+    threads, batch_size = torch.get_num_threads(), None
     try:
         if change == "threads":
             torch.set_num_threads(3 - min(threads, 2))
         else:
-            monkeypatch.setattr("flexlib.train.state.BATCH_SIZE", 13)
-        training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=6))
+            batch_size = 13
+        training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=6), batch_size=batch_size)
     finally:
         torch.set_num_threads(threads)
     one, other = scores_of(trained), scores_of(tmp_path)

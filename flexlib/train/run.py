@@ -101,9 +101,7 @@ def train_rank(group: Group, device: str, job: TrainJob) -> None:
     """One rank's part of ``train``. All ranks read; only the first writes."""
     tune_process()
     began = time.perf_counter()
-    setup = set_up(
-        job.particles, job.mesh, job.settings, device, group, batch_size=job.batch_size, kernel=job.kernel
-    )
+    setup = set_up(job.particles, job.mesh, job.settings, device, group, batch_size=job.batch_size, kernel=job.kernel)
     identity = run_identity(job.particles, job.mesh, job.settings)
     state = start_or_resume(setup, job.out.checkpoint, identity, job.discard_other_checkpoint)
     clock = _Clock(began, state.wall_s)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ class SpectralStart:
     @classmethod
     def from_state_dict(cls, saved: dict[str, torch.Tensor]) -> SpectralStart:
         """The inverse of ``state_dict``."""
-        return cls(**{name: v.item() if v.ndim == 0 else v.cpu().numpy() for name, v in saved.items()})
+        own: dict[str, Any] = {name: v.item() if v.ndim == 0 else v.cpu().numpy() for name, v in saved.items()}
+        return cls(**own)
 
 
 def suggest_dims(eigenvalues: np.ndarray, noise_edge: float, most: int = 10) -> int:

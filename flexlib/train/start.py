@@ -11,6 +11,7 @@ import torch
 
 from flexlib.errors import InputError
 from flexlib.images.batch import read_ahead, shell_radius, split_batches
+from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel, FlowGenerator
 from flexlib.model.forward import Operator
 from flexlib.projection.op import gather_volume
@@ -22,7 +23,6 @@ from flexlib.train.schedule import FLOW_RATE
 from flexlib.train.setup import Setup, derived_seed
 from flexlib.train.spectral import FieldForces, SpectralStart, measure_forces, spectral_start
 from flexlib.train.state import State
-from flexlib.layout import TrainFolder
 
 logger = logging.getLogger(__name__)
 

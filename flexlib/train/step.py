@@ -63,7 +63,7 @@ def take_step(setup: Setup, state: State, batch: MiniBatch) -> torch.Tensor:
     num, rows = len(batch.rows), to_device(batch.rows, setup.device)
     model = state.moving_map(setup.operator, setup.coarse)
     found = find_step(setup, model, batch, state.latents[rows], state.information[rows])
-    gradients = [parameter.grad for parameter in state.flow.parameters()]
+    gradients = [parameter.grad for parameter in state.flow.parameters() if parameter.grad is not None]
     parts = (found.map_gradient, found.loss, found.strain, found.mean_A, found.latents, found.information)
     setup.group.add(*gradients, *parts)
     state.information_ratio = found.information_ratio
