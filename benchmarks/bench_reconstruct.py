@@ -40,7 +40,8 @@ def measure(
     from flexlib.images.stack import open_stacks
     from flexlib.imaging.masks import soft_edge
     from flexlib.mesh.lattice import bcc_mesh
-    from flexlib.model.flex_model import FlexModel, FlowGenerator
+    from flexlib.model.flex_model import FlexModel
+    from flexlib.model.flow import FlowGenerator
     from flexlib.projection.op import VoxelTensors
     from flexlib.reconstruct.map_solver import NormalEquations
     from flexlib.reconstruct.run import flexible_vertices, rigid_vertices

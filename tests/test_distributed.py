@@ -16,7 +16,7 @@ from training_sets import latents_of, prepared
 from flexlib.distributed import EXIT_INTERRUPTED, Group, check_processes, launch
 from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
-from flexlib.model.forward import Operator
+from flexlib.model.forward import EXACT, Operator
 from flexlib.reconstruct.run import reconstruct
 from flexlib.train import epoch, run, state, train
 from flexlib.workflow_support.settings import ReconstructSettings, TrainSettings
@@ -46,7 +46,7 @@ def train_smoothly(group: Group, device: str, data: Path, out: Path, stop_at: in
         return take_step(*of_step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "Operator", partial(Operator, kernel="cubic"))
+        patch.setattr(state, "Operator", partial(Operator, accuracy=EXACT))
         patch.setattr(epoch, "_step", counted)
         run._train(group, device, data / "particles", data / "mesh", out, SETTINGS, False)
 

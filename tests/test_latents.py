@@ -9,8 +9,8 @@ from scipy import ndimage
 from training_sets import neighbour_r2, prepared
 
 from flexlib.images.batch import plane_weight, split_batches
-from flexlib.model.flex_model import FlowGenerator
-from flexlib.model.forward import CoarseView, MovingMap, fisher_information, log_likelihood_loss
+from flexlib.model.flow import FlowGenerator
+from flexlib.model.forward import CoarseMap, MovingMap, fisher_information, log_likelihood_loss
 from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices
 from flexlib.train.latents import (
     LatentPrior,
@@ -196,7 +196,7 @@ def deep_blob(setup) -> torch.Tensor:
 def test_coarse_view_predicts_the_same_images(setup, flow, batch):
     """Half the box, twice the pixel: what a map without fine detail projects to is the same."""
     coarse = setup.coarse
-    assert isinstance(coarse, CoarseView)
+    assert isinstance(coarse, CoarseMap)
     smooth = deep_blob(setup)
     z = torch.full((12, 2), 0.5)
     weight = plane_weight(BOX, 10)

@@ -17,7 +17,8 @@ from flexlib.imaging.fsc import fsc
 from flexlib.imaging.maps import read_map
 from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.model.flex_model import FlexModel, FlowGenerator, rigid_modes_A
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator, rigid_modes_A
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
 from flexlib.reconstruct.map_solver import NormalEquations, project_adjoint, solve_map
 from flexlib.reconstruct.run import fsc_table, reconstruct

@@ -21,7 +21,8 @@ from flexlib import train as training
 from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
 from flexlib.mesh.build import build_mesh
-from flexlib.model.flex_model import FlexModel, FlowGenerator
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator
 from flexlib.train import epoch
 from flexlib.train.state import set_up
 from flexlib.workflow_support.settings import MeshSettings, TrainSettings

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from flexlib.images.batch import plane_weight, read_ahead, split_batches, to_device
-from flexlib.model.flex_model import AssembledFlow
+from flexlib.model.flow import AssembledFlow
 from flexlib.model.forward import MovingMap, fisher_information, log_likelihood_loss
 from flexlib.tetra.rigidity import mesh_rigidity
 from flexlib.train.latents import latent_centres, search_latents
@@ -174,7 +174,7 @@ def moving_map(setup: Setup, state: State, flow: AssembledFlow | None = None) ->
 
 def measure_ratio(setup: Setup, state: State, model: MovingMap, batch, weight, latents) -> MovingMap:
     """``model`` with the ratio of Fisher information in full to that in the coarse view, measured on a batch."""
-    if model.view is None:
+    if model.coarse_map is None:
         return model
     full, quick = fisher_information(model, batch, weight, latents), model.information(batch, weight, latents)
     both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, quick)])

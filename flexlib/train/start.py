@@ -10,7 +10,8 @@ import torch
 
 from flexlib.errors import InputError
 from flexlib.images.batch import plane_weight, read_ahead, shell_radius, split_batches
-from flexlib.model.flex_model import FlexModel, FlowGenerator, displacement_basis_A
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator, displacement_basis_A
 from flexlib.model.forward import Operator, log_likelihood_loss
 from flexlib.particles.latents_io import read_latents
 from flexlib.projection.op import gather_volume

@@ -14,8 +14,8 @@ from flexlib.errors import InputError
 from flexlib.images.batch import split_batches
 from flexlib.images.sources import TrainingImages, open_training_images
 from flexlib.imaging.maps import Map, read_map
-from flexlib.model.flex_model import FlowGenerator
-from flexlib.model.forward import CoarseView, Operator
+from flexlib.model.flow import FlowGenerator
+from flexlib.model.forward import CoarseMap, Operator
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.tetra.io import read_mesh
 from flexlib.tetra.rigidity import RigidityTensors
@@ -47,7 +47,7 @@ class Setup:
     mesh: TetraMesh
     operator: Operator
     rigid: Operator
-    coarse: CoarseView | None
+    coarse: CoarseMap | None
     rigidity: RigidityTensors
     density_share: torch.Tensor  # (nv,) of the consensus' density, by the vertex that it rides on
     mask: Map
@@ -155,7 +155,7 @@ def set_up(particles_dir: Path, mesh_dir: Path, settings: TrainSettings, device:
     flexible = operator(mesh, inside, source.pixel_size_A)
     coarse = None
     if source.box >= COARSE_BOX and source.box % 4 == 0:
-        coarse = CoarseView(operator(mesh, inside[::2, ::2, ::2], 2 * source.pixel_size_A), flexible.voxels)
+        coarse = CoarseMap(operator(mesh, inside[::2, ::2, ::2], 2 * source.pixel_size_A), flexible.voxels)
     density = torch.as_tensor(consensus.data * mask.data, dtype=torch.float32, device=chosen)
     images = source.particles.image_index
     training_rows, validation_rows = choose_held_out(images, settings.validation_fraction, settings.seed)
