@@ -6,6 +6,10 @@ import ctypes
 import logging
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,21 @@ def share_threads_with_numba() -> None:
     numba.set_num_threads(min(threads, available))
     if torch.get_num_threads() != threads:  # numba starts its threads at its first use, and sets torch's number too
         torch.set_num_threads(threads)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a setting names.
+
+    Parameters
+    ----------
+    device
+        As torch spells it, or "auto": a GPU where torch sees one, otherwise the CPU.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
 @cache

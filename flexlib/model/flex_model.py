@@ -45,7 +45,7 @@ class FlexModel:
         return self.flow(torch.as_tensor(z, dtype=torch.float32, device=device))
 
     def to(self, device: torch.device | str) -> FlexModel:
-        """Move the flow to ``device`` (in place) and return self."""
+        """Move the flow to ``device`` and return self."""
         self.flow.to(device)
         return self
 
