@@ -7,7 +7,7 @@ import pytest
 from scipy import fft
 
 from flexlib.imaging.fourier import lowpass_map, shell_radius
-from flexlib.imaging.fsc import corrected_fsc, fsc, predicted_truth_fsc
+from flexlib.imaging.fsc import corrected_fsc, fsc, predicted_truth_fsc, resolution_at
 from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.model.motion import rms_displacement_A
@@ -120,6 +120,14 @@ def test_local_resolution_of_noise_is_the_window_and_of_equal_maps_the_limit():
     assert same_A.max() < 4.5  # the window's last shell
     empty = local_resolution(noise(0, 32), noise(1, 32), 0 * mask, 2.0, 6.0)
     assert (empty > 30).all()
+
+
+def test_a_window_that_is_low_from_the_first_shell_on_has_that_shells_resolution():
+    curve = np.array([1.0, 0.2, 0.1, 0.6])
+    assert resolution_at(curve, 0.5, 8, 2.0) == pytest.approx(16.0 / 0.625)
+    assert resolution_at(curve, 0.5, 8, 2.0, first_shell=1) == 16.0
+    later = np.array([1.0, 0.9, 0.1, 0.0])
+    assert resolution_at(later, 0.5, 8, 2.0, first_shell=1) == resolution_at(later, 0.5, 8, 2.0)
 
 
 def test_guinier_fit_finds_the_b_factor_through_noise():
