@@ -24,9 +24,9 @@ def radius_px(box: int) -> np.ndarray:
     return np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2)
 
 
-def filtered(volume: np.ndarray, gain_of_shell: np.ndarray) -> np.ndarray:
-    gain = np.interp(shell_radius(len(volume)), np.arange(len(gain_of_shell)), gain_of_shell)
-    return fft.irfftn(fft.rfftn(volume) * gain.astype(np.float32), s=volume.shape)
+def filtered(volume: np.ndarray, weight_of_shell: np.ndarray) -> np.ndarray:
+    weight = np.interp(shell_radius(len(volume)), np.arange(len(weight_of_shell)), weight_of_shell)
+    return fft.irfftn(fft.rfftn(volume) * weight.astype(np.float32), s=volume.shape)
 
 
 class StandIn:
@@ -95,7 +95,7 @@ def test_nothing_moves_by_less_than_half_a_voxel(mesh_and_voxels):
     assert not region.any() and motion["threshold_A"] == 0.0
 
 
-def test_local_resolution_tells_the_sharp_half_from_the_blurred():
+def test_local_resolution_sets_the_sharp_half_apart_from_the_blurred():
     """Left half to 8 A, right half to 16 A, white noise everywhere."""
     box, pixel_size_A = 64, 2.0
     mask = soft_edge(radius_px(box) < 26, 1.0, 0.0, 4.0)
