@@ -16,6 +16,7 @@ from flexlib.distributed import EXIT_INTERRUPTED, Group, check_processes, launch
 from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
 from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
+from flexlib.model.forward import EXACT
 from flexlib.reconstruct.run import reconstruct
 from flexlib.train import epoch, run, train
 from flexlib.workflow_support.settings import ReconstructSettings, TrainSettings
@@ -32,7 +33,7 @@ def clamp(tmp_path_factory) -> Path:
 def job_of(data: Path, out: Path) -> run.TrainJob:
     """A training of what ``prepared`` made."""
     folders = (ParticlesFolder(data / "particles"), MeshFolder(data / "mesh"), TrainFolder(out))
-    return run.TrainJob(*folders, SETTINGS, kernel="cubic")
+    return run.TrainJob(*folders, SETTINGS, accuracy=EXACT)
 
 
 def train_smoothly(group: Group, device: str, data: Path, out: Path, stop_at: int | None = None) -> None:

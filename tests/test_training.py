@@ -22,8 +22,11 @@ from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
 from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.build import build_mesh
-from flexlib.model.flex_model import FlexModel, FlowGenerator
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator
 from flexlib.train import epoch
+from flexlib.train.schedule import FLOW_RATE, Schedule
+from flexlib.train.score import HeldOutScore, mean_by_particle
 from flexlib.train.setup import set_up
 from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
@@ -371,3 +374,36 @@ def test_random_start_finds_the_motion(clamp, tmp_path):
     training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=12, latent_init="random"))
     truth = np.load(clamp / "sim/truth.npz")["angles_rad"][:, 0]
     assert neighbour_r2(latents_of(tmp_path), truth) > 0.5
+
+
+def test_symmetry_copies_of_a_particle_count_once():
+    """A particle that is there three times tells no more than once: neither the mean nor its error may change."""
+    values = np.random.default_rng(0).normal(1.0, 2.0, (50, 4))
+    rows, copies = np.arange(50), 3
+    once, first = mean_by_particle(values, rows, rows)
+    thrice, first_of_copies = mean_by_particle(
+        values.repeat(copies, 0), rows.repeat(copies), np.arange(copies * len(rows))
+    )
+    np.testing.assert_array_equal(first, rows)
+    np.testing.assert_array_equal(first_of_copies, copies * rows)
+    np.testing.assert_allclose(thrice, once, rtol=1e-12)
+    scores = [HeldOutScore(gains[:, 0], first, torch.zeros(0)) for gains in (once, thrice)]
+    assert scores[0].standard_error == pytest.approx(scores[1].standard_error)
+    naive = HeldOutScore(values.repeat(copies, 0)[:, 0], rows, torch.zeros(0))
+    assert naive.standard_error < 0.6 * scores[0].standard_error  # BREAKS: rows taken for particles
+
+
+def test_rates_of_a_schedule():
+    """The first epoch warms up, the last ones anneal to a tenth; the band ends at 0.8 of Nyquist."""
+    schedule = Schedule(epochs=8, box=64, pixel_size_A=3.0, batch_size=50, num_training_rows=1000)
+    assert schedule.num_batches == 20
+    rates = [schedule.flow_rate(0, step, 1.0) for step in range(20)]
+    np.testing.assert_allclose(np.diff(rates), FLOW_RATE / 20)
+    assert rates[-1] == FLOW_RATE == schedule.flow_rate(3, 0, 1.0)
+    anneals = [schedule.anneal(epoch, None) for epoch in range(8)]
+    assert anneals[:6] == [1.0] * 6 and anneals[-1] == pytest.approx(0.1)
+    assert schedule.full_band == pytest.approx(0.8 * 32) and schedule.band(0) < schedule.band(2) < schedule.full_band
+    automatic = replace(schedule, epochs="auto")
+    assert automatic.planned_epochs(None) == 20 and automatic.planned_epochs(9) == 13
+    rising = [float(gain) for gain in range(12)]
+    assert not automatic.has_learnt(rising, 0.1) and automatic.has_learnt([*rising[:9], 8.0, 8.0, 8.0], 0.1)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from flexlib.distributed import Group
-from flexlib.model.flex_model import displacement_basis_A
+from flexlib.model.flow import displacement_basis_A
 from flexlib.tetra.elastic import elastic_modes
 from flexlib.tetra.rigidity import RigidityTensors, mesh_rigidity
 from flexlib.tetra.tetmesh import TetraMesh

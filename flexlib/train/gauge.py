@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from flexlib.model.flex_model import FlowGenerator
+from flexlib.model.flow import FlowGenerator
 
 GAUGE_RATE = 0.05  # share of a batch's mean rigid-body motion that is taken out of the flow
 

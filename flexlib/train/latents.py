@@ -221,9 +221,9 @@ def search_latents(
     lower
         (b,) how much lower they lie, in nats (of the coarse map); minus infinity where there is no other local minimum.
     """
-    if model.view is not None:
+    if model.coarse_map is not None:
         information = information / model.information_ratio
-        batch, weight, model = model.view.batch(batch), model.view.weight(weight), model.coarse
+        batch, weight, model = model.coarse_map.batch(batch), model.coarse_map.weight(weight), model.coarse
     here = model.loss(batch, weight, current) + prior.energy(current)
     best, start = torch.full_like(here, torch.inf), current.clone()
     for centre in centres:

@@ -18,6 +18,7 @@ import torch
 from flexlib.distributed import EXIT_INTERRUPTED, Group, launch
 from flexlib.files import atomic_path
 from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
+from flexlib.model.forward import TRAINING, Accuracy
 from flexlib.runtime import tune_process
 from flexlib.train.epoch import run_epoch
 from flexlib.train.finish import final_score, infer_all
@@ -47,7 +48,7 @@ class TrainJob:
     settings: TrainSettings
     discard_other_checkpoint: bool = False  # pass over a checkpoint of another run, with a warning
     batch_size: int | None = None  # rows of a mini-batch; None chooses by their number
-    kernel: str = "linear"  # of the projection
+    accuracy: Accuracy = TRAINING  # of the projection
 
 
 def train(
@@ -101,7 +102,9 @@ def train_rank(group: Group, device: str, job: TrainJob) -> None:
     """One rank's part of ``train``. All ranks read; only the first writes."""
     tune_process()
     began = time.perf_counter()
-    setup = set_up(job.particles, job.mesh, job.settings, device, group, batch_size=job.batch_size, kernel=job.kernel)
+    setup = set_up(
+        job.particles, job.mesh, job.settings, device, group, batch_size=job.batch_size, accuracy=job.accuracy
+    )
     identity = run_identity(job.particles, job.mesh, job.settings)
     state = start_or_resume(setup, job.out.checkpoint, identity, job.discard_other_checkpoint)
     clock = _Clock(began, state.wall_s)

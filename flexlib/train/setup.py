@@ -14,13 +14,12 @@ from flexlib.images.batch import plane_weight, split_batches
 from flexlib.images.sources import TrainingImages, open_training_images
 from flexlib.imaging.maps import Map, read_map
 from flexlib.layout import MeshFolder, ParticlesFolder
-from flexlib.model.forward import CoarseView, Operator
+from flexlib.model.forward import TRAINING, Accuracy, CoarseMap, Operator
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.runtime import resolve_device
 from flexlib.tetra.io import read_mesh
 from flexlib.tetra.rigidity import RigidityTensors
 from flexlib.tetra.tetmesh import TetraMesh, single_cell_mesh
-from flexlib.tetra.voxels import voxelise
 from flexlib.train.latents import LatentPrior
 from flexlib.train.schedule import Schedule
 from flexlib.train.score import HeldOut, choose_held_out
@@ -41,7 +40,7 @@ class Setup:
     mesh: TetraMesh
     operator: Operator
     rigid: Operator
-    coarse: CoarseView | None
+    coarse: CoarseMap | None
     rigidity: RigidityTensors
     density_share: torch.Tensor  # (nv,) of the consensus' density, by the vertex that it rides on
     mask: Map
@@ -109,7 +108,7 @@ def set_up(
     group: Group = ALONE,
     *,
     batch_size: int | None = None,
-    kernel: str = "linear",
+    accuracy: Accuracy = TRAINING,
 ) -> Setup:
     """Read and build what stays fixed.
 
@@ -125,7 +124,7 @@ def set_up(
         The ranks that share the run.
     batch_size
         Rows of a mini-batch; None chooses by the number of rows.
-    kernel
+    accuracy
         Of the projection.
 
     Raises
@@ -138,17 +137,12 @@ def set_up(
     consensus, mask = read_map(particles.consensus), read_map(particles.mask)
     mesh = read_mesh(mesh_folder.mesh)
     rigid_mesh = single_cell_mesh(source.box * source.pixel_size_A)
-
-    def operator(of: TetraMesh, inside: np.ndarray, pixel_size_A: float) -> Operator:
-        voxels = voxelise(of, inside, pixel_size_A)
-        at_rest = torch.as_tensor(of.vertices_A, dtype=torch.float32, device=chosen)
-        return Operator(at_rest, VoxelTensors.from_mesh_voxels(voxels, chosen), pixel_size_A, kernel)
-
     inside = mask.data > MASK_FLOOR
-    flexible = operator(mesh, inside, source.pixel_size_A)
+    flexible = Operator.on_mesh(mesh, inside, source.pixel_size_A, chosen, accuracy)
     coarse = None
     if source.box >= COARSE_BOX and source.box % 4 == 0:
-        coarse = CoarseView(operator(mesh, inside[::2, ::2, ::2], 2 * source.pixel_size_A), flexible.voxels)
+        half = Operator.on_mesh(mesh, inside[::2, ::2, ::2], 2 * source.pixel_size_A, chosen, accuracy)
+        coarse = CoarseMap(half, flexible.voxels)
     density = torch.as_tensor(consensus.data * mask.data, dtype=torch.float32, device=chosen)
     images = source.particles.image_index
     training_rows, validation_rows = choose_held_out(images, settings.validation_fraction, settings.seed)
@@ -162,7 +156,7 @@ def set_up(
         source=source,
         mesh=mesh,
         operator=flexible,
-        rigid=operator(rigid_mesh, inside, source.pixel_size_A),
+        rigid=Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy),
         coarse=coarse,
         rigidity=RigidityTensors.from_mesh(mesh, chosen),
         density_share=density_at_vertices(flexible.voxels, gather_volume(density, flexible.voxels)),

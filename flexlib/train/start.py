@@ -12,7 +12,8 @@ import torch
 from flexlib.errors import InputError
 from flexlib.images.batch import read_ahead, shell_radius, split_batches
 from flexlib.layout import TrainFolder
-from flexlib.model.flex_model import FlexModel, FlowGenerator
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator
 from flexlib.model.forward import Operator
 from flexlib.projection.op import gather_volume
 from flexlib.train.canonical import CanonicalMap

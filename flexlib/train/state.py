@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from flexlib.distributed import Group
-from flexlib.model.flex_model import AssembledFlow, FlowGenerator
-from flexlib.model.forward import CoarseView, MovingMap, Operator
+from flexlib.model.flow import AssembledFlow, FlowGenerator
+from flexlib.model.forward import CoarseMap, MovingMap, Operator
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentScale
 from flexlib.train.spectral import SpectralStart
@@ -54,7 +54,7 @@ class State:
         """Take the first rank's flow, map and latents: what ranks compute alike may differ in the last bit."""
         group.follow_first(*self.flow.state_dict().values(), self.canonical.values, self.latents)
 
-    def moving_map(self, operator: Operator, coarse: CoarseView | None, flow: AssembledFlow | None = None) -> MovingMap:
+    def moving_map(self, operator: Operator, coarse: CoarseMap | None, flow: AssembledFlow | None = None) -> MovingMap:
         """Flow and map as they stand (``flow`` if it is assembled already)."""
         flow = self.flow.assembled() if flow is None else flow
         return MovingMap(operator, flow, self.canonical.values, coarse, self.information_ratio)

@@ -141,7 +141,7 @@ def with_measured_ratio(
     model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, group: Group
 ) -> MovingMap:
     """``model`` with the ratio of Fisher information in full to that in the coarse map, measured on a batch."""
-    if model.view is None:
+    if model.coarse_map is None:
         return model
     full, quick = fisher_information(model, batch, weight, latents), model.information(batch, weight, latents)
     both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, quick)])

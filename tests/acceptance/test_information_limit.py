@@ -17,10 +17,10 @@ from flexlib import train as training
 from flexlib.imaging.fsc import fsc
 from flexlib.imaging.maps import read_map
 from flexlib.mesh.build import build_mesh
+from flexlib.model.deformed import deform_at_latent
 from flexlib.model.flex_model import FlexModel
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import scatter_volume
-from flexlib.tetra.deform import deform_at_latent
 from flexlib.train.state import set_up
 from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
