@@ -114,10 +114,8 @@ def set_up(
 
     Parameters
     ----------
-    particles, mesh_folder
-        What prepare and mesh have written.
-    settings
-        ``train:`` at one sweep point.
+    particles, mesh_folder, settings
+        What prepare and mesh have written; ``train:`` at one sweep point.
     device
         "auto", "cpu" or "cuda".
     group
@@ -136,28 +134,22 @@ def set_up(
     source = open_training_images(particles.path)
     consensus, mask = read_map(particles.consensus), read_map(particles.mask)
     mesh = read_mesh(mesh_folder.mesh)
-    rigid_mesh = single_cell_mesh(source.box * source.pixel_size_A)
-    inside = mask.data > MASK_FLOOR
+    rigid_mesh, inside = single_cell_mesh(source.box * source.pixel_size_A), mask.data > MASK_FLOOR
     flexible = Operator.on_mesh(mesh, inside, source.pixel_size_A, chosen, accuracy)
-    coarse = None
-    if source.box >= COARSE_BOX and source.box % 4 == 0:
-        half = Operator.on_mesh(mesh, inside[::2, ::2, ::2], 2 * source.pixel_size_A, chosen, accuracy)
-        coarse = CoarseMap(half, flexible.voxels)
     density = torch.as_tensor(consensus.data * mask.data, dtype=torch.float32, device=chosen)
-    images = source.particles.image_index
-    training_rows, validation_rows = choose_held_out(images, settings.validation_fraction, settings.seed)
+    training_rows, validation_rows = choose_held_out(
+        source.particles.image_index, settings.validation_fraction, settings.seed
+    )
     if batch_size is None:
         batch_size = int(np.clip(len(training_rows) // 20, 10, BATCH_SIZE))
-    least = min(len(batch) for batch in split_batches(training_rows, batch_size))
-    if group.size > least:
-        raise InputError(f"train.processes: {group.size}, but the mini-batches of these particles have {least} each")
+    _check_shares(training_rows, batch_size, group)
     return Setup(
         particles=particles,
         source=source,
         mesh=mesh,
         operator=flexible,
         rigid=Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy),
-        coarse=coarse,
+        coarse=_coarse_map(mesh, inside, flexible, accuracy),
         rigidity=RigidityTensors.from_mesh(mesh, chosen),
         density_share=density_at_vertices(flexible.voxels, gather_volume(density, flexible.voxels)),
         mask=mask,
@@ -169,6 +161,20 @@ def set_up(
         batch_size=batch_size,
         group=group,
     )
+
+
+def _check_shares(rows: np.ndarray, batch_size: int, group: Group) -> None:
+    least = min(len(batch) for batch in split_batches(rows, batch_size))
+    if group.size > least:
+        raise InputError(f"train.processes: {group.size}, but the mini-batches of these particles have {least} each")
+
+
+def _coarse_map(mesh: TetraMesh, inside: np.ndarray, fine: Operator, accuracy: Accuracy) -> CoarseMap | None:
+    """The map at half the box; None where the box is too small for one."""
+    if len(inside) < COARSE_BOX or len(inside) % 4:
+        return None
+    device, pixel_size_A = fine.vertices_A.device, 2 * fine.pixel_size_A
+    return CoarseMap(Operator.on_mesh(mesh, inside[::2, ::2, ::2], pixel_size_A, device, accuracy), fine.voxels)
 
 
 def density_at_vertices(voxels: VoxelTensors, values: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from flexlib.distributed import ALONE, Group
 from flexlib.images.batch import ImageBatch, plane_weight
 from flexlib.model.forward import Operator
-from flexlib.projection.op import project, scatter_volume, view_vertices
+from flexlib.projection.op import scatter_volume
 
 _UNSEEN = 1e-6  # of the largest information: fields that images see less are left out, not blown up by the whitening
 _CHUNK = 65536  # particles, or numbers of a field's transform, that are in double precision at one time
@@ -104,12 +104,12 @@ def measure_forces(
     return FieldForces(force, group.from_first(lambda: mean_information(operator, values, basis_A, sampling)))
 
 
-def _batch_forces(operator, values, batch, basis_A, weight) -> torch.Tensor:
+def _batch_forces(
+    operator: Operator, values: torch.Tensor, batch: ImageBatch, basis_A: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """(b, m) forces of one batch."""
-    vertices = view_vertices(operator.vertices_A, batch.rotation, batch.origin_px, operator.pixel_size_A)
-    vertices = vertices.detach().requires_grad_()
-    slices = project(values, vertices, operator.voxels, operator.kernel, operator.oversampling)
-    predicted = batch.transfer * slices
+    vertices = operator.vertices_px(batch).detach().requires_grad_()
+    predicted = batch.transfer * operator.project(values, vertices)
     residual = (batch.images - predicted).detach()
     (gradient,) = torch.autograd.grad(
         (weight * (residual.real * predicted.real + residual.imag * predicted.imag)).sum(), vertices
