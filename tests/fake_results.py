@@ -14,7 +14,7 @@ from flexlib.imaging.fsc import fsc
 from flexlib.imaging.maps import write_map
 from flexlib.imaging.masks import make_mask
 from flexlib.mesh.build import build_mesh
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 from flexlib.report import write_report
 from flexlib.simulate.phantoms import Phantom, make_phantom
 from flexlib.simulate.run import atoms_to_map
