@@ -9,6 +9,7 @@ import yaml
 from flexlib.workflow_support import estimates
 from flexlib.errors import InputError
 from flexlib.workflow_support.connections import check_mesh_keys
+from flexlib.workflow_support.locks import remove_dead_locks
 from flexlib.workflow_support.series import check_series, count_maps
 from flexlib.workflow_support.settings import (
     MeshSettings,
@@ -186,3 +187,5 @@ def check_gpu():
 
 if workflow.is_main_process:
     check_disk()
+    simulated = [config["particles"]] if config["simulate"] is not None else []
+    remove_dead_locks(config["name"], [f"{RESULTS}/", *simulated])
