@@ -158,7 +158,7 @@ class _MeshRigidity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, vertices_A, tensors):
-        kernel = import_module(f"flexlib.mesh.rigidity_{vertices_A.device.type}")
+        kernel = import_module(f"flexlib.tetra.rigidity_{vertices_A.device.type}")
         energy, gradient = kernel.energy_and_gradient(
             vertices_A, tensors.cells, tensors.gradients_1_per_A, tensors.weight, _NEWTON_STEPS, _DEGENERATE
         )
