@@ -6,6 +6,12 @@ import ctypes
 import logging
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from flexlib.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +50,29 @@ def share_threads_with_numba() -> None:
     numba.set_num_threads(min(threads, available))
     if torch.get_num_threads() != threads:  # numba starts its threads at its first use, and sets torch's number too
         torch.set_num_threads(threads)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a setting names.
+
+    Parameters
+    ----------
+    device
+        As torch spells it, or "auto": a GPU where torch sees one, otherwise the CPU.
+
+    Raises
+    ------
+    InputError
+        A GPU is asked for and torch sees none.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if available else "cpu"
+    if device.startswith("cuda") and not available:
+        raise InputError("device: cuda, but torch sees no GPU here: ask for one (resources: gpu) or set device: auto")
+    return torch.device(device)
 
 
 @cache

@@ -1,6 +1,5 @@
 """The workflow as a user meets it, by dry runs: how many jobs of which rule, what a mistake in the config says."""
 
-import json
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ from subprocess import DEVNULL, PIPE
 import numpy as np
 import pytest
 import yaml
+from json_records import prepared_record
 from run_snakemake import ROOT, snakemake, start_snakemake
 
 from flexlib.imaging.maps import write_map
@@ -124,8 +124,7 @@ def make_outputs(folder: Path) -> None:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    record = json.dumps({"num_rows": 100, "crop_box": 32, "train_box": 32})
-    (folder / "results/tiny/particles/prepared.json").write_text(record)
+    prepared_record(num_rows=100, crop_box=32, train_box=32).write(folder / "results/tiny/particles/prepared.json")
 
 
 def test_users_config_does_not_inherit_the_demo(dry_run):
@@ -149,7 +148,7 @@ def test_another_working_folder(dry_run, tmp_path_factory, snakefile):
     result = snakemake(tmp_path_factory.mktemp("elsewhere"), *arguments, snakefile=ROOT / snakefile)
     assert result.returncode == 0, result.stderr
     assert f"Using workflow specific profile {(ROOT / snakefile).parent}/profiles/default" in result.stderr
-    assert dict(re.findall(r"^(\w+) +(\d+)$", result.stdout, re.M))["total"] == "7"
+    assert dict(re.findall(r"^(\w+) +(\d+)$", result.stdout, re.M))["total"] == str(jobs(reconstruct=1)["total"])
 
 
 @pytest.mark.parametrize(
@@ -236,6 +235,34 @@ def test_slurm_profile_is_found_and_understood(dry_run):
     assert not [key for key in set(profile) & set(default) if profile[key] != default[key]]  # the default would win
     assert profile["rerun-incomplete"] is default["rerun-incomplete"] is True
     assert [path.name for path in (ROOT / "slurm").iterdir()] == ["config.yaml"]  # names beside it would be paths
+
+
+HEAVY = ("numpy", "scipy", "pandas", "torch", "numba", "mrcfile", "h5py", "matplotlib", "skimage", "plotly", "PIL")
+
+# Imports what is named, where HEAVY packages are not installed
+LIGHT = """
+import importlib, sys
+heavy, *modules = sys.argv[1:]
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in heavy.split(","):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+for name in modules:
+    importlib.import_module(name)
+"""
+
+
+def test_parsing_needs_nothing_that_snakemake_does_not_bring():
+    text = "".join(path.read_text() for path in [*(ROOT / "workflow").rglob("*.smk"), ROOT / "workflow/Snakefile"])
+    asked_for = re.findall(r"^from (flexlib\S*) import", text, re.M)
+    support = [
+        f"flexlib.workflow_support.{path.stem}" for path in (ROOT / "flexlib/workflow_support").glob("[a-z]*.py")
+    ]
+    assert "flexlib.workflow_support.checks" in asked_for
+    command = [sys.executable, "-c", LIGHT, ",".join(HEAVY), *asked_for, *support]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_after_a_kill_the_same_command_goes_on(tmp_path):
