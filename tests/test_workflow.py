@@ -311,6 +311,23 @@ def test_only_dead_locks_of_the_run_are_removed(tmp_path):
     assert [path.name for path in locks.iterdir()] == ["1.output.lock"]
 
 
+def test_a_job_waits_for_its_orphan(tmp_path):
+    code = (
+        "import sys; from flexlib.workflow_support.locks import wait_for_orphan;"
+        f"wait_for_orphan('logs/train.log', {str(tmp_path)!r}); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code]
+    orphan = subprocess.Popen(command, stdin=PIPE, stdout=PIPE)
+    orphan.stdout.readline()
+    again = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+    assert "this job still runs" in again.stderr.readline()
+    assert again.poll() is None
+    orphan.kill()
+    orphan.wait()
+    again.communicate(timeout=60)
+    assert again.returncode == 0
+
+
 def test_rules_leave_retries_to_profiles_and_have_their_script():
     for path in (ROOT / "workflow/rules").glob("*.smk"):
         text = path.read_text()

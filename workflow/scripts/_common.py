@@ -9,6 +9,7 @@ from typing import Any
 
 from flexlib.errors import InputError
 from flexlib.workflow_support.estimates import check_free_space
+from flexlib.workflow_support.locks import wait_for_orphan
 
 
 def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
@@ -17,6 +18,7 @@ def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
     Threads are set before ``stage`` imports anything, because numba reads its number once.
     """
     _set_threads(snakemake.threads)
+    wait_for_orphan(snakemake.log[0])
     _log_to(snakemake.log[0])
     try:
         check_free_space(
