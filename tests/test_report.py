@@ -490,3 +490,20 @@ def test_displacement_is_that_of_all_particles(results: Path, tmp_path: Path) ->
     voxels = voxelise(loaded.mesh, mask.data > 0.5, loaded.pixel_size_A)
     assert np.array_equal(values.ravel()[voxels.index], rms_displacement_A(loaded, voxels))
     assert np.count_nonzero(values) == len(voxels.index) and values.max() > 0.5
+
+
+def test_latent_section_counts_particles_and_rows(results: Path, tmp_path: Path) -> None:
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    path = Results(root, CONFIG).train_folder.latents
+    table = read_tables(path).particles
+    rows = np.repeat(np.arange(len(table)), 2)
+    copies = table.iloc[rows].assign(flexInputRow=rows, flexSymmetryCopy=np.arange(len(rows)) % 2)
+    write_star({"particles": copies}, path)
+    kept = int(table["flexLatent1"].notna().sum())
+    html = sections.latent_section(Results(root, CONFIG), room_bytes=8000)
+    assert f"{kept:,} particles in {2 * kept:,} rows, one for each symmetry copy, each with 2 latent" in html
+    assert "<b>Each dot is a particle</b> in one of its equivalent poses" in html
+    assert re.search(rf"[\d,]+ of {2 * kept:,} rows are drawn, picked at random", html)
+    once = sections.latent_section(Results(results, CONFIG))
+    assert f"{kept:,} particles, each with" in once and "equivalent poses" not in once

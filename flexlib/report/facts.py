@@ -85,7 +85,7 @@ def resolution_note(results: Results) -> str:
     """What the resolutions of the summary mean."""
     known = [value for value in resolutions(results) if value]
     if not known:
-        return "this point was not reconstructed"
+        return "this sweep point was not reconstructed"
     note = "half-map FSC at 0.143"
     if all(at_limit(results, value) for value in known):
         note += "; the limit of the images"
@@ -110,8 +110,8 @@ def point_note(results: Results) -> str:
     """The rest of the chosen sweep point, and out of how many."""
     point = results.chosen
     if point is None:
-        return "no point was trained"
-    count = "" if results.sweep is None or len(results.sweep) < 2 else f"; 1 of {len(results.sweep)} points"
+        return "no sweep point was trained"
+    count = "" if results.sweep is None or len(results.sweep) < 2 else f"; 1 of {len(results.sweep)} sweep points"
     return f"mesh {point.cells} cells across, seed {point.seed}{count}"
 
 
@@ -128,7 +128,7 @@ def time_note(results: Results) -> str:
     """What ``total_seconds`` counts."""
     if len(results.benchmarks):
         return "sum over all steps"
-    return "training, all points" if total_seconds(results) is not None else "not recorded"
+    return "training, all sweep points" if total_seconds(results) is not None else "not recorded"
 
 
 def defocus_um(particles: pd.DataFrame) -> np.ndarray:
@@ -137,7 +137,7 @@ def defocus_um(particles: pd.DataFrame) -> np.ndarray:
 
 
 def neighbour_r2(z: np.ndarray, value: np.ndarray, neighbours: int = 20) -> float:
-    """R^2 of predicting ``value`` (n,) by the mean over nearest neighbours in ``z`` (n, K), each point left out."""
+    """R^2 of predicting ``value`` (n,) by the mean over nearest neighbours in ``z`` (n, K), each particle left out."""
     from scipy.spatial import cKDTree
 
     neighbours = min(neighbours, len(z) - 1)

@@ -89,7 +89,7 @@ def pack_rows(rows: np.ndarray) -> str:
 
 
 def density_2d(x: np.ndarray, y: np.ndarray, bins: int = 64) -> np.ndarray:
-    """(n,) smoothed local density of points, relative to its maximum."""
+    """(n,) smoothed local density of particles over two columns, relative to its maximum."""
     from scipy import ndimage
 
     edges = [np.histogram_bin_edges(values, bins, tuple(np.quantile(values, [0.001, 0.999]))) for values in (x, y)]

@@ -82,7 +82,7 @@ def summary_tiles(results: Results) -> list[Tile]:
     return [
         Tile("Particles", number(count or None, 7), "; ".join(filter(None, count_notes))),
         _images_tile(results),
-        Tile("Chosen point", facts.point_label(point) if point else NONE, facts.point_note(results)),
+        Tile("Chosen sweep point", facts.point_label(point) if point else NONE, facts.point_note(results)),
         Tile(
             "Resolution, rigid → flexible",
             f"{angstrom(rigid)} → {angstrom(flex)} Å" if flex or rigid else NONE,
@@ -101,7 +101,7 @@ def summary_tiles(results: Results) -> list[Tile]:
         Tile(
             "Motion",
             number(None if validation is None else validation.rms_displacement_A, 3, "Å rms"),
-            "over voxels and particles",
+            "over density and particles",
             key=True,
         ),
         Tile("Time", duration(facts.total_seconds(results)), facts.time_note(results)),

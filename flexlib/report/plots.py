@@ -125,7 +125,7 @@ def spectrum_plot(spectrum: pd.DataFrame, suggested_dims: int | None = None) -> 
 
 
 def latent_scatter(count: int) -> go.Figure:
-    """Particles over two latents; the page's script adds the ``count`` points and exchanges axes and colours."""
+    """Particles over two latents; the page's script adds the ``count`` rows and exchanges axes and colours."""
     figure = go.Figure(
         go.Scattergl(
             mode="markers",
@@ -169,7 +169,7 @@ def _frame_markers(frames: pd.DataFrame) -> dict[str, Any]:
 
 
 def latent_density() -> go.Figure:
-    """Particles per bin over the same axes; the page's script adds the points and the bins."""
+    """Particles per bin over the same axes; the page's script adds the particles and the bins."""
     figure = go.Figure(
         go.Histogram2d(
             colorscale="YlGnBu",

@@ -109,6 +109,7 @@ def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> M
         "latents",
         packed=packed,
         total=len(latents),
+        rows="particles" if latents["row"].is_unique else "rows",
         count_sentence=sentences.latent_sentence(results),
         truth_sentence=sentences.truth_sentence(results),
         vertical=_vertical_axis(packed),

@@ -126,28 +126,28 @@ def choice_sentence(results: Results) -> str:
     assert sweep is not None
     row = facts.chosen_row(results)
     if row is None or point is None:
-        return "No point of the sweep was marked as chosen."
+        return "No sweep point was marked as chosen."
     label = f"{facts.point_label(point)}, mesh {point.cells}, seed {point.seed}"
     if len(sweep) == 1:
-        return f"One point was trained: {label}."
+        return f"One sweep point was trained: {label}."
     if sweep["validation_gain"].notna().sum() == 0:
         return f"{label} was taken without a score."
     best = sweep.loc[sweep["validation_gain"].idxmax()]
     if bool(best["chosen"]):
         return (
-            f"{label} was chosen out of {len(sweep)} points: it has the highest held-out gain, and no simpler point "
-            f"({_SIMPLER}) lies within one standard error of it."
+            f"{label} was chosen out of {len(sweep)} sweep points: it has the highest held-out gain, and no simpler "
+            f"one ({_SIMPLER}) lies within one standard error of it."
         )
     settings = ", ".join(f"{SWEPT[name]} {best[name]:g}" for name in SWEPT if name in best)
     difference, error = row.get("difference_to_best"), row.get("difference_to_best_se")
     distance = (
-        f"and the chosen point ({number(row['validation_gain'])}) is the simplest within one standard error of it "
-        f"({_SIMPLER})"
+        f"and the chosen sweep point ({number(row['validation_gain'])}) is the simplest within one standard error of "
+        f"it ({_SIMPLER})"
     )
     if facts.paired(sweep):
         distance += f"; particle by particle, it gains {number(-difference, 2)} ± {number(error, 2)} nats less"
     return (
-        f"{label} was chosen out of {len(sweep)} points: the highest held-out gain "
+        f"{label} was chosen out of {len(sweep)} sweep points: the highest held-out gain "
         f"({plus_minus(best['validation_gain'], best.get('validation_gain_se'))} nats per particle) is "
         f"that of {settings}, {distance}."
     )

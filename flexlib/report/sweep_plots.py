@@ -55,7 +55,7 @@ def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
         )
     figure.add_vline(x=best["validation_gain"], line={"color": ACCENT, "width": 1.2, "dash": "dash"})
     figure.add_vline(x=least, line={"color": ACCENT, "width": 1.2, "dash": "dot"})
-    # far from zero, the differences between points are what matters
+    # far from zero, the differences between sweep points are what matters
     shown = ordered.loc[keep, "validation_gain"]
     near_zero = (shown - errors[keep]).min() < 0.3 * shown.max()
     figure.update_xaxes(title="held-out gain (nats per particle)", rangemode="tozero" if near_zero else "normal")

@@ -115,7 +115,7 @@ def sweep_table(sweep: pd.DataFrame) -> FoldedTable:
         return FoldedTable(whole)
     shown = [index for index in range(len(rows)) if index < _SHOWN_POINTS or whole.is_chosen(index)]
     best = Table(head, [rows[index] for index in shown], [whole.is_chosen(index) for index in shown])
-    return FoldedTable(best, f"All {len(rows)} points", whole)
+    return FoldedTable(best, f"All {len(rows)} sweep points", whole)
 
 
 def _less_than_best(row: pd.Series) -> str:
