@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flexlib.layout import RunFolder
+
 
 def write_report(results_dir: Path, out_html: Path, config: dict[str, Any], truth: Path | None = None) -> None:
     """Write ``report.html`` (one file, no network) and ``summary.png`` beside it from a results folder.
@@ -28,7 +30,7 @@ def write_report(results_dir: Path, out_html: Path, config: dict[str, Any], trut
     results = Results(Path(results_dir), config, None if truth is None else Path(truth))
     gallery = render_gallery(results)
     build_page(results, gallery, Path(out_html))
-    summary_figure(results, gallery, Path(out_html).with_name("summary.png"))
+    summary_figure(results, gallery, RunFolder(Path(out_html).parent).summary)
 
 
 def write_summary_figure(results_dir: Path, out_png: Path, truth: Path | None = None) -> bool:
