@@ -272,6 +272,11 @@ class RunFolder(Folder):
         """The report."""
         return self.path / "report.html"
 
+    @property
+    def summary(self) -> Path:
+        """One picture of the run, beside the report."""
+        return self.path / "summary.png"
+
 
 @dataclass(frozen=True)
 class SimulationFolder(Folder):
