@@ -66,7 +66,7 @@ class Problem:
 
         def adjoint(need_vertices: bool) -> object:
             return torch.ops.flexlib.splat_voxels_adjoint(
-                self.residual, self.values, self.vertices_px, *self.mesh, taps, True, need_vertices
+                self.residual, self.values, self.vertices_px, *self.mesh, taps, [True, need_vertices]
             )
 
         def forward() -> object:

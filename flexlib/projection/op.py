@@ -11,7 +11,7 @@ numba on the CPU (``cpu.py``), Triton on CUDA (``cuda.py``), plain torch (``refe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -68,10 +68,23 @@ def splat_voxels(
 ) -> torch.Tensor:
     """Splat nvox voxels into b periodic images.
 
-    Parameters: ``values`` (nvox,) densities; ``vertices`` (b, nv, 2) view positions (x, y) in grid pixels from the
-    box centre; ``cells`` (nc, 4) int32; ``cell`` (nvox,) int32; ``bary`` (nvox, 4); ``grid`` side of the image;
-    ``taps`` 2 (linear) or 4 (cubic B-spline). Returns (b, grid, grid), axes (y, x), the box centre at pixel (0, 0)
-    and positions taken modulo ``grid``.
+    Parameters
+    ----------
+    values : torch.Tensor
+        (nvox,) densities.
+    vertices : torch.Tensor
+        (b, nv, 2) view positions (x, y) in grid pixels from the box centre; taken modulo ``grid``.
+    cells, cell, bary : torch.Tensor
+        (nc, 4) int32 vertices of each cell; (nvox,) int32 cell of each voxel; (nvox, 4) barycentric weights there.
+    grid : int
+        Side of the images in pixels.
+    taps : int
+        2 (linear) or 4 (cubic B-spline).
+
+    Returns
+    -------
+    torch.Tensor
+        (b, grid, grid), axes (y, x), the box centre at pixel (0, 0).
     """
     return reference.splat(values, vertices, cells, cell, bary, grid, taps)
 
@@ -90,18 +103,28 @@ def splat_voxels_adjoint(
     cell: torch.Tensor,
     bary: torch.Tensor,
     taps: int,
-    need_values: bool,
-    need_vertices: bool,
+    needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adjoint of ``splat_voxels``: gradients to ``values`` (nvox,) and ``vertices`` (b, nv, 2).
+    """Adjoint of ``splat_voxels``, whose arguments the others are.
 
-    ``grad_images`` is (b, grid, grid). A gradient that is not needed comes back empty.
+    Parameters
+    ----------
+    grad_images : torch.Tensor
+        (b, grid, grid) gradient by the images.
+    needs : sequence of two bools
+        Whether the gradients by ``values`` and by ``vertices`` are needed.
+
+    Returns
+    -------
+    torch.Tensor, torch.Tensor
+        Gradients by ``values`` (nvox,) and ``vertices`` (b, nv, 2); one that is not needed comes back empty.
     """
-    return reference.splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices)
+    return reference.splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, needs)
 
 
 @splat_voxels_adjoint.register_fake
-def _(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
+def _(grad_images, values, vertices, cells, cell, bary, taps, needs):
+    need_values, need_vertices = needs
     return (
         torch.empty_like(values) if need_values else values.new_empty(0),
         torch.empty_like(vertices) if need_vertices else vertices.new_empty(0),
@@ -117,7 +140,7 @@ def _backward(ctx, grad_images):
     values, vertices, cells, cell, bary = ctx.saved_tensors
     need_values, need_vertices = ctx.needs_input_grad[:2]
     grad_values, grad_vertices = splat_voxels_adjoint(
-        grad_images.contiguous(), values, vertices, cells, cell, bary, ctx.taps, need_values, need_vertices
+        grad_images.contiguous(), values, vertices, cells, cell, bary, ctx.taps, [need_values, need_vertices]
     )
     return (
         grad_values if need_values else None,
@@ -133,7 +156,7 @@ def _backward(ctx, grad_images):
 splat_voxels.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _backend(device: str, dtype: torch.dtype) -> ModuleType:
+def backend(device: str, dtype: torch.dtype) -> ModuleType:
     """The module with the fastest ``splat`` and ``splat_adjoint`` for tensors on ``device``."""
     if dtype != torch.float32 or (device == "cuda" and not has_triton()):
         return reference
@@ -143,11 +166,11 @@ def _backend(device: str, dtype: torch.dtype) -> ModuleType:
 def _register(device: str) -> None:
     @splat_voxels.register_kernel(device)
     def _(values, *others):
-        return _backend(device, values.dtype).splat(values, *others)
+        return backend(device, values.dtype).splat(values, *others)
 
     @splat_voxels_adjoint.register_kernel(device)
     def _(grad_images, values, *others):
-        return _backend(device, values.dtype).splat_adjoint(grad_images, values, *others)
+        return backend(device, values.dtype).splat_adjoint(grad_images, values, *others)
 
 
 for _device in ("cpu", "cuda"):
@@ -280,8 +303,7 @@ class _View(torch.autograd.Function):
     def forward(ctx, vertices_A, displacements_A, turn, origin_px):
         ctx.save_for_backward(turn)
         ctx.shared = vertices_A.ndim == 2
-        backend = import_module("flexlib.projection.cpu")
-        return backend.view(vertices_A, displacements_A, turn, origin_px)
+        return import_module("flexlib.projection.cpu").view(vertices_A, displacements_A, turn, origin_px)
 
     @staticmethod
     def backward(ctx, grad):

@@ -93,8 +93,7 @@ def project_adjoint(
         voxels.cell,
         voxels.bary,
         taps,
-        True,
-        False,
+        [True, False],
     )
     return density
 

@@ -15,8 +15,8 @@ import torch
 from flexlib.runtime import has_triton
 from flexlib.tetra.tetmesh import TetraMesh
 
-_NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
-_DEGENERATE = 1e-3  # relative to |F|^3
+NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
+DEGENERATE = 1e-3  # relative to |F|^3
 _CPU_CHUNK = 16384
 
 
@@ -98,14 +98,14 @@ def _nearest_rotation_elements(element: torch.Tensor, rotation: torch.Tensor) ->
     constant = n * n - 4 * m
     smallest = torch.finfo(element.dtype).tiny ** 0.5
     root = torch.sqrt(3 * n)
-    for _ in range(_NEWTON_STEPS):
+    for _ in range(NEWTON_STEPS):
         square = root * root
         slope = 4 * root * (square - n) - det8
         value = ((square - 2 * n) * root - det8) * root + constant
         root = root - value / slope.clamp_min(smallest)
     square = root * root
     # zero where an inverted cell's two smallest singular values cancel, and R is not unique: bound what follows
-    scale = 1 / torch.maximum(root * (square - n) - 0.25 * det8, _DEGENERATE * n * n.sqrt() + smallest)
+    scale = 1 / torch.maximum(root * (square - n) - 0.25 * det8, DEGENERATE * n * n.sqrt() + smallest)
     of_f, of_cofactor, of_cubic = (square + n) * scale, 2 * root * scale, -2 * scale
     for i in range(3):
         outer = [f[i, 0] * f[k, 0] + f[i, 1] * f[k, 1] + f[i, 2] * f[k, 2] for k in range(3)]  # row i of F F^T
@@ -160,7 +160,7 @@ class _MeshRigidity(torch.autograd.Function):
     def forward(ctx, vertices_A, tensors):
         kernel = import_module(f"flexlib.tetra.rigidity_{vertices_A.device.type}")
         energy, gradient = kernel.energy_and_gradient(
-            vertices_A, tensors.cells, tensors.gradients_1_per_A, tensors.weight, _NEWTON_STEPS, _DEGENERATE
+            vertices_A, tensors.cells, tensors.gradients_1_per_A, tensors.weight, NEWTON_STEPS, DEGENERATE
         )
         ctx.save_for_backward(gradient)
         return energy
