@@ -37,7 +37,8 @@ def splat(
     images = torch.empty((len(vertices), grid, grid), dtype=torch.float32)
     finite = np.ones(_num_blocks(images), np.bool_)
     voxels = Voxels(*_arrays(values, cells, cell, bary))
-    splat_blocks(voxels, *_arrays(vertices), taps, images.numpy(), finite)
+    (positions,) = _arrays(vertices)
+    splat_blocks(voxels, positions, taps, images.numpy(), finite)
     _check(finite)
     return images
 
@@ -83,18 +84,19 @@ def view(
     if displacements_A is None:
         displacements_A = torch.empty((0, num_vertices, 3))
     views = torch.empty((len(turn), num_vertices, 2))
-    _view(*_arrays(vertices_A.view(-1, num_vertices, 3), displacements_A, turn, origin_px), views.numpy())
+    _view(*_arrays(vertices_A.view(-1, num_vertices, 3), displacements_A, turn, origin_px, views))
     return views
 
 
 def view_adjoint(grad: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """(b, nv, 3) gradient by the moved vertices, from that by their views, (b, nv, 2)."""
     back = torch.empty((*grad.shape[:2], 3))
-    _view_adjoint(*_arrays(grad, turn), back.numpy())
+    _view_adjoint(*_arrays(grad, turn, back))
     return back
 
 
 def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
+    """As arrays that share the memory of contiguous tensors."""
     share_threads_with_numba()
     return [t.detach().contiguous().numpy() for t in tensors]
 
