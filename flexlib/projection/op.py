@@ -196,16 +196,27 @@ def project(
 
     Parameters
     ----------
-    values : (nvox,) densities at ``voxels.index``.
-    vertices_px : (b, nv, 2) view positions (x, y) of the mesh vertices, in pixels of ``voxels.box`` from the box
-        centre, after displacement, rotation and shift.
-    kernel : "linear" (4 taps) or "cubic" (16 taps).
-    oversampling : image grid over box, 1 or 2; 2 lowers the aliasing error by orders of magnitude at the same taps.
+    values : torch.Tensor
+        (nvox,) densities at ``voxels.index``.
+    vertices_px : torch.Tensor
+        (b, nv, 2) view positions (x, y) of the mesh vertices, in pixels of ``voxels.box`` from the box centre, after
+        displacement, rotation and shift.
+    voxels : VoxelTensors
+    kernel : str
+        "linear" (4 taps) or "cubic" (16 taps).
+    oversampling : int
+        Image grid over box, 1 or 2; 2 lowers the aliasing error by orders of magnitude at the same taps.
 
     Returns
     -------
-    (b, box, box//2+1) complex: ``sum_j values_j exp(-2 pi i k . p_j / box)`` in rfft2 layout, phase origin at the box
-    centre. Raises KeyError for an unknown kernel.
+    torch.Tensor
+        (b, box, box//2+1) complex: ``sum_j values_j exp(-2 pi i k . p_j / box)`` in rfft2 layout, phase origin at the
+        box centre.
+
+    Raises
+    ------
+    KeyError
+        The kernel is unknown.
     """
     box, taps = voxels.box, KERNELS[kernel]
     grid = box * oversampling
@@ -286,8 +297,20 @@ def view_vertices(
 ) -> torch.Tensor:
     """Move mesh vertices, rotate them into the view, drop z, apply the particle's shift.
 
-    ``vertices_A`` (nv, 3) or (b, nv, 3) in A; ``rotation`` (b, 3, 3) and ``origin_px`` (b, 2) are constants;
-    ``displacements_A`` (b, nv, 3) in A, or none. Returns (b, nv, 2) pixels.
+    Parameters
+    ----------
+    vertices_A : torch.Tensor
+        (nv, 3) or (b, nv, 3) in A.
+    rotation, origin_px : torch.Tensor
+        (b, 3, 3) and (b, 2) in pixels; constants.
+    pixel_size_A : float
+    displacements_A : torch.Tensor, optional
+        (b, nv, 3) in A.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, nv, 2) in pixels.
     """
     turn = rotation[:, :2] / pixel_size_A
     if vertices_A.device.type == "cpu" and vertices_A.dtype == torch.float32:

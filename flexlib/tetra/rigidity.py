@@ -52,8 +52,17 @@ def barycentric_gradients(mesh: TetraMesh) -> np.ndarray:
 def deformation_gradients(tensors: RigidityTensors, vertices_A: torch.Tensor) -> torch.Tensor:
     """Deformation gradient F of each cell: d(moved position) / d(rest position).
 
-    Parameters: ``vertices_A`` (b, nv, 3) moved vertices. Returns (b, nc, 3, 3), row = moved axis, column = rest axis;
-    a view of component-major memory, which ``rigidity_energy`` reads without a copy.
+    Parameters
+    ----------
+    tensors : RigidityTensors
+    vertices_A : torch.Tensor
+        (b, nv, 3) moved vertices.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, nc, 3, 3), row = moved axis, column = rest axis; a view of component-major memory, which
+        ``rigidity_energy`` reads without a copy.
     """
     batch, num_vertices, _ = vertices_A.shape
     num_cells = len(tensors.cells)
@@ -73,7 +82,15 @@ def nearest_rotations(gradients: torch.Tensor) -> torch.Tensor:
     (as in Theobald, Acta Cryst. A61, 478, 2005); R is that maximum's derivative by F, a closed form. No decomposition
     is needed, and everything is arithmetic on whole arrays, one per matrix element.
 
-    Parameters and result: (b, nc, 3, 3).
+    Parameters
+    ----------
+    gradients : torch.Tensor
+        (b, nc, 3, 3) deformation gradients F.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, nc, 3, 3)
     """
     element = _components(gradients).view(9, -1)
     rotation = torch.empty_like(element)
@@ -148,7 +165,17 @@ def rigidity_energy(gradients: torch.Tensor, weight: torch.Tensor) -> torch.Tens
     negative, so that the energy drives it back. With ``RigidityTensors.weight`` it is the volume-weighted mean over
     cells of rigidity times squared strain.
 
-    Parameters: ``gradients`` F (b, nc, 3, 3); ``weight`` (nc,), a constant. Returns (b,).
+    Parameters
+    ----------
+    gradients : torch.Tensor
+        (b, nc, 3, 3) deformation gradients F.
+    weight : torch.Tensor
+        (nc,), a constant.
+
+    Returns
+    -------
+    torch.Tensor
+        (b,)
     """
     return _RigidityEnergy.apply(gradients, weight)
 

@@ -142,7 +142,7 @@ def _step(setup, state, batch_rows, batch, weight, band, map_rate, refresh) -> t
                     model = measure_ratio(setup, state, model, batch, weight, own_latents)
                 own_information = model.information(batch, weight, own_latents)
             own_latents = _newton_latents(setup.prior, own_latents, noisy.detach(), noisy.grad * num, own_information)
-    latents, information = group.place(own_latents, num), group.place(own_information, num)
+    latents, information = group.embed(own_latents, num), group.embed(own_information, num)
     mean_A = displacements.detach().sum(0) / num
     gradients = [parameter.grad for parameter in state.flow.parameters()]
     group.add(*gradients, values.grad, loss, strain, mean_A, latents, information)
