@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,15 @@ def splat_voxels(
 
 
 @splat_voxels.register_fake
-def _(values, vertices, cells, cell, bary, grid, taps):
+def _fake_splat(
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    grid: int,
+    taps: int,
+) -> torch.Tensor:
     return values.new_empty((vertices.shape[0], grid, grid))
 
 
@@ -123,7 +132,16 @@ def splat_voxels_adjoint(
 
 
 @splat_voxels_adjoint.register_fake
-def _(grad_images, values, vertices, cells, cell, bary, taps, needs):
+def _fake_adjoint(
+    grad_images: torch.Tensor,
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    taps: int,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
     need_values, need_vertices = needs
     return (
         torch.empty_like(values) if need_values else values.new_empty(0),
@@ -131,12 +149,12 @@ def _(grad_images, values, vertices, cells, cell, bary, taps, needs):
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     values, vertices, cells, cell, bary, _, ctx.taps = inputs
     ctx.save_for_backward(values, vertices, cells, cell, bary)
 
 
-def _backward(ctx, grad_images):
+def _backward(ctx: Any, grad_images: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     values, vertices, cells, cell, bary = ctx.saved_tensors
     need_values, need_vertices = ctx.needs_input_grad[:2]
     grad_values, grad_vertices = splat_voxels_adjoint(
@@ -165,11 +183,11 @@ def backend(device: str, dtype: torch.dtype) -> ModuleType:
 
 def _register(device: str) -> None:
     @splat_voxels.register_kernel(device)
-    def _(values, *others):
+    def _(values: torch.Tensor, *others: Any) -> torch.Tensor:
         return backend(device, values.dtype).splat(values, *others)
 
     @splat_voxels_adjoint.register_kernel(device)
-    def _(grad_images, values, *others):
+    def _(grad_images: torch.Tensor, values: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return backend(device, values.dtype).splat_adjoint(grad_images, values, *others)
 
 
@@ -228,7 +246,7 @@ class _Spectrum(torch.autograd.Function):
     """(b, grid, grid) splatted images to the box's deconvolved frequencies, (b, box, box//2+1)."""
 
     @staticmethod
-    def forward(ctx, images, box, taps):
+    def forward(ctx: Any, images: torch.Tensor, box: int, taps: int) -> torch.Tensor:
         ctx.shape = (images.shape[-1], box, taps)
         half, grid = box // 2, images.shape[-1]
         deconvolution = _deconvolution(box, grid, taps, str(images.device), images.dtype)
@@ -241,7 +259,7 @@ class _Spectrum(torch.autograd.Function):
         return _in_parts(transform, images, grid)
 
     @staticmethod
-    def backward(ctx, grad_spectrum):
+    def backward(ctx: Any, grad_spectrum: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grid, box, taps = ctx.shape
         # irfft adds each column's mirror image, which the gradient of the stored half plane does not have
         halved = torch.full((box // 2 + 1,), 0.5, dtype=grad_spectrum.real.dtype, device=grad_spectrum.device)
@@ -323,13 +341,19 @@ class _View(torch.autograd.Function):
     """``view_vertices`` in one pass: batched products of matrices this thin are slow."""
 
     @staticmethod
-    def forward(ctx, vertices_A, displacements_A, turn, origin_px):
+    def forward(
+        ctx: Any,
+        vertices_A: torch.Tensor,
+        displacements_A: torch.Tensor | None,
+        turn: torch.Tensor,
+        origin_px: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.save_for_backward(turn)
         ctx.shared = vertices_A.ndim == 2
         return import_module("flexlib.projection.cpu").view(vertices_A, displacements_A, turn, origin_px)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (turn,) = ctx.saved_tensors
         back = import_module("flexlib.projection.cpu").view_adjoint(grad, turn)
         of_vertices = (back.sum(0) if ctx.shared else back) if ctx.needs_input_grad[0] else None

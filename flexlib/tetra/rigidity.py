@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,13 +147,13 @@ class _RigidityEnergy(torch.autograd.Function):
     """``|F - R|^2`` with its gradient ``2 (F - R)``: R's own change adds nothing, because R is optimal."""
 
     @staticmethod
-    def forward(ctx, gradients, weight):
+    def forward(ctx: Any, gradients: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         strain = _components(gradients) - _components(nearest_rotations(gradients))
         ctx.save_for_backward(strain, weight)
         return strain.square().sum(0) @ weight
 
     @staticmethod
-    def backward(ctx, grad_energy):
+    def backward(ctx: Any, grad_energy: torch.Tensor) -> tuple[torch.Tensor, None]:
         strain, weight = ctx.saved_tensors
         scale = 2 * grad_energy[:, None] * weight
         return (strain * scale).view(3, 3, *strain.shape[1:]).permute(2, 3, 0, 1), None
@@ -184,7 +185,7 @@ class _MeshRigidity(torch.autograd.Function):
     """``mesh_rigidity`` by the device's fused kernel, which gives energy and gradient in one pass."""
 
     @staticmethod
-    def forward(ctx, vertices_A, tensors):
+    def forward(ctx: Any, vertices_A: torch.Tensor, tensors: RigidityTensors) -> torch.Tensor:
         kernel = import_module(f"flexlib.tetra.rigidity_{vertices_A.device.type}")
         energy, gradient = kernel.energy_and_gradient(
             vertices_A, tensors.cells, tensors.gradients_1_per_A, tensors.weight, NEWTON_STEPS, DEGENERATE
@@ -193,7 +194,7 @@ class _MeshRigidity(torch.autograd.Function):
         return energy
 
     @staticmethod
-    def backward(ctx, grad_energy):
+    def backward(ctx: Any, grad_energy: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return grad_energy[:, None, None] * gradient, None
 
