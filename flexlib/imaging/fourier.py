@@ -128,6 +128,28 @@ def _fourier_resample(volume: np.ndarray, box: int) -> np.ndarray:
     return (volume * (box / old) ** 3).astype(np.float32)
 
 
+def crop_spectrum(spectra: torch.Tensor, box: int, ndim: int = 3) -> torch.Tensor:
+    """Keep the coefficients of real transforms that a smaller even ``box`` of the same extent has.
+
+    They are carried over unchanged, those of the new Nyquist frequency too.
+
+    Parameters
+    ----------
+    spectra
+        (..., N, ..., N//2+1) of ``ndim``-dimensional real transforms; any leading dimensions.
+    box
+        N of the result.
+    ndim
+        2 for images, 3 for maps.
+    """
+    half = box // 2
+    spectra = spectra[..., : half + 1]
+    for axis in range(-ndim, -1):
+        ends = spectra.narrow(axis, 0, half), spectra.narrow(axis, spectra.shape[axis] - half, half)
+        spectra = torch.cat(ends, axis)
+    return spectra
+
+
 def lowpass_map(volume: np.ndarray, pixel_size_A: float, resolution_A: float, edge_shells: float = 4.0) -> np.ndarray:
     """Low-pass (N, N, N) at ``resolution_A`` with a cosine edge ``edge_shells`` wide, centred on the cut.
 
