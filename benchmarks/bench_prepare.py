@@ -4,8 +4,8 @@
 
 The images are one noisy projection set repeated, so that making them is cheap. Memory is the largest resident anonymous
 memory (Linux's ``RssAnon``, read every 5 ms): pages of memory-mapped stacks are left out, for the kernel keeps those
-until the memory is wanted for something else. What it is after the imports is told too: what comes on top must not grow
-with the number of particles, but for the metadata's rows.
+until the memory is wanted for something else. What it is after the imports is reported too: what comes on top must not
+grow with the number of particles, but for the metadata's rows.
 """
 
 from __future__ import annotations

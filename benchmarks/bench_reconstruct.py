@@ -5,10 +5,10 @@
 
 The particles are simulated poses and CTFs over a stack of few noise images that repeat (their content costs the same as
 any other). Of each half-set only ``--part`` particles are gone through, once for the right-hand side (images read) and
-once for an iteration; times are scaled to the half-set, and said to be. On a machine that
-others use too, the CPU time on one thread is the one to trust. Memory is the process's largest resident set (Linux's
-``VmHWM``), told also as it was before, with metadata, mesh and voxels in memory and eight particles gone through. It
-must not depend on ``--part``, and on ``--particles`` only by the metadata.
+once for an iteration; times are scaled to the half-set, and said to be. On a machine that others use too, the CPU time
+on one thread is the one to trust. Memory is the process's largest resident set (Linux's ``VmHWM``), reported also as it
+was before, with metadata, mesh and voxels in memory and eight particles gone through. It must not depend on ``--part``,
+and on ``--particles`` only by the metadata.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def displacements(out: Path, name: str, seed: int, phantom: Phantom) -> dict[str
     voxels = voxelise(model.mesh, mask.data > 0.01, mask.pixel_size_A)
     number = np.full(mask.box**3, -1)
     number[voxels.index] = np.arange(len(voxels))
-    place = np.rint(phantom.atoms_A / mask.pixel_size_A).astype(int) + mask.box // 2
-    voxel = number.reshape(mask.data.shape)[place[:, 2], place[:, 1], place[:, 0]]
+    nearest = np.rint(phantom.atoms_A / mask.pixel_size_A).astype(int) + mask.box // 2
+    voxel = number.reshape(mask.data.shape)[nearest[:, 2], nearest[:, 1], nearest[:, 0]]
     inside = voxel >= 0
     moved = model.displacements_A(model.latents[rows]).numpy()[:, voxels.cells[voxels.cell[voxel[inside]]]]
     learnt = np.einsum("ak,baki->bai", voxels.bary[voxel[inside]], moved)

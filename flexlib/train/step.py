@@ -108,8 +108,8 @@ def find_step(
         strain=strain.detach(),
         map_gradient=values.grad,
         mean_A=displacements.detach().sum(0) / num,
-        latents=group.place(own_latents, num),
-        information=group.place(own_information, num),
+        latents=group.embed(own_latents, num),
+        information=group.embed(own_information, num),
         information_ratio=model.information_ratio,
     )
 
