@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flexlib.images.batch import plane_weight, read_ahead, split_batches
+from flexlib.images.batch import read_ahead, split_batches
 from flexlib.images.sources import open_training_images
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel

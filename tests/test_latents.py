@@ -8,7 +8,8 @@ import torch
 from scipy import ndimage
 from training_sets import neighbour_r2, prepared
 
-from flexlib.images.batch import plane_weight, split_batches
+from flexlib.images.batch import split_batches
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.flex_model import FlowGenerator
 from flexlib.model.forward import CoarseView, MovingMap, fisher_information, log_likelihood_loss
 from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices

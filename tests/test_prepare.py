@@ -11,10 +11,10 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.files import read_json
-from flexlib.images.batch import centred_irfft2, centred_rfft2, plane_weight, shell_radius
 from flexlib.images.ctf import ctf_images
 from flexlib.images.sources import open_full_images, open_training_images, write_latents_star
 from flexlib.imaging.fourier import fourier_crop_map
+from flexlib.imaging.image_transforms import centred_irfft2, centred_rfft2, plane_radius, plane_weight
 from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.particles import read_particles
 from flexlib.particles.star import relion_tables, write_star
@@ -127,7 +127,7 @@ def dataset(tmp_path_factory):
         ctf_images(particles, rows, BOX, PIXEL_SIZE_A) * torch.as_tensor(gain, dtype=torch.float32)[:, None, None]
     )
     noise = centred_rfft2(torch.randn((COUNT, BOX, BOX), generator=torch.Generator().manual_seed(3)))
-    radius = shell_radius(BOX)
+    radius = plane_radius(BOX)
     noise *= torch.stack([noise_sigma(group, radius) for group in (0, 1)])[particles.optics_index.astype(int)]
     images = -centred_irfft2(spectra + noise).numpy()
     stored = np.empty_like(images)
@@ -161,7 +161,7 @@ def residual_power(source, folder, scale=1.0):
     predicted = batch.transfer * rigid_spectra(
         volume.data * mask.data, mask.data > 0, source.box, source.pixel_size_A, batch.rotation, batch.origin_px
     )
-    shell, weight = shell_radius(source.box).round().long().flatten(), plane_weight(source.box).flatten()
+    shell, weight = plane_radius(source.box).round().long().flatten(), plane_weight(source.box).flatten()
     result = []
     for spectra in (batch.images - scale * predicted, batch.images):
         power = (spectra.abs().square().flatten(1) * weight).double()
@@ -200,7 +200,7 @@ def test_training_stack_is_standardised(prepared):
         assert file.voxel_size.x == pytest.approx(PIXEL_SIZE_A * 40 / 32) and file.is_image_stack()
     assert data.shape == (COUNT, 32, 32) and data.dtype == np.float32
     spectra = centred_rfft2(torch.from_numpy(data))
-    assert float(spectra[:, shell_radius(32) >= 16].abs().max()) < 1e-4
+    assert float(spectra[:, plane_radius(32) >= 16].abs().max()) < 1e-4
     assert data[:, 12:20, 12:20].mean() > data[:, :4].mean(), "dark in the input, white here"
 
 

@@ -11,9 +11,10 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.files import read_json
-from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.images.batch import ImageBatch
 from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import fsc
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import read_map
 from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh

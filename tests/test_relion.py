@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from flexlib.files import read_json
-from flexlib.images.batch import shell_radius
 from flexlib.images.ctf import ctf_images
 from flexlib.images.sources import FullImages, open_full_images, read_noise
 from flexlib.images.stack import open_stacks
 from flexlib.imaging.fsc import fsc
+from flexlib.imaging.image_transforms import plane_radius
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.imaging.masks import soft_edge
 from flexlib.particles import read_particles
@@ -322,4 +322,4 @@ def test_ctf_is_relions(tmp_path, optics, columns):
     with mrcfile.open(tmp_path / "images.mrcs", permissive=True) as file:
         theirs = np.fft.rfft2(np.fft.ifftshift(file.data, axes=(1, 2)))
     ours = ctf_images(read_particles(tmp_path / "particles.star"), np.arange(8), SIDE).numpy()
-    assert np.abs(theirs - ours)[:, shell_radius(SIDE).numpy() < SIDE / 2].max() < 4e-5
+    assert np.abs(theirs - ours)[:, plane_radius(SIDE).numpy() < SIDE / 2].max() < 4e-5

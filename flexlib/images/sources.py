@@ -18,9 +18,10 @@ import torch
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path, read_json
-from flexlib.images.batch import ImageBatch, centred_rfft2, fourier_resample, shell_radius, to_device
+from flexlib.images.batch import ImageBatch, to_device
 from flexlib.images.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
 from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
+from flexlib.imaging.image_transforms import centred_rfft2, fourier_resample, plane_radius
 from flexlib.particles.latents_io import write_latents_star
 from flexlib.particles.table import OpticsGroup, Particles
 
@@ -83,7 +84,7 @@ class PreparedImages:
     def _make_filters(self, device: str) -> torch.Tensor:
         """(groups, box, box//2+1) float32: 1 / sigma, 0 beyond Nyquist."""
         full_box, full_pixel_size_A = self._full
-        radius = shell_radius(self.box).numpy()
+        radius = plane_radius(self.box).numpy()
         shell = radius * (full_box * full_pixel_size_A) / (self.box * self.pixel_size_A)
         sigma = np.stack([np.interp(shell, np.arange(len(line)), line) for line in self._sigma])
         inside = radius < self._band_px[:, None, None] / 2

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import torch
 
-from flexlib.images.batch import ImageBatch, fourier_resample
+from flexlib.images.batch import ImageBatch
+from flexlib.imaging.image_transforms import fourier_resample
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
 from flexlib.train.canonical import shell_index
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path, write_json
-from flexlib.images.batch import centred_irfft2, fourier_resample, plane_weight, shell_radius
 from flexlib.images.sources import (
     NOISE,
     PARTICLES,
@@ -37,6 +36,7 @@ from flexlib.images.sources import (
 )
 from flexlib.images.stack import Stacks, open_stacks
 from flexlib.imaging.fourier import fourier_crop_map, fourier_pad_map
+from flexlib.imaging.image_transforms import centred_irfft2, fourier_resample, plane_radius, plane_weight
 from flexlib.imaging.maps import Map, crop_or_pad_real, read_map, write_map
 from flexlib.imaging.masks import make_mask, resample_mask
 from flexlib.imaging.symmetry import symmetry_rotations
@@ -458,7 +458,7 @@ def _compare(
     voxels = VoxelTensors.from_mesh_voxels(voxelise(mesh, mask, pixel_size_A))
     vertices_A = torch.as_tensor(mesh.vertices_A, dtype=torch.float32)
     values = gather_volume(np.ascontiguousarray(density, np.float32), voxels)
-    shell = torch.clamp(torch.round(shell_radius(box)), max=box // 2 - 1).to(torch.int64).ravel()
+    shell = torch.clamp(torch.round(plane_radius(box)), max=box // 2 - 1).to(torch.int64).ravel()
     weight = plane_weight(box).ravel()
 
     def shell_sums(product: torch.Tensor) -> np.ndarray:
@@ -485,7 +485,7 @@ def _compare(
         )
     image, cross, opposite, prediction = (np.concatenate(part) for part in zip(*parts, strict=True))
     bands = np.minimum(source.sides_px, box)
-    inside = (shell_radius(box).ravel()[None] < torch.as_tensor(bands / 2)[:, None]).float()[:, None]
+    inside = (plane_radius(box).ravel()[None] < torch.as_tensor(bands / 2)[:, None]).float()[:, None]
     pixels = np.concatenate([shell_sums(group_inside) for group_inside in inside])
     return ShellSums(image, cross, opposite, prediction, pixels[particles.optics_index[rows]])
 

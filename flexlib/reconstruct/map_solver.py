@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from flexlib.distributed import ALONE, Group
-from flexlib.images.batch import ImageBatch, ImageSource, plane_weight, read_ahead, shell_radius, split_batches
+from flexlib.images.batch import ImageBatch, ImageSource, read_ahead, split_batches
+from flexlib.imaging.image_transforms import plane_radius, plane_weight
 from flexlib.projection.op import (
     KERNELS,
     VoxelTensors,
@@ -344,4 +345,4 @@ def _shell_mean(weight: torch.Tensor, box: int) -> torch.Tensor:
 
 def _shell_2d(box: int) -> torch.Tensor:
     """(box, box//2+1) int64 ``round(|k|)`` in rfft2 layout, the last shell beyond the sphere."""
-    return shell_radius(box).round().long().clamp(max=box // 2 - 1)
+    return plane_radius(box).round().long().clamp(max=box // 2 - 1)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flexlib.images.batch import plane_weight, read_ahead, split_batches, to_device
+from flexlib.images.batch import read_ahead, split_batches, to_device
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.flex_model import AssembledFlow
 from flexlib.model.forward import MovingMap, fisher_information, log_likelihood_loss
 from flexlib.tetra.rigidity import mesh_rigidity

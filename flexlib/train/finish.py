@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from flexlib.images.batch import plane_weight, read_ahead, split_batches
+from flexlib.images.batch import read_ahead, split_batches
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import log_likelihood_loss
 from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.tetra.deform import deform_volume

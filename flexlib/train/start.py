@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from flexlib.errors import InputError
-from flexlib.images.batch import plane_weight, read_ahead, shell_radius, split_batches
+from flexlib.images.batch import read_ahead, split_batches
+from flexlib.imaging.image_transforms import plane_radius, plane_weight
 from flexlib.model.flex_model import FlexModel, FlowGenerator, displacement_basis_A
 from flexlib.model.forward import Operator, log_likelihood_loss
 from flexlib.particles.latents_io import read_latents
@@ -124,7 +125,7 @@ def _mean_transfer2(setup: Setup) -> torch.Tensor:
     """(box//2,) mean |transfer|^2 a shell, over a sample of the particles."""
     box = setup.source.box
     sample = setup.training_rows[:: max(1, len(setup.training_rows) // 1000)]
-    shell = shell_radius(box).round().long().flatten()
+    shell = plane_radius(box).round().long().flatten()
     power = torch.zeros(box * (box // 2 + 1), dtype=torch.float64)
     for rows in split_batches(setup.group.share(sample), 100):
         power += setup.source.transfer(rows).abs().square().sum(0).flatten().double()
