@@ -21,7 +21,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 
-from flexlib.images.sources import ImageStackWriter
+from flexlib.images.stack import ImageStackWriter
 from flexlib.particles.star import read_tables, write_star
 from flexlib.simulate.run import simulate_particles
 

@@ -34,7 +34,13 @@ from flexlib.simulate.phantoms import make_phantom
 from flexlib.simulate.run import _GAUSSIAN_SIGMA_A, atoms_to_map, simulate_particles
 from flexlib.tetra.voxels import voxelise
 from flexlib.train import train
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, ReconstructSettings, TrainSettings
+from flexlib.workflow_support.settings import (
+    MaskSettings,
+    MeshSettings,
+    PrepareSettings,
+    ReconstructSettings,
+    TrainSettings,
+)
 
 NEAR_RAD = 0.02  # particles within this of an angle show where the flow puts it
 
@@ -131,7 +137,7 @@ def main() -> None:
             data / "consensus.mrc",
             particles,
             settings=PrepareSettings(train_box=options.train_box),
-            mask_settings=MeshSettings(),
+            mask_settings=MaskSettings(),
         )
     if not (mesh / "mesh.vtu").exists():
         build_mesh(particles, mesh, MeshSettings())

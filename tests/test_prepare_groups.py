@@ -216,8 +216,8 @@ def test_images_tell_the_sign_of_odd_aberrations(mixed, tmp_path, caplog):
         tmp_path / "wrong.star", folder / "consensus.mrc", tmp_path / "wrong", mask=folder / "mask.mrc",
         settings=PrepareSettings(train_box=48),
     )  # fmt: skip
-    told = [record.message for record in caplog.records if "of the opposite sign better" in record.message]
-    assert len(told) == 1 and "optics group coarse:" in told[0]
+    warned = [record.message for record in caplog.records if "of the opposite sign better" in record.message]
+    assert len(warned) == 1 and "optics group coarse:" in warned[0]
 
 
 def test_noise_of_each_group_is_its_own(mixed):

@@ -24,7 +24,7 @@ from flexlib.reconstruct.map_solver import NormalEquations, project_adjoint, sol
 from flexlib.reconstruct.run import fsc_table, reconstruct
 from flexlib.tetra.tetmesh import single_cell_mesh
 from flexlib.tetra.voxels import voxelise
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, ReconstructSettings
+from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, ReconstructSettings
 
 BOX = 24
 PIXEL_SIZE_A = 3.0
@@ -393,7 +393,7 @@ def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
         truth.consensus,
         particles,
         settings=PrepareSettings(train_box=box),
-        mask_settings=MeshSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
+        mask_settings=MaskSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
     )
     mask = read_map(particles / "full" / "mask.mrc")
     mesh = bcc_mesh(mask.data > 0, pixel_size_A, 60.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -123,10 +123,15 @@ def resample_spectrum(spectrum: Values, box: int, ndim: int = 3) -> Values:
     half = min(spectrum.shape[-2], box) // 2
     shape = (*spectrum.shape[: spectrum.ndim - ndim], *(box,) * (ndim - 1), box // 2 + 1)
     result = spectrum.new_zeros(shape) if isinstance(spectrum, torch.Tensor) else np.zeros(shape, spectrum.dtype)
-    for ends in product((slice(0, half), slice(-half + 1, None)), repeat=ndim - 1):
-        kept = (..., *ends, slice(0, half))
+    for kept in _low_corners(half, ndim):
         result[kept] = spectrum[kept]
     return result
+
+
+def _low_corners(half: int, ndim: int) -> list[tuple[Any, ...]]:
+    """Indices of the coefficients with frequencies below ``half`` along each axis: a block for each choice of signs."""
+    signs = product((slice(0, half), slice(-half + 1, None)), repeat=ndim - 1)
+    return [(..., *corner, slice(0, half)) for corner in signs]
 
 
 def fourier_crop_map(volume: np.ndarray, box: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""The solvent mask: made from a map, softened, brought to another box."""
+"""The solvent mask: made from a map, softened, brought to another box, cut off where it is faint.
+
+Two floors decide which voxels of a soft mask count, ``TRAINING_FLOOR`` and ``FULL_FLOOR``.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,22 @@ from flexlib.errors import InputError
 from flexlib.imaging.fourier import lowpass_map
 
 _DUST_FRACTION = 0.05  # bodies with less than this part of the largest body's density are dropped
-
-
 _NOISE_SIGMAS = 3.0  # automatic threshold: this many solvent standard deviations above the solvent level
-
-
 _MIN_PEAK_FRACTION = 0.015  # and at least this fraction of the dense core, for maps without solvent noise
-
-
 _AUTO_BLUR = 2.0  # automatic masks are made from the map low-passed this much further: moving domains are blurred
+
+
+# Training projects every voxel for every image of every epoch: fainter ones would add cells and time and next to no
+# density
+TRAINING_FLOOR = 0.01
+# At full resolution the map is solved, or moved, times the mask: a cut at the training's floor would be a step of a
+# hundredth of the density around the molecule
+FULL_FLOOR = 1e-3
+
+
+def inside_mask(mask: np.ndarray, floor: float) -> np.ndarray:
+    """(N, N, N) bool, the voxels that belong to a soft mask (N, N, N): ``floor`` is one of the two above."""
+    return mask > floor
 
 
 def soft_edge(mask: np.ndarray, pixel_size_A: float, dilate_A: float, width_A: float) -> np.ndarray:
@@ -68,9 +78,29 @@ def make_mask(
 ) -> np.ndarray:
     """Solvent mask of a consensus map: low-pass, threshold, drop dust, dilate, add a cosine edge.
 
-    Parameters: ``threshold`` an absolute density level of the low-passed map, or "auto": ``auto_threshold`` of the map
-    low-passed at ``2 * lowpass_A``, where domains that move stand out of the noise as far as they reach.
-    Returns (N, N, N) float32 in [0, 1]. Raises ``InputError`` if nothing lies above the threshold.
+    Parameters
+    ----------
+    volume
+        (N, N, N).
+    pixel_size_A
+        Of the map.
+    lowpass_A
+        Resolution at which the map is cut off.
+    threshold
+        An absolute density level of the low-passed map, or "auto": ``auto_threshold`` of the map low-passed at
+        ``2 * lowpass_A``, where domains that move stand out of the noise as far as they reach.
+    dilate_A, pad_A
+        See ``soft_edge``.
+
+    Returns
+    -------
+    mask
+        (N, N, N) float32 in [0, 1].
+
+    Raises
+    ------
+    InputError
+        Nothing lies above the threshold.
     """
     blur = _AUTO_BLUR if threshold == "auto" else 1.0
     filtered = lowpass_map(volume, pixel_size_A, blur * lowpass_A)

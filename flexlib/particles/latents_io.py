@@ -18,6 +18,7 @@ import pandas as pd
 
 from flexlib.errors import InputError
 from flexlib.files import read_json
+from flexlib.layout import ParticlesFolder
 from flexlib.particles.cs_file import CsFile, read_cs_file, write_group
 from flexlib.particles.star import relion_tables, star_values, write_star
 from flexlib.particles.star_text import StarText, read_star_text
@@ -76,15 +77,14 @@ def _prepared_rows(summary: Mapping[str, Any], table: pd.DataFrame) -> InputRows
 
 def _read_prepared(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """prepared.json, and of particles.star what says where rows came from."""
-    from flexlib.images.sources import PARTICLES, SUMMARY
-
-    for name in (SUMMARY, PARTICLES):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: not found: is this a folder that prepare has written?")
-    text = read_star_text(folder / PARTICLES)
+    prepared = ParticlesFolder(folder)
+    for path in (prepared.record, prepared.particles):
+        if not path.is_file():
+            raise InputError(f"{path}: not found: is this a folder that prepare has written?")
+    text = read_star_text(prepared.particles)
     angles = _ANGLES if "flexSymmetryCopy" in text.particles.labels else ()
     columns = ("flexInputRow", "flexSymmetryCopy", "rlnRandomSubset", *angles)
-    return read_json(folder / SUMMARY), text.frame(text.particles, columns)
+    return read_json(prepared.record), text.frame(text.particles, columns)
 
 
 def _copies(table: pd.DataFrame, count: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from flexlib.images.cache import cached_images
 from flexlib.images.sources import open_full_images
 from flexlib.imaging.fsc import corrected_fsc, frequencies_1_per_A, fsc, predicted_truth_fsc, resolution_at
 from flexlib.imaging.maps import Map, read_map, write_map
+from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.model.flex_model import FlexModel
 from flexlib.projection.op import VoxelTensors
 from flexlib.reconstruct.map_solver import Convergence, VertexProvider, solve_map
@@ -39,7 +40,6 @@ from flexlib.workflow_support.settings import ReconstructSettings
 
 logger = logging.getLogger(__name__)
 
-MASK_FLOOR = 1e-3  # voxels below it are left out
 THRESHOLDS = (0.143, 0.5)
 
 
@@ -93,7 +93,7 @@ def _reconstruct(
         if not (source.half_set == half).any():
             raise InputError(f"{particles_dir / 'particles.star'}: half-set {half + 1} is empty")
 
-    inside = mask.data > MASK_FLOOR
+    inside = inside_mask(mask.data, FULL_FLOOR)
     flexible_voxels = voxelise(model.mesh, inside, source.pixel_size_A)
     kinds = [_Kind("flex", flexible_voxels, flexible_vertices(model, place))]
     if settings.rigid_baseline:

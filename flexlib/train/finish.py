@@ -10,6 +10,7 @@ from scipy import sparse
 
 from flexlib.images.batch import read_ahead, split_batches
 from flexlib.imaging.image_transforms import plane_weight
+from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
 from flexlib.model.forward import log_likelihood_loss
 from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.tetra.deform import deform_volume
@@ -19,7 +20,7 @@ from flexlib.train.latents import infer_everywhere
 from flexlib.train.motion import slope_A
 from flexlib.train.score import HeldOutScore
 from flexlib.train.start import standard_scale
-from flexlib.train.state import BAND_EPOCHS, MASK_FLOOR, Setup, State
+from flexlib.train.state import BAND_EPOCHS, Setup, State
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def settle_shape(setup: Setup, state: State) -> None:
     flow.output.weight.copy_(carried.T @ flow.output.weight)
     flow.linear.copy_(flow.linear @ carried)
     bias.copy_(bias @ carried)
-    inside = (setup.mask.data > MASK_FLOOR).astype(np.float32)
+    inside = inside_mask(setup.mask.data, TRAINING_FLOOR).astype(np.float32)
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)

@@ -14,6 +14,7 @@ from flexlib.errors import InputError
 from flexlib.images.batch import split_batches
 from flexlib.images.sources import TrainingImages, open_training_images
 from flexlib.imaging.maps import Map, read_map
+from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
 from flexlib.model.flex_model import FlowGenerator
 from flexlib.model.forward import CoarseView, Operator
 from flexlib.projection.op import VoxelTensors, gather_volume
@@ -30,7 +31,6 @@ from flexlib.workflow_support.settings import TrainSettings
 RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
 COARSE_BOX = 64  # training boxes from here on have a coarse view
 BATCH_SIZE = 200
-MASK_FLOOR = 0.01  # voxels where the soft mask is below it are no part of the map
 MAP_STEPS_PER_EPOCH = 4.0  # Newton steps that the map takes in an epoch, whatever the batch and the set's size
 MOST_MAP_STEP = 0.2  # of a Newton step in one batch
 FIRST_RESOLUTION_A = 20.0  # where coarse to fine starts
@@ -151,7 +151,7 @@ def set_up(particles_dir: Path, mesh_dir: Path, settings: TrainSettings, device:
         at_rest = torch.as_tensor(of.vertices_A, dtype=torch.float32, device=chosen)
         return Operator(at_rest, VoxelTensors.from_mesh_voxels(voxels, chosen), pixel_size_A)
 
-    inside = mask.data > MASK_FLOOR
+    inside = inside_mask(mask.data, TRAINING_FLOOR)
     flexible = operator(mesh, inside, source.pixel_size_A)
     coarse = None
     if source.box >= COARSE_BOX and source.box % 4 == 0:

@@ -65,6 +65,16 @@ class MeshSettings:
 
 
 @dataclass(frozen=True)
+class MaskSettings:
+    """What of ``mesh:`` makes the solvent mask, which prepare needs; ``threshold`` as in ``MeshSettings``."""
+
+    lowpass_A: float = 10.0
+    threshold: float | Auto = "auto"
+    dilate_A: float = 2.0
+    pad_A: float = 5.0
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """``train:`` with one value of each swept key; ``rigidity`` is 3DFlex's lambda."""
 

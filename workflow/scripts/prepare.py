@@ -5,7 +5,7 @@ from _common import folder, optional, run_stage, use_torch_threads
 
 def prepare(snakemake):
     from flexlib.prepare.run import prepare_particles
-    from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, make_settings
+    from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, make_settings
 
     use_torch_threads(snakemake)
     prepare_particles(
@@ -16,7 +16,7 @@ def prepare(snakemake):
         passthrough=optional(snakemake.input.passthrough),
         image_root=optional(snakemake.params.image_root),
         settings=make_settings(PrepareSettings, snakemake.params.settings),
-        mask_settings=make_settings(MeshSettings, snakemake.params.mask_settings),
+        mask_settings=make_settings(MaskSettings, snakemake.params.mask_settings),
     )
 
 
