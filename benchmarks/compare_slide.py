@@ -26,6 +26,7 @@ from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.simulate.phantoms import Phantom, make_phantom
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.tetra.voxels import voxelise
 from flexlib.train import train
 from flexlib.train.latents import friedel_halves, infer_latents
@@ -56,12 +57,14 @@ def prepare(out: Path, phantom: Phantom) -> None:
     if not (out / "sim/particles.star").exists():
         simulate_particles(
             out / "sim",
-            phantom=phantom,
-            num_particles=NUM_PARTICLES,
-            box=BOX,
-            pixel_size_A=PIXEL_SIZE_A,
-            snr=SNR,
-            seed=1,
+            Simulation(
+                num_particles=NUM_PARTICLES,
+                box=BOX,
+                pixel_size_A=PIXEL_SIZE_A,
+                snr=SNR,
+                seed=1,
+            ),
+            phantom,
         )
     if not (out / "particles/prepared.json").exists():
         settings = PrepareSettings(train_box=BOX)

@@ -21,6 +21,7 @@ from flexlib.particles.star import read_tables, write_star
 from flexlib.prepare.run import prepare_particles
 from flexlib.records import PreparedRecord
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
 
 FIELD_OF_VIEW_A = 256.0  # the antibody fits
@@ -41,7 +42,7 @@ def make_set(folder: Path, box: int, *, filling: float | None = None, distinct: 
     """
     pixel_size_A = FIELD_OF_VIEW_A / box
     sim = folder / "sim"
-    simulate_particles(sim, phantom="antibody", num_particles=distinct, box=box, pixel_size_A=pixel_size_A)
+    simulate_particles(sim, Simulation(num_particles=distinct, box=box, pixel_size_A=pixel_size_A))
     mask = None
     if filling is not None:
         mask = sim / "ball.mrc"

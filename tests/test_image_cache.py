@@ -20,6 +20,7 @@ from flexlib.images.cache import cached_images
 from flexlib.images.sources import open_full_images
 from flexlib.prepare.run import prepare_particles
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
 
 COUNT, BOX = 60, 32
@@ -29,7 +30,7 @@ COUNT, BOX = 60, 32
 def prepared(tmp_path_factory) -> Path:
     """Prepared particles, some of which select left out."""
     folder = tmp_path_factory.mktemp("cache")
-    truth = simulate_particles(folder / "data", num_particles=COUNT, box=BOX, pixel_size_A=8.0, snr=1.0)
+    truth = simulate_particles(folder / "data", Simulation(num_particles=COUNT, box=BOX, pixel_size_A=8.0, snr=1.0))
     prepare_particles(
         truth.particles_star,
         truth.consensus,

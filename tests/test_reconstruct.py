@@ -382,10 +382,11 @@ def test_fsc_of_pure_noise_in_a_mask_is_corrected_to_zero():
 def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
     from flexlib.prepare.run import prepare_particles
     from flexlib.simulate.run import simulate_particles
+    from flexlib.simulate.settings import Simulation
 
     box, pixel_size_A = 32, 8.0
     truth = simulate_particles(
-        tmp_path / "data", phantom="antibody", num_particles=400, box=box, pixel_size_A=pixel_size_A, snr=1.0
+        tmp_path / "data", Simulation(num_particles=400, box=box, pixel_size_A=pixel_size_A, snr=1.0)
     )
     particles, train, out = tmp_path / "particles", tmp_path / "train", tmp_path / "out"
     prepare_particles(

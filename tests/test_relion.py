@@ -35,6 +35,7 @@ from flexlib.projection.op import VoxelTensors
 from flexlib.reconstruct.run import rigid_vertices, solve_map
 from flexlib.records import PreparedRecord
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.tetra.tetmesh import single_cell_mesh
 from flexlib.tetra.voxels import voxelise
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
@@ -48,7 +49,7 @@ def simulated(tmp_path_factory):
     """Particles of a molecule without symmetry, at a high signal."""
     folder = tmp_path_factory.mktemp("relion")
     return simulate_particles(
-        folder, phantom="rigid", num_particles=600, box=BOX, pixel_size_A=PIXEL_SIZE_A, snr=0.5, seed=3
+        folder, Simulation(phantom="rigid", num_particles=600, box=BOX, pixel_size_A=PIXEL_SIZE_A, snr=0.5, seed=3)
     )
 
 
