@@ -7,7 +7,8 @@ The data model, for particle i and Fourier pixel k of an N x N image (full plane
 ``p_ij`` is voxel j's position in the view in pixels from the box centre, *including* ``-origin``; ``transfer`` holds
 the CTF, the per-group image scale, the whitening filter 1/sigma(|k|), the per-particle scale and the 1/N of the
 orthonormal FFT, and is zero for |k| >= N/2. So the log-likelihood in nats is -1/2 sum over the full plane of the
-squared residual; in the half plane of rfft2 (what is stored) columns 0 < kx < N/2 count twice: ``plane_weight``.
+squared residual; in the half plane of rfft2 (what is stored) columns 0 < kx < N/2 count twice: ``plane_weight`` of
+``imaging/image_transforms.py``.
 
 One map predicts images at every box. A map that is Fourier-cropped keeps its voxel values (densities), so the sum over
 voxels of a map at pixel size a is (p/a)^3 times that of the same map at the images' pixel size p. ``transfer`` takes

@@ -9,10 +9,21 @@ from flexlib.imaging.fourier import fft_workers, shell_number, shell_sums
 
 
 def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Fourier shell correlation of two (N, N, N) maps, each times ``mask`` if given.
+    """Fourier shell correlation of two maps.
 
-    Shell k holds the coefficients with ``round(|k|) = k``. Returns (N//2,) float64, 1 at shell 0; a shell without
-    power has 0.
+    Shell k holds the coefficients with ``round(|k|) = k``.
+
+    Parameters
+    ----------
+    map1, map2
+        (N, N, N).
+    mask
+        (N, N, N) to multiply both with.
+
+    Returns
+    -------
+    curve
+        (N//2,) float64, 1 at shell 0; a shell without power has 0.
     """
     if mask is not None:
         map1, map2 = map1 * mask, map2 * mask
@@ -20,9 +31,9 @@ def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None) -> n
 
 
 def phase_randomise(volume: np.ndarray, from_shell: int, seed: int = 0) -> np.ndarray:
-    """Replace the phases of (N, N, N) by random ones in all shells >= ``from_shell``, amplitudes kept.
+    """Replace the phases of (N, N, N) by random ones in all shells >= ``from_shell``, amplitudes kept; float32.
 
-    The phases are those of white noise, so the result is real. Returns float32.
+    The phases are those of white noise, so the result is real.
     """
     spectrum = _spectrum(volume)
     noise = np.random.default_rng(seed).standard_normal(volume.shape, dtype=np.float32)
@@ -42,7 +53,19 @@ def corrected_fsc(
     the masked FSC of those is due to the mask, and ``(masked - random) / (1 - random)`` is without it, from two
     shells further on (Chen et al., Ultramicroscopy 135, 24, 2013).
 
-    Returns (N//2,) arrays "unmasked", "masked", "randomised", "corrected" and the shell "randomise_from".
+    Parameters
+    ----------
+    map1, map2, mask
+        As for ``fsc``.
+    randomise_from
+        The first shell whose phases are randomised.
+    seed
+        Of the random phases.
+
+    Returns
+    -------
+    curves
+        (N//2,) arrays "unmasked", "masked", "randomised", "corrected" and the shell "randomise_from".
     """
     unmasked = fsc(map1, map2)
     masked = fsc(map1, map2, mask)

@@ -33,9 +33,23 @@ def inside_mask(mask: np.ndarray, floor: float) -> np.ndarray:
 
 
 def soft_edge(mask: np.ndarray, pixel_size_A: float, dilate_A: float, width_A: float) -> np.ndarray:
-    """Grow a binary mask by ``dilate_A`` and add a cosine edge of ``width_A`` outside it.
+    """Grow a binary mask and add a cosine edge outside it.
 
-    Returns (N, N, N) float32 in [0, 1]: 1 within ``dilate_A`` of the mask, 0 beyond ``dilate_A + width_A``.
+    Parameters
+    ----------
+    mask
+        (N, N, N) bool.
+    pixel_size_A
+        Of the mask.
+    dilate_A
+        By how much to grow it.
+    width_A
+        Of the edge.
+
+    Returns
+    -------
+    soft
+        (N, N, N) float32 in [0, 1]: 1 within ``dilate_A`` of the mask, 0 beyond ``dilate_A + width_A``.
     """
     if not mask.any():
         return np.zeros(mask.shape, np.float32)
@@ -112,10 +126,23 @@ def make_mask(
 
 
 def resample_mask(mask: np.ndarray, box: int, scale: float | None = None) -> np.ndarray:
-    """Bring a mask (N, N, N) to another ``box``, trilinear, in [0, 1], centre on centre.
+    """Bring a mask to another box, trilinear, centre on centre.
 
-    ``scale`` is the ratio of new to old voxel size; None keeps the extent. Fourier resampling would ring: a hard mask
-    would leave traces tens of Angstrom beyond its edge.
+    Fourier resampling would ring: a hard mask would leave traces tens of Angstrom beyond its edge.
+
+    Parameters
+    ----------
+    mask
+        (N, N, N).
+    box
+        Side of the result.
+    scale
+        Ratio of new to old voxel size; None keeps the extent.
+
+    Returns
+    -------
+    resampled
+        (box, box, box) float32 in [0, 1].
     """
     old = mask.shape[0]
     if scale is None:

@@ -22,7 +22,12 @@ def _inside_nyquist(box: int) -> np.ndarray:
 def _waves(position_px: np.ndarray, box: int, mass: np.ndarray | float = 1.0) -> np.ndarray:
     """mass * exp(-2 pi i k p / box) for k = 0 ... box/2 at (..., na) positions.
 
-    Returns (2, ..., box//2+1, na) float32, real and imaginary parts; powers are taken in double precision.
+    Powers are taken in double precision.
+
+    Returns
+    -------
+    waves
+        (2, ..., box//2+1, na) float32, real and imaginary parts.
     """
     first = np.exp(-2j * np.pi / box * position_px)
     wave = np.ones_like(first) * mass
