@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from flexlib.errors import InputError
+from flexlib.runtime import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -120,22 +121,28 @@ ALONE = Group()
 
 
 def check_processes(processes: int, device: str) -> str:
-    """The kind of device that ``processes`` ranks compute on: "cuda" or "cpu"; ``device`` may be "auto".
+    """The kind of device that the ranks compute on, "cuda" or "cpu".
+
+    Parameters
+    ----------
+    processes : int
+        Number of ranks.
+    device : str
+        As ``resolve_device`` takes it.
 
     Raises
     ------
     InputError
-        There are GPUs, but fewer than processes.
+        There are fewer GPUs than processes, or none where one is asked for.
     """
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if device == "cpu" or (device == "auto" and not gpus):
-        return "cpu"
-    if processes > max(gpus, 1):
+    kind = resolve_device(device).type
+    gpus = torch.cuda.device_count()
+    if kind == "cuda" and processes > gpus:
         raise InputError(
             f"train.processes: {processes} processes need as many GPUs, and torch sees {gpus} here: ask for more "
             "(resources: gpu), lower train.processes, or set device: cpu"
         )
-    return "cuda" if device == "auto" else device
+    return kind
 
 
 def launch(work: Callable[..., None], arguments: Sequence[Any], processes: int = 1, device: str = "auto") -> None:

@@ -9,10 +9,13 @@ from scipy import ndimage
 from training_sets import neighbour_r2, prepared
 
 from flexlib.images.batch import split_batches
+from flexlib.imaging.fourier import resample_spectrum
 from flexlib.imaging.image_transforms import plane_weight
-from flexlib.model.flex_model import FlowGenerator
-from flexlib.model.forward import CoarseView, MovingMap, fisher_information, log_likelihood_loss
+from flexlib.layout import MeshFolder, ParticlesFolder
+from flexlib.model.flow import FlowGenerator
+from flexlib.model.forward import EXACT, CoarseMap, MovingMap, Operator, fisher_information, log_likelihood_loss
 from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices
+from flexlib.train.fields import BASIS_UNIT_A, displacement_basis
 from flexlib.train.latents import (
     LatentPrior,
     friedel_halves,
@@ -23,6 +26,7 @@ from flexlib.train.latents import (
     search_latents,
 )
 from flexlib.train.score import HeldOutScore, choose_held_out
+from flexlib.train.setup import Setup, set_up
 from flexlib.train.spectral import (
     FieldForces,
     FourierSampling,
@@ -32,8 +36,6 @@ from flexlib.train.spectral import (
     spectral_start,
     suggest_dims,
 )
-from flexlib.train.start import BASIS_UNIT_A, _basis
-from flexlib.train.state import Setup, set_up
 from flexlib.workflow_support.settings import TrainSettings
 
 BOX = 64
@@ -48,12 +50,12 @@ def clamp(tmp_path_factory):
 @pytest.fixture(scope="module")
 def setup(clamp) -> Setup:
     settings = TrainSettings(latent_dims=2, validation_fraction=0.1)
-    return set_up(clamp / "particles", clamp / "mesh", settings, "cpu")
+    return set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), settings, "cpu")
 
 
 @pytest.fixture(scope="module")
 def basis(setup) -> torch.Tensor:
-    return _basis(setup)
+    return displacement_basis(setup.mesh, setup.group, setup.device)
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +196,10 @@ def deep_blob(setup) -> torch.Tensor:
     return gather_volume(torch.as_tensor(np.exp(-distance / (2 * 2.0**2)), dtype=torch.float32), setup.operator.voxels)
 
 
-def test_coarse_view_predicts_the_same_images(setup, flow, batch):
+def test_coarse_map_predicts_the_same_images(setup, flow, batch):
     """Half the box, twice the pixel: what a map without fine detail projects to is the same."""
     coarse = setup.coarse
-    assert isinstance(coarse, CoarseView)
+    assert isinstance(coarse, CoarseMap)
     smooth = deep_blob(setup)
     z = torch.full((12, 2), 0.5)
     weight = plane_weight(BOX, 10)
@@ -219,7 +221,7 @@ def test_particles_in_a_wrong_valley_are_found(setup, values):
             circle = torch.cat([torch.sin(angle), torch.cos(angle) - 1], 1) * 6.0
             return torch.einsum("bi,ivc->bvc", circle, fields)
 
-    fields = _basis(setup)[:2] / BASIS_UNIT_A
+    fields = displacement_basis(setup.mesh, setup.group, setup.device)[:2] / BASIS_UNIT_A
     weight = plane_weight(BOX, 20)
     truth = torch.linspace(-1.8, 1.8, 40)[:, None]
     batch = predicted_images(setup, Swing(), values, setup.source.batch(np.arange(40)), truth, 7)
@@ -327,6 +329,32 @@ def test_symmetry_copies_are_held_out_together():
 def test_score_of_nothing_held_out_is_not_a_number():
     score = HeldOutScore(np.zeros(0), torch.zeros(0, 2))
     assert np.isnan(score.gain) and np.isnan(score.standard_error)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_cropped_spectrum_holds_the_same_frequencies(ndim):
+    full = torch.randn((2, *(12,) * ndim), generator=torch.Generator().manual_seed(0))
+    cropped = resample_spectrum(torch.fft.rfftn(full, dim=tuple(range(1, ndim + 1))), 8, ndim)
+    expected = torch.fft.fftn(full, dim=tuple(range(1, ndim + 1)))
+    rows = torch.tensor([0, 1, 2, 3, -4, -3, -2, -1])
+    for axis in range(1, ndim + 1):
+        below_nyquist = (rows.abs() < 4).view(-1, *(1,) * (ndim - axis))
+        expected = expected.index_select(axis, rows % 12) * below_nyquist
+    torch.testing.assert_close(cropped, expected[..., :5])
+
+
+def test_an_operator_takes_its_accuracy_and_device(setup):
+    operator = Operator.on_mesh(setup.mesh, setup.mask.data > 0.5, setup.mask.pixel_size_A, "cpu", EXACT)
+    assert operator.accuracy == EXACT and operator.voxels.box == BOX
+    batch = setup.source.batch(np.arange(3))
+    values = gather_volume(setup.consensus.data, operator.voxels)
+    vertices = operator.vertices_px(batch)
+    assert torch.equal(operator.slices(values, batch), project(values, vertices, operator.voxels, "cubic", 2))
+    weight = plane_weight(BOX)
+    spectra = batch.images * (weight > 0)
+    in_images = (weight * (operator.project(values, vertices).conj() * spectra).real).double().sum()
+    in_volume = (values * operator.project_adjoint(spectra, vertices)).double().sum()
+    assert in_volume == pytest.approx(float(in_images), rel=1e-3)
 
 
 def test_scatter_and_coarse_values_keep_the_mean(setup):

@@ -17,7 +17,6 @@ import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from flexlib.images.ctf import ctf_images
 from flexlib.images.noise import Calibration, read_noise
@@ -28,16 +27,16 @@ from flexlib.imaging.image_transforms import plane_radius
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.imaging.masks import soft_edge
 from flexlib.layout import ParticlesFolder
+from flexlib.model.forward import EXACT, Operator
 from flexlib.particles import read_particles
 from flexlib.particles.star import write_star
 from flexlib.prepare.run import prepare_particles
-from flexlib.projection.op import VoxelTensors
-from flexlib.reconstruct.run import rigid_vertices, solve_map
+from flexlib.projection.op import gather_volume
+from flexlib.reconstruct.map_solver import SolverSettings, solve_map
 from flexlib.records import PreparedRecord
 from flexlib.simulate.run import simulate_particles
 from flexlib.simulate.settings import Simulation
 from flexlib.tetra.tetmesh import single_cell_mesh
-from flexlib.tetra.voxels import voxelise
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
 
 BOX = 48
@@ -90,11 +89,10 @@ def rigid_map(source, iterations=20):
     """The least-squares map inside ``ball``: (box, box, box)."""
     mask = ball(source.box, source.pixel_size_A)
     mesh = single_cell_mesh(source.box * source.pixel_size_A)
-    mesh_voxels = voxelise(mesh, mask > 1e-3, source.pixel_size_A)
-    voxels = VoxelTensors.from_mesh_voxels(mesh_voxels)
-    mask_values = torch.from_numpy(mask.reshape(-1)[mesh_voxels.index])
-    vertices = rigid_vertices(mesh, "cpu")
-    return solve_map(source, np.arange(len(source)), voxels, vertices, mask_values, iterations)[0].numpy()
+    operator = Operator.on_mesh(mesh, mask > 1e-3, source.pixel_size_A, accuracy=EXACT)
+    settings = SolverSettings(max_iterations=iterations)
+    rows, mask_values = np.arange(len(source)), gather_volume(mask, operator.voxels)
+    return solve_map(source, rows, operator, mask_values=mask_values, settings=settings)[0].numpy()
 
 
 def ball(box=BOX, pixel_size_A=PIXEL_SIZE_A):

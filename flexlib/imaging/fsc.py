@@ -99,17 +99,28 @@ def predicted_truth_fsc(half_map_fsc: np.ndarray) -> np.ndarray:
     return np.sqrt(2.0 * h / (1.0 + h))
 
 
-def resolution_at(curve: np.ndarray, threshold: float, box: int, pixel_size_A: float) -> float:
+def resolution_at(curve: np.ndarray, threshold: float, box: int, pixel_size_A: float, first_shell: int = 0) -> float:
     """Resolution in A at which an FSC curve first falls below ``threshold``, linear between shells.
 
-    Parameters: ``curve`` (N//2,) of maps with ``box`` N. A curve that never falls gives the last shell's resolution.
+    Parameters
+    ----------
+    curve
+        (N//2,) of maps with ``box`` N. A curve that never falls gives the last shell's resolution.
+    threshold
+        FSC.
+    box, pixel_size_A
+        Of the maps.
+    first_shell
+        0 or 1, the first that the interpolation may use. Shell 0, the mean density, says that a whole map agrees; in a
+        small window it says nothing, and a curve that is low from shell 1 on has that shell's resolution.
     """
     below = np.flatnonzero(np.asarray(curve)[1:] < threshold)
     if below.size == 0:
         return box * pixel_size_A / (len(curve) - 1)
     last = int(below[0]) + 1  # first shell below
     high, low = float(curve[last - 1]), float(curve[last])
-    shell = last - 1 + (high - threshold) / (high - low) if high > low else float(last)
+    between = last > first_shell and high > low
+    shell = last - 1 + (high - threshold) / (high - low) if between else float(last)
     return box * pixel_size_A / shell if shell > 0 else float("inf")
 
 

@@ -20,10 +20,10 @@ from flexlib.images.noise import Calibration
 from flexlib.images.sources import FullImages
 from flexlib.images.stack import Stacks
 from flexlib.imaging.fourier import shell_radius, shell_sums
+from flexlib.model.forward import STATISTICS, Operator
 from flexlib.particles.table import Particles
-from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
+from flexlib.projection.op import gather_volume
 from flexlib.tetra.tetmesh import single_cell_mesh
-from flexlib.tetra.voxels import voxelise
 
 log = logging.getLogger(__name__)
 
@@ -144,15 +144,13 @@ def compare_with_consensus(source: FullImages, density: np.ndarray, mask: np.nda
     """
     box = source.box
     mesh = single_cell_mesh(box * source.pixel_size_A)
-    voxels = VoxelTensors.from_mesh_voxels(voxelise(mesh, mask, source.pixel_size_A))
-    vertices_A = torch.as_tensor(mesh.vertices_A, dtype=torch.float32)
-    values = gather_volume(np.ascontiguousarray(density, np.float32), voxels)
+    operator = Operator.on_mesh(mesh, mask, source.pixel_size_A, accuracy=STATISTICS)
+    values = gather_volume(np.ascontiguousarray(density, np.float32), operator.voxels)
     parts: list[tuple[np.ndarray, ...]] = []
     step = max(1, CHUNK_PIXELS // box**2)
     for start in tqdm(range(0, len(rows), step), desc="noise and scale", unit="chunk", disable=None):
         batch = source.batch(rows[start : start + step])
-        vertices = view_vertices(vertices_A, batch.rotation, batch.origin_px, source.pixel_size_A)
-        projected = project(values, vertices, voxels, "cubic")
+        projected = operator.slices(values, batch)
         predicted = projected * batch.transfer
         crosses = [_plane_sums((batch.images * predicted.conj()).real)]
         if batch.transfer.is_complex():

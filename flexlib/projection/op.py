@@ -239,6 +239,40 @@ def spectrum_to_images(spectra: torch.Tensor, grid: int, taps: int) -> torch.Ten
     return _in_parts(transform, spectra, grid)
 
 
+def project_adjoint(
+    spectra: torch.Tensor,
+    vertices_px: torch.Tensor,
+    voxels: VoxelTensors,
+    kernel: str = "cubic",
+    oversampling: int = 1,
+) -> torch.Tensor:
+    """Adjoint of ``project`` for the inner product of the full Fourier plane.
+
+    Parameters
+    ----------
+    spectra : (b, box, box//2+1) complex transforms of real images, zero for |k| >= box/2.
+    vertices_px, voxels, kernel, oversampling : as for ``project``.
+
+    Returns
+    -------
+    (nvox,): ``Re sum_i sum_k spectra_ik exp(+2 pi i k . p_ij / box)``, k over the full plane.
+    """
+    taps = KERNELS[kernel]
+    images = spectrum_to_images(spectra, voxels.box * oversampling, taps)
+    density, _ = splat_voxels_adjoint(
+        images.contiguous(),
+        voxels.bary.new_zeros(len(voxels.index)),
+        vertices_px * oversampling,
+        voxels.cells,
+        voxels.cell,
+        voxels.bary,
+        taps,
+        need_values=True,
+        need_vertices=False,
+    )
+    return density
+
+
 def _in_parts(transform: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, grid: int) -> torch.Tensor:
     """``transform`` of a batch, on the CPU of a part at a time; ``grid`` the side of the images it comes from or to."""
     at_once = len(batch)

@@ -10,15 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from flexlib.imaging.fourier import shell_number
 from flexlib.projection.op import VoxelTensors, gather_volume, scatter_volume
-
-
-def shell_index(box: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """(box, box, box//2+1) int64: the shell (rounded radius) of each Fourier voxel in rfftn layout."""
-    frequency = torch.fft.fftfreq(box, 1.0 / box, device=device)
-    half = torch.arange(box // 2 + 1, device=device, dtype=frequency.dtype)
-    radius = (frequency[:, None, None] ** 2 + frequency[None, :, None] ** 2 + half[None, None, :] ** 2).sqrt()
-    return radius.round().long()
 
 
 def shell_mean(volume_spectrum: torch.Tensor, shells: torch.Tensor) -> torch.Tensor:
@@ -44,7 +37,7 @@ class CanonicalMap:
         self.mask_values = gather_volume(soft_mask, voxels).float()
         self.values = gather_volume(volume, voxels).float() * self.mask_values
         box = voxels.box
-        self.shells = shell_index(box, volume.device)
+        self.shells = torch.as_tensor(shell_number(box), device=volume.device)
         spectrum = torch.fft.rfftn(scatter_volume(self.values, voxels))
         signal = shell_mean(spectrum, self.shells)
         shell = torch.arange(len(signal), device=volume.device, dtype=torch.float32)
@@ -71,6 +64,14 @@ class CanonicalMap:
         change = of_prior.mul_(self.prior).add_(of_data).mul_(self.newton * (self.shells <= band))
         change = torch.fft.irfftn(change, s=(box,) * 3)
         self.values = self.values - rate * self.mask_values * gather_volume(change, self.voxels)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What changes."""
+        return {"values": self.values}
+
+    def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.values = saved["values"]
 
     def volume(self) -> np.ndarray:
         """(box, box, box) float32, zero outside the mask."""

@@ -10,7 +10,8 @@ the identity, directions whose variance stands above the noise edge are motion; 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from flexlib.distributed import ALONE, Group
 from flexlib.images.batch import ImageBatch
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import Operator
-from flexlib.projection.op import project, scatter_volume, view_vertices
+from flexlib.projection.op import scatter_volume
 
 _UNSEEN = 1e-6  # of the largest information: fields that images see less are left out, not blown up by the whitening
 _CHUNK = 65536  # particles, or numbers of a field's transform, that are in double precision at one time
@@ -42,6 +43,17 @@ class SpectralStart:
     suggested_dims: int  # see ``suggest_dims``
     latents: np.ndarray  # (n, K) float32, unit variance
     directions: np.ndarray  # (K, m) float32 coefficients of the fields per unit latent
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All fields as tensors on the CPU."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: torch.as_tensor(v.copy() if isinstance(v, np.ndarray) else v) for name, v in own.items()}
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, torch.Tensor]) -> SpectralStart:
+        """The inverse of ``state_dict``."""
+        own: dict[str, Any] = {name: v.item() if v.ndim == 0 else v.cpu().numpy() for name, v in saved.items()}
+        return cls(**own)
 
 
 def suggest_dims(eigenvalues: np.ndarray, noise_edge: float, most: int = 10) -> int:
@@ -93,12 +105,12 @@ def measure_forces(
     return FieldForces(force, group.from_first(lambda: mean_information(operator, values, basis_A, sampling)))
 
 
-def _batch_forces(operator, values, batch, basis_A, weight) -> torch.Tensor:
+def _batch_forces(
+    operator: Operator, values: torch.Tensor, batch: ImageBatch, basis_A: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """(b, m) forces of one batch."""
-    vertices = view_vertices(operator.vertices_A, batch.rotation, batch.origin_px, operator.pixel_size_A)
-    vertices = vertices.detach().requires_grad_()
-    slices = project(values, vertices, operator.voxels, operator.kernel, operator.oversampling)
-    predicted = batch.transfer * slices
+    vertices = operator.vertices_px(batch).detach().requires_grad_()
+    predicted = batch.transfer * operator.project(values, vertices)
     residual = (batch.images - predicted).detach()
     (gradient,) = torch.autograd.grad(
         (weight * (residual.real * predicted.real + residual.imag * predicted.imag)).sum(), vertices
