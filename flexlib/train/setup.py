@@ -135,8 +135,7 @@ def set_up(
     source = open_training_images(particles.path)
     consensus, mask = read_map(particles.consensus), read_map(particles.mask)
     mesh = read_mesh(mesh_folder.mesh)
-    rigid_mesh = single_cell_mesh(source.box * source.pixel_size_A)
-    inside = inside_mask(mask.data, TRAINING_FLOOR)
+    rigid_mesh, inside = single_cell_mesh(source.box * source.pixel_size_A), inside_mask(mask.data, TRAINING_FLOOR)
     flexible = Operator.on_mesh(mesh, inside, source.pixel_size_A, chosen, accuracy)
     density = torch.as_tensor(consensus.data * mask.data, dtype=torch.float32, device=chosen)
     training_rows, validation_rows = choose_held_out(
