@@ -55,6 +55,29 @@ def share_threads_with_numba() -> None:
         torch.set_num_threads(threads)
 
 
+def resolve_device(device: str) -> torch.device:
+    """The device that a setting names.
+
+    Parameters
+    ----------
+    device
+        As torch spells it, or "auto": a GPU where torch sees one, otherwise the CPU.
+
+    Raises
+    ------
+    InputError
+        A GPU is asked for and torch sees none.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if available else "cpu"
+    if device.startswith("cuda") and not available:
+        raise InputError("device: cuda, but torch sees no GPU here: ask for one (resources: gpu) or set device: auto")
+    return torch.device(device)
+
+
 @cache
 def has_triton() -> bool:
     """Whether Triton, which torch brings along with CUDA on Linux, is installed; warns once where it is not."""

@@ -9,7 +9,7 @@ exact.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def _prepare(inputs: _Inputs, folder: ParticlesFolder, settings: PrepareSettings
         train_pixel_size_A=pixel_size_A * crop_box / train_box,
         optics_groups=_optics_records(full, image_scale),
         settings=asdict(settings),
-        mask_settings=asdict(mask_settings),
+        mask_settings={item.name: getattr(mask_settings, item.name) for item in fields(MaskSettings)},
     )
     record.write(folder.record)
 

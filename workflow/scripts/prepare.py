@@ -3,8 +3,8 @@
 from _common import folder, optional, run_stage, use_torch_threads
 
 
-def prepare(snakemake):
-    from flexlib.prepare.run import prepare_particles
+def run(snakemake):
+    from flexlib.prepare import prepare_particles
     from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, make_settings
 
     use_torch_threads(snakemake)
@@ -20,4 +20,4 @@ def prepare(snakemake):
     )
 
 
-run_stage(prepare, snakemake)
+run_stage(run, snakemake)
