@@ -4,8 +4,8 @@
 
 The images are one noisy projection set repeated, so that making them is cheap. Memory is the largest resident anonymous
 memory (Linux's ``RssAnon``, read every 5 ms): pages of memory-mapped stacks are left out, for the kernel keeps those
-until the memory is wanted for something else. What it is after the imports is reported too: what comes on top must not
-grow with the number of particles, but for the metadata's rows.
+until the memory is wanted for something else. What it is after the imports is told too: what comes on top must not grow
+with the number of particles, but for the metadata's rows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 
-from flexlib.images.sources import ImageStackWriter
+from flexlib.images.stack import ImageStackWriter
 from flexlib.particles.star import read_tables
 from flexlib.particles.star_write import write_star
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 
 _MEASURE = """
 import sys, threading, time
@@ -60,7 +61,7 @@ print(before, peak, time.perf_counter() - start)
 def make_particles(folder: Path, count: int, box: int, distinct: int = 500) -> None:
     """``count`` particles in one stack, of which ``distinct`` differ."""
     simulated = simulate_particles(
-        folder, phantom="rigid", num_particles=distinct, box=box, pixel_size_A=256 / box, snr=0.5
+        folder, Simulation(phantom="rigid", num_particles=distinct, box=box, pixel_size_A=256 / box, snr=0.5)
     )
     tables = read_tables(simulated.particles_star)
     rows = np.arange(count) % distinct

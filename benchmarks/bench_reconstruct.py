@@ -36,6 +36,7 @@ def measure(
 
     import torch
 
+    from flexlib.images.noise import Calibration
     from flexlib.images.sources import FullImages
     from flexlib.images.stack import open_stacks
     from flexlib.imaging.masks import soft_edge
@@ -67,7 +68,8 @@ def measure(
     voxels, mask_values = operator.voxels, gather_volume(mask, operator.voxels)
     stacks, particles = open_stacks(_particles(folder / "noise.mrcs", count, box))
     sigma = np.ones((1, box // 2))
-    source = FullImages(stacks, particles, box, PIXEL_SIZE_A, np.ones(1), sigma, box, PIXEL_SIZE_A)
+    measured = Calibration(np.ones(1), sigma, box, PIXEL_SIZE_A)
+    source = FullImages(stacks, particles, box=box, pixel_size_A=PIXEL_SIZE_A, calibration=measured)
     rows = np.flatnonzero(source.half_set == 0)[:part]
     warm = np.flatnonzero(source.half_set == 1)[:8]
     accumulate_normal_equations(source, warm, operator, moved, mask_values).hessian(

@@ -18,7 +18,7 @@ from flexlib.particles.star_write import write_star
 from flexlib.records import OpticsRecord, PreparedRecord, ResolutionRecord, ValidationRecord
 from flexlib.report import write_report
 from flexlib.simulate.phantoms import Phantom, make_phantom
-from flexlib.simulate.run import atoms_to_map
+from flexlib.simulate.signal import atoms_to_map
 from flexlib.workflow_support.points import SweepPoint
 from flexlib.workflow_support.settings import MeshSettings
 from flexlib.workflow_support.sweep import write_sweep_table

@@ -11,9 +11,10 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.files import read_json
-from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.images.batch import ImageBatch
 from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import fsc
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import read_map
 from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh
@@ -27,7 +28,7 @@ from flexlib.reconstruct.normal_equations import accumulate_normal_equations
 from flexlib.reconstruct.run import reconstruct, warn_if_stopped
 from flexlib.tetra.tetmesh import single_cell_mesh
 from flexlib.tetra.voxels import voxelise
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, ReconstructSettings
+from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, ReconstructSettings
 
 BOX = 24
 PIXEL_SIZE_A = 3.0
@@ -387,10 +388,11 @@ def test_fsc_of_pure_noise_in_a_mask_is_corrected_to_zero():
 def test_stage_writes_half_maps_in_the_consensus_units(tmp_path, caplog):
     from flexlib.prepare.run import prepare_particles
     from flexlib.simulate.run import simulate_particles
+    from flexlib.simulate.settings import Simulation
 
     box, pixel_size_A = 32, 8.0
     truth = simulate_particles(
-        tmp_path / "data", phantom="antibody", num_particles=400, box=box, pixel_size_A=pixel_size_A, snr=1.0
+        tmp_path / "data", Simulation(num_particles=400, box=box, pixel_size_A=pixel_size_A, snr=1.0)
     )
     particles, train, out = tmp_path / "particles", tmp_path / "train", tmp_path / "out"
     prepare_particles(
@@ -398,7 +400,7 @@ def test_stage_writes_half_maps_in_the_consensus_units(tmp_path, caplog):
         truth.consensus,
         particles,
         settings=PrepareSettings(train_box=box),
-        mask_settings=MeshSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
+        mask_settings=MaskSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
     )
     mask = read_map(particles / "full" / "mask.mrc")
     mesh = bcc_mesh(mask.data > 0, pixel_size_A, 60.0)

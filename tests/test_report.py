@@ -24,7 +24,8 @@ import flexlib
 from flexlib.layout import RunFolder
 from flexlib.model.flex_model import FlexModel, FlowGenerator
 from flexlib.model.motion import rms_displacement_A
-from flexlib.particles.star import read_tables, write_star
+from flexlib.particles.star import read_tables
+from flexlib.particles.star_write import write_star
 from flexlib.records import PreparedRecord, ResolutionRecord, ValidationRecord
 from flexlib.render.surface import isosurface, quarter_turn, render_surface
 from flexlib.report import facts, morph, sections, sentences, sweep_plots, write_report, write_summary_figure

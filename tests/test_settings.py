@@ -1,6 +1,5 @@
 """The config: schema and settings say the same, mistakes are reported in one line, numbers are numbers."""
 
-import inspect
 import json
 import re
 import tomllib
@@ -14,7 +13,7 @@ import yaml
 
 from flexlib.errors import InputError
 from flexlib.imaging.maps import write_map
-from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.workflow_support.checks import check_config, check_maps, check_paths
 from flexlib.workflow_support.gpus import gpu_complaint
 from flexlib.workflow_support.schema import made_files
@@ -70,8 +69,8 @@ def test_filled_defaults_make_the_default_settings():
 
 
 def test_simulation_defaults_are_the_simulators():
-    parameters = inspect.signature(simulate_particles).parameters
-    assert {item.name: parameters[item.name].default for item in fields(SimulateSettings)} == asdict(SimulateSettings())
+    everything = asdict(Simulation())
+    assert {item.name: everything[item.name] for item in fields(SimulateSettings)} == asdict(SimulateSettings())
 
 
 def test_every_key_is_documented_as_the_schema_says():

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexlib.images.batch import ImageBatch, fourier_resample
-from flexlib.imaging.fourier import crop_spectrum, shell_number
+from flexlib.images.batch import ImageBatch
+from flexlib.imaging.fourier import resample_spectrum, shell_number
+from flexlib.imaging.image_transforms import fourier_resample
 from flexlib.projection.op import (
     VoxelTensors,
     gather_volume,
@@ -165,7 +166,7 @@ class CoarseMap:
     def values(self, values: torch.Tensor) -> torch.Tensor:
         """The map's values (nvox,) at the coarse voxels: its Fourier transform, cropped."""
         box = self.operator.voxels.box
-        spectrum = crop_spectrum(torch.fft.rfftn(scatter_volume(values, self.fine)), box) * self._inside
+        spectrum = resample_spectrum(torch.fft.rfftn(scatter_volume(values, self.fine)), box) * self._inside
         return gather_volume(torch.fft.irfftn(spectrum, s=(box,) * 3) / 8.0, self.operator.voxels)
 
     def batch(self, batch: ImageBatch) -> ImageBatch:

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from flexlib.distributed import ALONE, Group
-from flexlib.images.batch import ImageBatch, ImageSource, plane_weight, read_ahead, split_batches
+from flexlib.images.batch import ImageBatch, ImageSource, read_ahead, split_batches
 from flexlib.imaging.fourier import shell_counts, shell_number
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import Operator
 from flexlib.projection.op import scatter_volume
 

@@ -26,6 +26,7 @@ from flexlib.images.batch import ImageSource
 from flexlib.images.cache import cached_images
 from flexlib.images.sources import open_full_images
 from flexlib.imaging.maps import Map, read_map, write_map
+from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.layout import ParticlesFolder, ReconstructFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import EXACT, Operator
@@ -41,7 +42,6 @@ from flexlib.workflow_support.settings import ReconstructSettings
 
 logger = logging.getLogger(__name__)
 
-MASK_FLOOR = 1e-3  # voxels below it are left out
 LOCAL_PERCENTILES = (5, 50, 95)  # of the local resolution, in the record
 
 
@@ -111,7 +111,7 @@ def _reconstruct(
     model = FlexModel.load(train.path, chosen)
     _check_input(source, mask, model, particles, train)
 
-    inside = mask.data > MASK_FLOOR
+    inside = inside_mask(mask.data, FULL_FLOOR)
     flexible_voxels = voxelise(model.mesh, inside, source.pixel_size_A)
     kinds = [_Kind("flex", model.mesh, flexible_voxels, flow_displacements(model))]
     if settings.rigid_baseline:

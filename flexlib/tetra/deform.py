@@ -15,10 +15,10 @@ import numpy as np
 from numba import njit, prange
 from scipy import fft, ndimage
 
+from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
 from flexlib.tetra.voxels import voxelise
 
-MASK_FLOOR = 1e-3  # voxels below it do not move
 _OVERSAMPLING = 2
 _CHUNK = 32  # planes transformed at a time
 
@@ -83,7 +83,7 @@ class VolumeDeformer:
 
     def __init__(self, volume: np.ndarray, pixel_size_A: float, mask: np.ndarray, mesh: TetraMesh) -> None:
         """See ``deform_volume``."""
-        share = np.where(mask > MASK_FLOOR, mask, 0).astype(np.float32)
+        share = np.where(inside_mask(mask, FULL_FLOOR), mask, 0).astype(np.float32)
         voxels = voxelise(mesh, share > 0, pixel_size_A)
         moving = share * volume
         home = np.stack(np.unravel_index(voxels.index, volume.shape)[::-1], axis=1)

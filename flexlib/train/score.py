@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from flexlib.distributed import ALONE, Group
-from flexlib.images.batch import ImageSource, plane_weight, read_ahead, split_batches
+from flexlib.images.batch import ImageSource, read_ahead, split_batches
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import MovingMap, Operator, log_likelihood_loss
 from flexlib.train.latents import LatentPrior, friedel_halves, infer_everywhere, infer_latents
 

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
 from flexlib.projection.op import gather_volume
 from flexlib.tetra.deform import deform_volume
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.train.gauge import rigid_part
 from flexlib.train.map_pass import map_pass
-from flexlib.train.setup import MASK_FLOOR, Setup
+from flexlib.train.setup import Setup
 from flexlib.train.state import State
 
 SETTLING_STEPS = (4.0, 1.2, 0.4)  # Newton steps of the map in the passes after its shape has been settled
@@ -29,7 +30,7 @@ def settle_shape(setup: Setup, state: State) -> None:
     arm is shorter than the arm.) The map is carried along, and refined where it came to lie.
     """
     removed_A = _take_out_mean_shape(setup, state)
-    inside = (setup.mask.data > MASK_FLOOR).astype(np.float32)
+    inside = inside_mask(setup.mask.data, TRAINING_FLOOR).astype(np.float32)
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)

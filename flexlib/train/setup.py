@@ -10,9 +10,11 @@ import torch
 
 from flexlib.distributed import ALONE, Group
 from flexlib.errors import InputError
-from flexlib.images.batch import plane_weight, split_batches
+from flexlib.images.batch import split_batches
 from flexlib.images.sources import TrainingImages, open_training_images
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import Map, read_map
+from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
 from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.model.forward import TRAINING, Accuracy, CoarseMap, Operator
 from flexlib.projection.op import VoxelTensors, gather_volume
@@ -28,7 +30,6 @@ from flexlib.workflow_support.settings import TrainSettings
 RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
 COARSE_BOX = 64  # training boxes from here on have a coarse map too
 BATCH_SIZE = 200  # rows of a mini-batch, at most
-MASK_FLOOR = 0.01  # voxels where the soft mask is below it are no part of the map
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def set_up(
     source = open_training_images(particles.path)
     consensus, mask = read_map(particles.consensus), read_map(particles.mask)
     mesh = read_mesh(mesh_folder.mesh)
-    rigid_mesh, inside = single_cell_mesh(source.box * source.pixel_size_A), mask.data > MASK_FLOOR
+    rigid_mesh, inside = single_cell_mesh(source.box * source.pixel_size_A), inside_mask(mask.data, TRAINING_FLOOR)
     flexible = Operator.on_mesh(mesh, inside, source.pixel_size_A, chosen, accuracy)
     density = torch.as_tensor(consensus.data * mask.data, dtype=torch.float32, device=chosen)
     training_rows, validation_rows = choose_held_out(

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from flexlib.distributed import ALONE, Group
-from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.images.batch import ImageBatch
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import Operator
 from flexlib.projection.op import scatter_volume
 
