@@ -86,7 +86,7 @@ def measure_forces(
     weight = plane_weight(box, band).to(values.device)
     force = np.empty((num_particles, len(basis_A)), np.float32)
     sampling = FourierSampling(box, band)
-    every = max(1, num_particles // 2000)  # a few thousand views tell how Fourier space is sampled
+    every = max(1, num_particles // 2000)  # a few thousand views show how Fourier space is sampled
     mine = group.part(num_particles)
     first = mine.start
     for batch in batches:
