@@ -18,6 +18,7 @@ import torch
 
 from flexlib.distributed import ALONE, Group
 from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.imaging.fourier import wavenumbers
 from flexlib.model.forward import Operator
 from flexlib.projection.op import scatter_volume
 
@@ -168,8 +169,8 @@ def mean_information(
     seen = sampling.mean().to(values.device)
     where = torch.nonzero(seen.flatten() > 0)[:, 0]
     root = seen.flatten()[where].sqrt().float()
-    axes = [torch.fft.fftfreq(box, 1.0 / box), torch.fft.fftfreq(box, 1.0 / box), torch.arange(box // 2 + 1)]
-    grid = torch.meshgrid(*[axis.float().to(values.device) for axis in axes], indexing="ij")
+    axes = [torch.from_numpy(wavenumbers(box))] * 2 + [torch.arange(box // 2 + 1, dtype=torch.float32)]
+    grid = torch.meshgrid(*[axis.to(values.device) for axis in axes], indexing="ij")
     frequency = [part.flatten()[where] for part in reversed(grid)]  # x, y, z
     changes = torch.empty((len(basis_A), len(where), 2), device=values.device)
     corners = voxels.cells.long()[voxels.cell.long()]
