@@ -1,7 +1,7 @@
 """The canonical map during training: a preconditioned stochastic Newton step on the masked voxels.
 
 For fixed motion the map is a linear least-squares problem whose Hessian is nearly diagonal in Fourier space:
-n particles with mean squared transfer T2(k) hit each 3D Fourier coefficient of shell k about n T2(k) / (2 k) times.
+n rows with mean squared transfer T2(k) hit each 3D Fourier coefficient of shell k about n T2(k) / (2 k) times.
 Dividing by that makes a step of rate 1 nearly the exact solution, so the rate is a plain averaging weight.
 """
 
@@ -30,9 +30,20 @@ class CanonicalMap:
         soft_mask: torch.Tensor,
         voxels: VoxelTensors,
         mean_transfer2: torch.Tensor,
-        num_particles: int,
+        num_rows: int,
     ):
-        """``volume`` and ``soft_mask`` (box, box, box); ``mean_transfer2`` (box//2,) mean squared transfer a shell."""
+        """
+        Parameters
+        ----------
+        volume, soft_mask
+            (box, box, box) density and mask.
+        voxels
+            That the map has values at.
+        mean_transfer2
+            (box//2,) mean squared transfer of each shell.
+        num_rows
+            Rows that the map is learnt from.
+        """
         self.voxels = voxels
         self.mask_values = gather_volume(soft_mask, voxels).float()
         self.values = gather_volume(volume, voxels).float() * self.mask_values
@@ -43,7 +54,7 @@ class CanonicalMap:
         shell = torch.arange(len(signal), device=volume.device, dtype=torch.float32)
         transfer2 = torch.zeros_like(signal)
         transfer2[: box // 2] = mean_transfer2.to(signal)
-        self.hits = num_particles * transfer2 / (2.0 * shell.clamp(min=0.5))
+        self.hits = num_rows * transfer2 / (2.0 * shell.clamp(min=0.5))
         # prior: the consensus' own power, never stronger than the data (a consensus may have been filtered)
         prior = torch.minimum(1.0 / signal.clamp(min=1e-30), self.hits)
         self.prior = prior[self.shells]
@@ -53,8 +64,16 @@ class CanonicalMap:
     def step(self, gradient: torch.Tensor, fraction: float, rate: float, band: float) -> None:
         """Move by ``-rate`` Newton steps.
 
-        ``gradient`` (nvox,): of the summed loss of a batch, by ``values``; ``fraction``: the batch's share of the
-        particles; ``band``: shells above it are left alone.
+        Parameters
+        ----------
+        gradient
+            (nvox,) of the summed loss of a mini-batch, by ``values``.
+        fraction
+            The mini-batch's share of the rows.
+        rate
+            Newton steps.
+        band
+            Shells above it are left alone.
         """
         box = self.voxels.box
         fields = torch.stack([gradient * self.mask_values / (fraction * box**3), self.values])

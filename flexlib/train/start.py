@@ -187,7 +187,10 @@ def new_state(
 def _continue_from(setup: Setup, state: State, train_dir: Path) -> None:
     """Start from the flow and the map of a trained sweep point; its latents have been read already.
 
-    Raises InputError where its mesh, latent dims or network differ.
+    Raises
+    ------
+    InputError
+        Its mesh, latent dims or network differ.
     """
     model = FlexModel.load(train_dir)
     settings = setup.settings
