@@ -22,7 +22,19 @@ def shell_mean(volume_spectrum: torch.Tensor, shells: torch.Tensor) -> torch.Ten
 
 
 class CanonicalMap:
-    """Masked map ``values`` (nvox,) = soft mask x density, improved by gradients of mini-batches."""
+    """Masked map ``values`` (nvox,) = soft mask x density, improved by gradients of mini-batches.
+
+    Parameters
+    ----------
+    volume, soft_mask
+        (box, box, box) density and mask.
+    voxels
+        That the map has values at.
+    mean_transfer2
+        (box//2,) mean squared transfer of each shell.
+    num_rows
+        Rows that the map is learnt from.
+    """
 
     def __init__(
         self,
@@ -32,18 +44,6 @@ class CanonicalMap:
         mean_transfer2: torch.Tensor,
         num_rows: int,
     ):
-        """
-        Parameters
-        ----------
-        volume, soft_mask
-            (box, box, box) density and mask.
-        voxels
-            That the map has values at.
-        mean_transfer2
-            (box//2,) mean squared transfer of each shell.
-        num_rows
-            Rows that the map is learnt from.
-        """
         self.voxels = voxels
         self.mask_values = gather_volume(soft_mask, voxels).float()
         self.values = gather_volume(volume, voxels).float() * self.mask_values
