@@ -10,15 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flexlib.imaging.fourier import shell_number
+from flexlib.imaging.fourier import shell_means, shell_number
 from flexlib.projection.op import VoxelTensors, gather_volume, scatter_volume
-
-
-def shell_mean(volume_spectrum: torch.Tensor, shells: torch.Tensor) -> torch.Tensor:
-    """Mean of |F|^2 over each shell, (max shell + 1,)."""
-    power = (volume_spectrum.real**2 + volume_spectrum.imag**2).flatten()
-    sums = torch.bincount(shells.flatten(), power.double())
-    return (sums / torch.bincount(shells.flatten()).clamp(min=1)).float()
 
 
 class CanonicalMap:
@@ -50,16 +43,19 @@ class CanonicalMap:
         box = voxels.box
         self.shells = torch.as_tensor(shell_number(box), device=volume.device)
         spectrum = torch.fft.rfftn(scatter_volume(self.values, voxels))
-        signal = shell_mean(spectrum, self.shells)
-        shell = torch.arange(len(signal), device=volume.device, dtype=torch.float32)
-        transfer2 = torch.zeros_like(signal)
-        transfer2[: box // 2] = mean_transfer2.to(signal)
-        self.hits = num_rows * transfer2 / (2.0 * shell.clamp(min=0.5))
+        signal = shell_means(spectrum.real**2 + spectrum.imag**2).float()
+        shell = torch.arange(box // 2, device=volume.device, dtype=torch.float32)
+        hits = num_rows * mean_transfer2.to(signal) / (2.0 * shell.clamp(min=0.5))
         # prior: the consensus' own power, never stronger than the data (a consensus may have been filtered)
-        prior = torch.minimum(1.0 / signal.clamp(min=1e-30), self.hits)
-        self.prior = prior[self.shells]
-        hessian = (self.hits + prior)[self.shells]
+        prior = torch.minimum(1.0 / signal.clamp(min=1e-30), hits)
+        self.prior = self._at_voxels(prior)
+        hessian = self._at_voxels(hits + prior)
         self.newton = torch.where(hessian > 0, 1 / hessian.clamp(min=1e-30), 0)
+
+    def _at_voxels(self, of_shells: torch.Tensor) -> torch.Tensor:
+        """(box, box, box//2+1) from a value for each shell (box//2,); zero in the corners, which no image sees."""
+        corner = len(of_shells)
+        return torch.cat([of_shells, of_shells.new_zeros(1)])[self.shells.clamp(max=corner)]
 
     def step(self, gradient: torch.Tensor, fraction: float, rate: float, band: float) -> None:
         """Move by ``-rate`` Newton steps.

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from flexlib.errors import InputError
-from flexlib.images.batch import read_ahead, shell_radius, split_batches
+from flexlib.images.batch import read_ahead, split_batches
+from flexlib.imaging.fourier import shell_means
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
@@ -135,13 +136,11 @@ def mean_transfer2(setup: Setup) -> torch.Tensor:
     """(box//2,) mean |transfer|^2 a shell, over a sample of the particles."""
     box = setup.source.box
     sample = setup.training_rows[:: max(1, len(setup.training_rows) // 1000)]
-    shell = shell_radius(box).round().long().flatten()
-    power = torch.zeros(box * (box // 2 + 1), dtype=torch.float64)
+    power = torch.zeros((box, box // 2 + 1), dtype=torch.float64)
     for rows in split_batches(setup.group.share(sample), 100):
-        power += setup.source.transfer(rows).abs().square().sum(0).flatten().double()
+        power += setup.source.transfer(rows).abs().square().sum(0).double()
     setup.group.add(power)
-    mean = torch.bincount(shell, power) / torch.bincount(shell).clamp(min=1) / len(sample)
-    return mean[: box // 2].float().to(setup.device)
+    return (shell_means(power, 2) / len(sample)).float().to(setup.device)
 
 
 def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
