@@ -1,6 +1,7 @@
 """Latents of single particles and the spectral start, against finite differences, Monte Carlo and known truth."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from flexlib.train.latents import (
     learn_curvature,
     search_latents,
 )
-from flexlib.train.score import HeldOutScore, choose_held_out
+from flexlib.train.score import HeldOutScore, RigidModel, choose_held_out, score_held_out
 from flexlib.train.setup import Setup, set_up
 from flexlib.train.spectral import (
     FieldForces,
@@ -82,8 +83,6 @@ def batch(setup):
 
 def predicted_images(setup, flow, values, batch, latents, seed):
     """The batch with images that the model itself makes at ``latents``, with white noise."""
-    from dataclasses import replace
-
     torch.manual_seed(seed)
     with torch.no_grad():
         clean = batch.transfer * setup.operator.slices(values, batch, flow(latents))
@@ -212,8 +211,8 @@ def test_coarse_map_predicts_the_same_images(setup, flow, batch):
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_particles_in_a_wrong_valley_are_found(setup, values):
-    """A motion that comes back on itself makes several valleys; the search ends in the deepest one."""
+def test_particles_in_a_wrong_local_minimum_are_found(setup, values):
+    """A motion that comes back on itself makes several local minima; the search ends in the lowest one."""
 
     class Swing(torch.nn.Module):
         def forward(self, z):
@@ -274,7 +273,7 @@ def test_noise_covariance_of_the_forces_is_the_models(setup, values, basis):
 
 def test_spectral_start_sees_the_motion_before_any_training(setup, values, basis, clamp):
     batches = [setup.source.batch(rows) for rows in split_batches(np.arange(300), 100)]
-    forces = measure_forces(setup.operator, values, batches, 300, basis, setup.band(0))
+    forces = measure_forces(setup.operator, values, batches, 300, basis, setup.schedule.band(0))
     spectrum = spectral_start(forces, 1, np.ones(len(basis)))
     truth = np.load(clamp / "sim/truth.npz")["angles_rad"][:, 0]
     assert neighbour_r2(spectrum.latents, truth) > 0.5
@@ -327,8 +326,23 @@ def test_symmetry_copies_are_held_out_together():
 
 
 def test_score_of_nothing_held_out_is_not_a_number():
-    score = HeldOutScore(np.zeros(0), torch.zeros(0, 2))
+    score = HeldOutScore(gains=np.zeros(0), rows=np.zeros(0, int), latents=torch.zeros(0, 2))
     assert np.isnan(score.gain) and np.isnan(score.standard_error)
+
+
+def test_symmetry_copies_change_neither_the_score_nor_its_error(setup, flow, values):
+    """Every row twice, at the same latents: a particle counts once, whatever the number of its rows."""
+    model = MovingMap(setup.operator, flow, values)
+    rigid = RigidModel(setup.rigid, gather_volume(setup.consensus.data * setup.mask.data, setup.rigid.voxels))
+    once, start = setup.held_out(), torch.randn(30, 2, generator=torch.Generator().manual_seed(3))
+    twice = replace(once, rows=once.rows.repeat(2), particle=once.particle.repeat(2))
+    expected = score_held_out(once, model, rigid, start, steps=0)
+    found = score_held_out(twice, model, rigid, start.repeat_interleave(2, 0), steps=0)
+    assert len(found.gains) == 30 and len(found.latents) == 60
+    np.testing.assert_array_equal(found.rows, once.rows)
+    np.testing.assert_allclose(found.gains, expected.gains, rtol=1e-4, atol=1e-2)
+    assert found.gain == pytest.approx(expected.gain, rel=1e-3)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-3)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])

@@ -177,11 +177,11 @@ def test_motion_coordinates_are_angstrom(trained, clamp):
     generator = np.random.default_rng(0)
     first, second = generator.integers(0, len(motion), (2, 200))
     true = np.sqrt((((moved[first] - moved[second]) ** 2).sum(2) * share).sum(1))
-    told = np.linalg.norm(motion[first] - motion[second], axis=1)
+    stated = np.linalg.norm(motion[first] - motion[second], axis=1)
     large = true > 1.0
     assert large.sum() > 50
-    assert (told <= true * 1.01).all()  # one axis cannot hold more than the whole
-    assert np.median(told[large] / true[large]) > 0.9
+    assert (stated <= true * 1.01).all()  # one axis cannot hold more than the whole
+    assert np.median(stated[large] / true[large]) > 0.9
     scores = scores_of(trained)
     assert scores["motion_share"][0] > 0.9
     per_unit = scores["rms_displacement_per_unit_A"][0]
@@ -377,7 +377,7 @@ def test_random_start_finds_the_motion(clamp, tmp_path):
 
 
 def test_symmetry_copies_of_a_particle_count_once():
-    """A particle that is there three times tells no more than once: neither the mean nor its error may change."""
+    """A particle that is there three times says no more than once: neither the mean nor its error may change."""
     values = np.random.default_rng(0).normal(1.0, 2.0, (50, 4))
     rows, copies = np.arange(50), 3
     once, first = mean_by_particle(values, rows, rows)

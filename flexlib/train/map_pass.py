@@ -49,7 +49,7 @@ def map_pass(
         In nats, summed over the rows, each before its mini-batch's step.
     """
     band = setup.schedule.full_band
-    weight, total = setup.weight(band), 0.0
+    weight, total = setup.weight(band), torch.zeros((), dtype=torch.float64, device=setup.device)
     batches = split_batches(order, setup.batch_size)
     shares = [setup.group.share(rows) for rows in batches]
     for rows, batch in zip(batches, read_ahead(setup.source, shares, setup.device), strict=True):
@@ -60,6 +60,6 @@ def map_pass(
             loss = log_likelihood_loss(operator, values, batch, moved_A, weight).sum()
             (gradient,) = torch.autograd.grad(loss, values)
         setup.group.add(gradient, loss)
-        total += loss.item()
+        total += loss.detach()
         canonical.step(gradient, len(rows) / len(order), min(rate, MOST_STEP), band)
-    return total
+    return float(total)

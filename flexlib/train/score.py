@@ -67,7 +67,14 @@ class HeldOutScore:
 def choose_held_out(image_index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows (ascending) to train on and rows to hold out: a random ``fraction`` of the images, 2,000 at most.
 
-    ``image_index`` (n,) names each row's image: the symmetry copies of a particle go the same way.
+    Parameters
+    ----------
+    image_index
+        (n,) image of each row: the symmetry copies of a particle go the same way.
+    fraction
+        Of the images.
+    seed
+        Of the choice.
     """
     images, owner = np.unique(image_index, return_inverse=True)
     order = np.random.default_rng((seed, 1)).permutation(len(images))

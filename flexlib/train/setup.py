@@ -141,9 +141,7 @@ def set_up(
     training_rows, validation_rows = choose_held_out(
         source.particles.image_index, settings.validation_fraction, settings.seed
     )
-    if batch_size is None:
-        batch_size = int(np.clip(len(training_rows) // 20, 10, BATCH_SIZE))
-    _check_shares(training_rows, batch_size, group)
+    batch_size = _fitting_batch_size(training_rows, batch_size, group)
     return Setup(
         particles=particles,
         source=source,
@@ -164,10 +162,13 @@ def set_up(
     )
 
 
-def _check_shares(rows: np.ndarray, batch_size: int, group: Group) -> None:
-    least = min(len(batch) for batch in split_batches(rows, batch_size))
+def _fitting_batch_size(rows: np.ndarray, wanted: int | None, group: Group) -> int:
+    """``wanted``, or what suits the number of rows; raises InputError where some rank would have no row of a batch."""
+    size = int(np.clip(len(rows) // 20, 10, BATCH_SIZE)) if wanted is None else wanted
+    least = min(len(batch) for batch in split_batches(rows, size))
     if group.size > least:
         raise InputError(f"train.processes: {group.size}, but the mini-batches of these particles have {least} each")
+    return size
 
 
 def _coarse_map(mesh: TetraMesh, inside: np.ndarray, fine: Operator, accuracy: Accuracy) -> CoarseMap | None:

@@ -11,7 +11,7 @@ import torch
 
 from flexlib.errors import InputError
 from flexlib.images.batch import read_ahead, split_batches
-from flexlib.imaging.image_transforms import plane_radius
+from flexlib.imaging.fourier import shell_means
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
@@ -136,13 +136,11 @@ def mean_transfer2(setup: Setup) -> torch.Tensor:
     """(box//2,) mean |transfer|^2 a shell, over a sample of the particles."""
     box = setup.source.box
     sample = setup.training_rows[:: max(1, len(setup.training_rows) // 1000)]
-    shell = plane_radius(box).round().long().flatten()
-    power = torch.zeros(box * (box // 2 + 1), dtype=torch.float64)
+    power = torch.zeros((box, box // 2 + 1), dtype=torch.float64)
     for rows in split_batches(setup.group.share(sample), 100):
-        power += setup.source.transfer(rows).abs().square().sum(0).flatten().double()
+        power += setup.source.transfer(rows).abs().square().sum(0).double()
     setup.group.add(power)
-    mean = torch.bincount(shell, power) / torch.bincount(shell).clamp(min=1) / len(sample)
-    return mean[: box // 2].float().to(setup.device)
+    return (shell_means(power, 2) / len(sample)).float().to(setup.device)
 
 
 def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
@@ -188,7 +186,10 @@ def new_state(
 def _continue_from(setup: Setup, state: State, train_dir: Path) -> None:
     """Start from the flow and the map of a trained sweep point; its latents have been read already.
 
-    Raises InputError where its mesh, latent dims or network differ.
+    Raises
+    ------
+    InputError
+        Its mesh, latent dims or network differ.
     """
     model = FlexModel.load(train_dir)
     settings = setup.settings
