@@ -264,3 +264,32 @@ def test_exceptions_of_the_type_checker_exist():
     overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
     listed = {module for override in overrides for module in override["module"]}
     assert {module for module in listed if module.startswith("flexlib")} <= set(modules())
+
+
+def parameters_of(module: str, function: str) -> list[str]:
+    """Names of a function's parameters; the function may be in any module of a package."""
+    for name, path in modules().items():
+        if is_part_of(name, (module,)):
+            for node in tree(path).body:
+                if isinstance(node, ast.FunctionDef) and node.name == function:
+                    return [argument.arg for argument in node.args.args + node.args.kwonlyargs]
+    raise AssertionError(f"{module}.{function} does not exist")
+
+
+def test_pages_name_files_and_signatures_that_exist():
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "config/README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+    for page in pages:
+        for path in re.findall(
+            r"\b((?:flexlib|workflow|tests|benchmarks)/[\w/]+\.(?:py|smk|yaml|sh))\b", page.read_text()
+        ):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+    signatures = re.findall(r"`(flexlib[\w.]*)\.(\w+)\(([^)]*)\)`", (ROOT / "docs/architecture.md").read_text())
+    assert len(signatures) == 9
+    for module, function, listed in signatures:
+        names, found = listed.split(", "), parameters_of(module, function)
+        assert names == found if names[-1] != "..." else names[:-1] == found[: len(names) - 1], f"{function}: {found}"
