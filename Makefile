@@ -2,9 +2,10 @@ PYTHON ?= python3
 CORES ?= $(shell nproc)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DOCS_INSTALLED := .venv/.docs-installed
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: setup demo test test-gpu test-slurm bench bench-page docs lint clean
+.PHONY: setup demo test test-fast test-gpu test-slurm bench bench-page docs site lint house clean
 
 setup: $(INSTALLED)
 
@@ -22,6 +23,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# without what takes more than some 20 s each
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
 
 # on a machine with a CUDA device
 test-gpu: setup
@@ -44,13 +49,27 @@ bench-page: setup
 docs: setup
 	$(BIN)/python -m flexlib.workflow_support.schema --write
 
+# the documentation as a site, in site/
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
+site: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m flexlib.workflow_support.schema --check
+	$(BIN)/lint-imports --no-logo
+	$(MAKE) --no-print-directory house
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
+	$(BIN)/python -m flexlib.workflow_support.schema --check
+
+# sizes, circles, and what only one module may know; without conftest.py, which would import torch
+house: setup
+	$(BIN)/python -m pytest --noconftest --quiet --no-header --durations=0 --durations-min=5 tests/test_house.py
 
 clean:
-	rm -rf results resources logs .snakemake
+	rm -rf results resources logs .snakemake site

@@ -65,7 +65,7 @@ class _Emit:
         return self._call("llvm.floor.v8f32", vector)
 
     def multiply_add(self, a, b, c):
-        """a * b + c."""
+        """A * b + c."""
         return self._call(f"llvm.fmuladd.v{a.type.count}f32", a, b, c)
 
     def _call(self, name, *arguments):

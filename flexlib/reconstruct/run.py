@@ -164,7 +164,7 @@ def _check_input(
 
 
 def flow_displacements(model: FlexModel) -> Displacements:
-    """rows -> (b, nv, 3) Angstrom: what the flow makes of each particle's latents."""
+    """Rows -> (b, nv, 3) Angstrom: what the flow makes of each particle's latents."""
     return lambda rows: model.displacements_A(torch.as_tensor(model.latents[rows]))
 
 

@@ -20,7 +20,7 @@ def _inside_nyquist(box: int) -> np.ndarray:
 
 
 def _waves(position_px: np.ndarray, box: int, mass: np.ndarray | float = 1.0) -> np.ndarray:
-    """mass * exp(-2 pi i k p / box) for k = 0 ... box/2 at (..., na) positions.
+    """Mass * exp(-2 pi i k p / box) for k = 0 ... box/2 at (..., na) positions.
 
     Powers are taken in double precision.
 
