@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: setup demo test test-gpu test-slurm bench bench-page lint clean
+.PHONY: setup demo test test-gpu test-slurm bench bench-page docs lint clean
 
 setup: $(INSTALLED)
 
@@ -40,10 +40,15 @@ bench: setup
 bench-page: setup
 	$(BIN)/python benchmarks/make_page.py
 
+# the config's schema and reference, from the settings
+docs: setup
+	$(BIN)/python -m flexlib.workflow_support.schema --write
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m flexlib.workflow_support.schema --check
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
 

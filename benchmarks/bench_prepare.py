@@ -22,7 +22,8 @@ import mrcfile
 import numpy as np
 
 from flexlib.images.sources import ImageStackWriter
-from flexlib.particles.star import read_tables, write_star
+from flexlib.particles.star import read_tables
+from flexlib.particles.star_write import write_star
 from flexlib.simulate.run import simulate_particles
 
 _MEASURE = """

@@ -17,7 +17,8 @@ from flexlib.images.stack import read_stack_header
 from flexlib.imaging.maps import Map, write_map
 from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.build import build_mesh
-from flexlib.particles.star import read_tables, write_star
+from flexlib.particles.star import read_tables
+from flexlib.particles.star_write import write_star
 from flexlib.prepare.run import prepare_particles
 from flexlib.simulate.run import simulate_particles
 from flexlib.workflow_support.settings import MeshSettings, PrepareSettings

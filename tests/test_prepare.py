@@ -17,7 +17,7 @@ from flexlib.images.sources import open_full_images, open_training_images, write
 from flexlib.imaging.fourier import fourier_crop_map
 from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.particles import read_particles
-from flexlib.particles.star import relion_tables, write_star
+from flexlib.particles.star_write import relion_tables, write_star
 from flexlib.particles.table import OpticsGroup, Particles
 from flexlib.prepare.run import match_grid, prepare_particles, read_mask, select_particles, smooth_power
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices

@@ -23,7 +23,7 @@ from flexlib.images.sources import open_full_images, open_training_images
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.particles import read_particles
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 from flexlib.particles.table import OpticsGroup, Particles
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices

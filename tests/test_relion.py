@@ -27,7 +27,7 @@ from flexlib.imaging.maps import read_map, write_map
 from flexlib.imaging.masks import soft_edge
 from flexlib.model.forward import EXACT, Operator
 from flexlib.particles import read_particles
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import gather_volume
 from flexlib.reconstruct.map_solver import SolverSettings, solve_map

@@ -13,7 +13,7 @@ import pytest
 from flexlib.errors import InputError
 from flexlib.images.stack import open_stacks, read_stack_header
 from flexlib.particles import read_particles
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 
 BOX, COUNT = 6, 4
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}

@@ -21,7 +21,7 @@ from flexlib.files import atomic_path, read_json
 from flexlib.images.batch import ImageBatch, centred_rfft2, fourier_resample, shell_radius, to_device
 from flexlib.images.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
 from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
-from flexlib.particles.latents_io import write_latents_star
+from flexlib.particles.latents_write import write_latents_star
 from flexlib.particles.table import OpticsGroup, Particles
 
 __all__ = [

@@ -11,14 +11,8 @@ from flexlib.errors import InputError
 from flexlib.imaging.fourier import lowpass_map
 
 _DUST_FRACTION = 0.05  # bodies with less than this part of the largest body's density are dropped
-
-
 _NOISE_SIGMAS = 3.0  # automatic threshold: this many solvent standard deviations above the solvent level
-
-
 _MIN_PEAK_FRACTION = 0.015  # and at least this fraction of the dense core, for maps without solvent noise
-
-
 _AUTO_BLUR = 2.0  # automatic masks are made from the map low-passed this much further: moving domains are blurred
 
 

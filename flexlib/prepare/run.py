@@ -579,7 +579,7 @@ def _write_particles(path: Path, particles: Particles, optics: tuple[OpticsGroup
     Each particle has a row for every one of ``rotations`` (m, 3, 3), all of the same image and half-set: a map that
     looks the same turned by g is seen by an image of pose R under R g too.
     """
-    from flexlib.particles.star import relion_tables, write_star
+    from flexlib.particles.star_write import relion_tables, write_star
 
     count, copies = len(particles), len(rotations)
     expanded = particles.subset(np.repeat(np.arange(count), copies))

@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.imaging.maps import write_map
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 from flexlib.simulate.backprojection import Backprojector, consensus_map, padded_box
 from flexlib.simulate.phantoms import PHANTOMS, Phantom, make_phantom
 

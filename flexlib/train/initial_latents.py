@@ -11,7 +11,7 @@ import torch
 
 from flexlib.errors import InputError
 from flexlib.layout import ParticlesFolder, TrainFolder
-from flexlib.particles.latents_io import read_latents
+from flexlib.particles.latents_read import read_latents
 from flexlib.train.spectral import FieldForces, SpectralStart, fields_of_latents
 from flexlib.workflow_support.settings import TrainSettings
 

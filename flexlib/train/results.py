@@ -17,7 +17,7 @@ from flexlib.files import atomic_path
 from flexlib.imaging.maps import write_map
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
-from flexlib.particles.latents_io import write_latents_cs, write_latents_star
+from flexlib.particles.latents_write import write_latents_cs, write_latents_star
 from flexlib.records import ValidationRecord
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
 from flexlib.train.score import HeldOutScore

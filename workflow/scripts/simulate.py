@@ -3,11 +3,11 @@
 from _common import folder, run_stage, use_torch_threads
 
 
-def simulate(snakemake):
-    from flexlib.simulate.run import simulate_particles
+def run(snakemake):
+    from flexlib.simulate import simulate_particles
 
     use_torch_threads(snakemake)
     simulate_particles(folder(snakemake.output.particles), **snakemake.params.settings)
 
 
-run_stage(simulate, snakemake)
+run_stage(run, snakemake)
