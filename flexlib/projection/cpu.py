@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +12,6 @@ from flexlib.projection.cpu_blocks import LANES, adjoint_blocks, splat_blocks
 from flexlib.runtime import share_threads_with_numba
 
 PARTIAL_SUMS = 2**25  # numbers in the blocks' gradients by the map that are kept at once
-
-
-class Voxels(NamedTuple):
-    """What the kernels read of voxels and cells, as one argument (shapes: ``op.splat_voxels``)."""
-
-    values: np.ndarray
-    cells: np.ndarray
-    cell: np.ndarray
-    bary: np.ndarray
 
 
 def splat(
@@ -36,9 +26,8 @@ def splat(
     """See ``op.splat_voxels``."""
     images = torch.empty((len(vertices), grid, grid), dtype=torch.float32)
     finite = np.ones(_num_blocks(images), np.bool_)
-    voxels = Voxels(*_arrays(values, cells, cell, bary))
-    (positions,) = _arrays(vertices)
-    splat_blocks(voxels, positions, taps, images.numpy(), finite)
+    *voxels, positions = _arrays(values, cells, cell, bary, vertices)
+    splat_blocks(tuple(voxels), positions, taps, images.numpy(), finite)
     _check(finite)
     return images
 
@@ -57,8 +46,7 @@ def splat_adjoint(
     need_values, need_vertices = needs
     grad_values = torch.zeros(len(values) if need_values else 0)
     grad_vertices = torch.empty(vertices.shape if need_vertices else (0, 0, 2))
-    voxels = Voxels(*_arrays(values, cells, cell, bary))
-    images, positions = _arrays(grad_images, vertices)
+    *voxels, positions, images = _arrays(values, cells, cell, bary, vertices, grad_images)
     batch, num_voxels = len(images), len(values)
     at_once = LANES * max(1, PARTIAL_SUMS // max(1, num_voxels)) if need_values else max(1, batch)
     for first in range(0, batch, at_once):
@@ -68,7 +56,7 @@ def splat_adjoint(
         sums = np.empty((blocks, num_voxels) if need_values else (0, 0), np.float32)
         to_vertices = grad_vertices.numpy()[some]
         adjoint_blocks(
-            images[some], voxels, positions[some], taps, (need_values, need_vertices), sums, to_vertices, finite
+            images[some], tuple(voxels), positions[some], taps, (need_values, need_vertices), sums, to_vertices, finite
         )
         _check(finite)
         if need_values:

@@ -321,7 +321,7 @@ def _interleave(vertices, first, last):
 
 @njit(cache=True, parallel=True)
 def splat_blocks(voxels, vertices, taps, images, finite):
-    """Write ``images`` (b, G, G); ``finite`` (blocks,) becomes False where a block's vertices are not."""
+    """Write ``images`` (b, G, G), and whether each block's vertices are ``finite``; ``voxels`` from values to bary."""
     values, cells, cell, bary = voxels
     batch, grid = images.shape[:2]
     stride = grid + _MARGIN
