@@ -14,7 +14,7 @@ _COUNTED = 500  # particles whose neighbours are counted, to know the usual
 class Neighbourhood:
     """Tells how many particles lie near a point of latent space, and whether it lies where there are hardly any."""
 
-    def __init__(self, latents: np.ndarray):
+    def __init__(self, latents: np.ndarray) -> None:
         """``latents`` (n, K), finite."""
         from scipy.spatial import cKDTree
 

@@ -21,7 +21,7 @@ _MIN_WEIGHT_FRACTION = 0.05  # of a shell's mean CTF^2: the least that a coeffic
 
 
 @njit(cache=True, fastmath=True)
-def _insert_slices(numerator, weight, slices, ctf, rotation):
+def _insert_slices(numerator, weight, slices, ctf, rotation) -> None:
     """Add (b, P, P//2+1) slices and their squared CTF to (P, P, P) arrays whose zero frequency is at P//2."""
     box = numerator.shape[0]
     half = box // 2

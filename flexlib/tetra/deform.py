@@ -134,7 +134,7 @@ def splat_cubic(values: np.ndarray, base: np.ndarray, fraction: np.ndarray, grid
 
 
 @njit(cache=True)
-def _bspline(f, weight):
+def _bspline(f, weight) -> None:
     g = np.float32(1) - f
     weight[0] = g * g * g / np.float32(6)
     weight[1] = np.float32(2 / 3) - f * f + f * f * f / np.float32(2)
@@ -143,7 +143,7 @@ def _bspline(f, weight):
 
 
 @njit(cache=True, parallel=True)
-def _splat_slabs(values, base, fraction, first, grid, image):
+def _splat_slabs(values, base, fraction, first, grid, image) -> None:
     """Even slabs at once, then odd ones: a slab writes at most two planes into its neighbours, which are at rest."""
     slabs = len(first) - 1
     for colour in range(2):

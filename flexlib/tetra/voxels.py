@@ -159,7 +159,7 @@ def _nearest_cell(
 
 
 @numba.njit(cache=True)
-def _assign_cells(mesh, barycentric, mask, segment_of_voxel, cell_of):  # pragma: no cover
+def _assign_cells(mesh, barycentric, mask, segment_of_voxel, cell_of) -> None:  # pragma: no cover
     """Write the lowest cell that holds each mask voxel into ``cell_of`` (z, y, x); voxels in no cell stay -1.
 
     ``mesh`` (vertices in voxels, cells, segment of each cell); ``barycentric`` as of ``_barycentric_maps``;

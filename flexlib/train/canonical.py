@@ -36,7 +36,7 @@ class CanonicalMap:
         voxels: VoxelTensors,
         mean_transfer2: torch.Tensor,
         num_rows: int,
-    ):
+    ) -> None:
         self.voxels = voxels
         self.mask_values = gather_volume(soft_mask, voxels).float()
         self.values = gather_volume(volume, voxels).float() * self.mask_values

@@ -135,7 +135,7 @@ def _batch_forces(
 class FourierSampling:
     """How strongly a particle of the set, on average, samples each 3D Fourier voxel: the sum of |transfer|^2 there."""
 
-    def __init__(self, box: int, band: float):
+    def __init__(self, box: int, band: float) -> None:
         weight = plane_weight(box, band)
         ky, kx = torch.nonzero(weight > 0, as_tuple=True)
         self.box = box
