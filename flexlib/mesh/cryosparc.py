@@ -24,8 +24,9 @@ import numpy as np
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.imaging.maps import read_map
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.tetra.io import oriented_cells, read_mesh, used_vertices
-from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.tetra.tetmesh import TetraMesh, compact_labels
 from flexlib.tetra.voxels import tetra_index_map, voxelise
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def _their_segments(content: dict[str, Any], num_cells: int, box: int, name: str
     # the cells' own segments, where their index map has a cell: equal to segmask_exp, and there in every file
     labels = np.where(index >= 0, segment[np.maximum(index, 0)], SOLVENT).astype(np.int32)
     labels = fill_box(labels, np.zeros((box,) * 3, bool))
-    return segment, labels.astype(np.int16) if labels.max() <= np.iinfo(np.int16).max else labels
+    return segment, compact_labels(labels)
 
 
 def write_flex_mesh(
@@ -220,15 +221,14 @@ def write_flex_mesh(
 def main() -> None:
     """Command line: write the mesh of a results folder for CryoSPARC."""
     parser = argparse.ArgumentParser(description="Write a mesh of ours as CryoSPARC's flex_mesh pickle.")
-    parser.add_argument("mesh_dir", type=Path, help="folder with mesh.vtu, such as results/NAME/mesh/cells~20")
-    parser.add_argument(
-        "particles_dir", type=Path, help="folder with consensus.mrc and mask.mrc: results/NAME/particles"
-    )
+    parser.add_argument("mesh_dir", type=Path, help="folder of a mesh: results/NAME/mesh/cells~20")
+    parser.add_argument("particles_dir", type=Path, help="folder of its consensus and mask: results/NAME/particles")
     parser.add_argument("out", type=Path, help="the pickle to write")
     options = parser.parse_args()
     try:
-        consensus, mask = (read_map(options.particles_dir / f"{name}.mrc") for name in ("consensus", "mask"))
-        mesh = read_mesh(options.mesh_dir / "mesh.vtu")
+        particles = ParticlesFolder(options.particles_dir)
+        consensus, mask = read_map(particles.consensus), read_map(particles.mask)
+        mesh = read_mesh(MeshFolder(options.mesh_dir).mesh)
         write_flex_mesh(options.out, mesh, consensus.data, mask.data, consensus.pixel_size_A)
     except InputError as error:
         raise SystemExit(str(error)) from None

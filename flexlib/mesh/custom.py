@@ -10,7 +10,6 @@ import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.imaging.maps import Map
-from flexlib.mesh.cryosparc import read_flex_mesh
 from flexlib.mesh.surface import fill_surface
 from flexlib.tetra.io import read_grid, read_mesh
 from flexlib.tetra.tetmesh import TetraMesh
@@ -33,6 +32,8 @@ def read_custom_mesh(path: Path, consensus: Map, mask: np.ndarray, cell_size_A: 
     """
     own_weights = False
     if path.suffix.lower() in (".pkl", ".p", ".pickle"):
+        from flexlib.mesh.cryosparc import read_flex_mesh  # a command of its own: not loaded with the package
+
         mesh, own_weights = read_flex_mesh(path), True
         share = float(covered(mesh, mask, consensus.pixel_size_A)[mask].mean())
     else:

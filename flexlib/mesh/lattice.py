@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
 from flexlib.mesh.segments import Segmentation
-from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.tetra.tetmesh import TetraMesh, compact_labels
 
 
 class BccLattice:
@@ -144,7 +144,7 @@ def bcc_mesh(
         cells,
         np.ones(len(segment)),
         segment,
-        segmentation.compact_labels(),
+        compact_labels(segmentation.labels),
         pixel_size_A,
     )
 

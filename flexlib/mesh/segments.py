@@ -34,10 +34,6 @@ class Segmentation:
     ids: tuple[int, ...]  # the segments that have voxels in the mask, ascending
     pairs: tuple[tuple[int, int], ...]  # joined segments
 
-    def compact_labels(self) -> np.ndarray:
-        """``labels`` in the smallest number type that holds them."""
-        return self.labels.astype(np.int16 if max(self.ids) <= np.iinfo(np.int16).max else np.int32)
-
 
 def load_segmentation(
     path: str | os.PathLike[str], consensus: Map, mask: np.ndarray, connections: str | None

@@ -21,7 +21,7 @@ from flexlib.errors import InputError
 from flexlib.mesh.lattice import fuse_submeshes
 from flexlib.mesh.segments import SOLVENT, Segmentation
 from flexlib.tetra.io import oriented_cells
-from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.tetra.tetmesh import TetraMesh, compact_labels
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,9 @@ def surface_mesh(
     if lost := sorted(set(segmentation.ids) - set(np.unique(segment).tolist())):
         raise InputError(f"mesh.custom: segment {lost[0]} is thinner than a cell: use more mesh.cells")
     node, cells = fuse_submeshes(tetras, segment, segmentation.pairs)
-    return TetraMesh(nodes_A[node], cells, np.ones(len(cells)), segment, segmentation.compact_labels(), pixel_size_A)
+    return TetraMesh(
+        nodes_A[node], cells, np.ones(len(cells)), segment, compact_labels(segmentation.labels), pixel_size_A
+    )
 
 
 def fill_surface(vertices_A: np.ndarray, triangles: np.ndarray, cell_size_A: float) -> TetraMesh:

@@ -96,7 +96,7 @@ def _read_cell_weights(path: Path, num_cells: int) -> np.ndarray:
         raise InputError(f"{path}: not a readable .npy array ({error})") from error
     if weight.shape != (num_cells,) or not np.issubdtype(weight.dtype, np.number):
         raise InputError(
-            f"{path}: {num_cells} numbers, one per cell of mesh.vtu, are needed; its shape is {weight.shape}"
+            f"{path}: {num_cells} numbers, one per cell of the mesh, are needed; its shape is {weight.shape}"
         )
     if not np.isfinite(weight).all() or weight.min() <= 0:
         raise InputError(f"{path}: weights must be positive; cell {int(np.argmin(weight))} has {weight.min():g}")

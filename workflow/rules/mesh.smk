@@ -8,6 +8,7 @@ rule mesh:
         extra=user_files("mesh"),
     output:
         mesh=f"{MESH}/mesh.vtu",
+        segments=f"{MESH}/segments.mrc",
         index=f"{MESH}/tetra_index.mrc",
         quality=f"{MESH}/mesh_quality.json",
         chimerax=f"{MESH}/mesh.cxc",
