@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flexlib.errors import InputError
-from flexlib.imaging.maps import LabelGrid, Map, read_label_map, read_map, write_map
+from flexlib.imaging.maps import LabelGrid, Map, read_label_map, read_map, write_label_map, write_map
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.build import build_mesh, count_bodies, make_mesh
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.mesh.segments import (
@@ -27,8 +28,9 @@ from flexlib.tetra.io import read_mesh, write_mesh
 from flexlib.tetra.rigidity import RigidityTensors, mesh_rigidity
 from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
 from flexlib.tetra.voxels import voxelise
+from flexlib.train.run import run_identity
 from flexlib.workflow_support.connections import parse_connections
-from flexlib.workflow_support.settings import MeshSettings
+from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 BOX, PIXEL_SIZE_A = 40, 3.0
 AXIS = np.arange(BOX) - BOX // 2
@@ -313,7 +315,7 @@ def test_labels_at_any_box_land_on_the_right_voxels(box):
 
 
 def test_labels_of_a_cropped_or_shifted_map_follow_its_origin(tmp_path):
-    """A box cut out of the labels, its place in ORIGIN, gives the same labels; a lost origin of the same box too."""
+    """A box cut out of the labels, its position in ORIGIN, gives the same labels; a lost origin of the same box too."""
     labels = np.where(MASK, THIRDS, -1).astype(np.int32)
     origin_A = (-30.0, 12.0, 45.0)
     whole = labels_on_grid(LabelGrid(labels, (PIXEL_SIZE_A,) * 3, origin_A), consensus(origin_A))
@@ -391,6 +393,15 @@ def test_a_mesh_without_a_segment_map_leaves_none_of_another(tmp_path):
     write_map(tmp_path / "segments.mrc", np.zeros((8, 4, 4)), PIXEL_SIZE_A, dtype=np.int16)
     with pytest.raises(InputError, match=r"segments\.mrc: the segments of a mesh must be a cube"):
         read_mesh(tmp_path / "mesh.vtu")
+
+
+def test_a_checkpoint_belongs_to_its_segments(tmp_path):
+    folders = (ParticlesFolder(tmp_path), MeshFolder(tmp_path))
+    write_mesh(tmp_path / "mesh.vtu", bcc_mesh(MASK, PIXEL_SIZE_A, 13.0, segmented()))
+    before = run_identity(*folders, TrainSettings())
+    write_label_map(tmp_path / "segments.mrc", np.roll(THIRDS, 1, axis=2), PIXEL_SIZE_A)
+    after = run_identity(*folders, TrainSettings())
+    assert {name for name in before if before[name] != after[name]} == {"segments.mrc"}
 
 
 def test_a_segment_number_that_no_mrc_file_holds_is_refused(tmp_path):

@@ -73,9 +73,21 @@ def build_mesh(particles_dir: str | os.PathLike[str], out_dir: str | os.PathLike
 
 
 def make_mesh(consensus: Map, mask: np.ndarray, settings: MeshSettings) -> tuple[TetraMesh, MeshVoxels]:
-    """The mesh over ``mask`` (N, N, N) bool as the settings ask for it, and the mask's voxels in it.
+    """The mesh over a mask as the settings ask for it, and the mask's voxels in it.
 
-    Raises ``InputError``.
+    Parameters
+    ----------
+    consensus
+        The map that the mask belongs to.
+    mask : (N, N, N) bool
+        The voxels to cover.
+    settings
+        ``mesh:`` at one coarseness; the files that it names are read.
+
+    Raises
+    ------
+    InputError
+        Settings or files do not fit.
     """
     pixel_size_A = consensus.pixel_size_A
     cell_size_A = consensus.box * pixel_size_A / settings.cells
