@@ -6,13 +6,13 @@ Parts, each of which replaces what the file has of it:
 
 - ``operator``: the projection operator at boxes 64, 128 and 256, and what the machine can do (``bench_operator.py``);
 - ``training``: epochs of 10,000 x 64^2 and 5,000 x 128^2, and the cost against voxels, latent dims, cells and
-  particles (``bench_training.py``); with ``--device cuda`` 10,000 x 128^2 with 300,000 voxels in its place, told for
-  100,000 by proportion;
+  particles (``bench_training.py``); with ``--device cuda`` 10,000 x 128^2 with 300,000 voxels instead, reported
+  for 100,000 by proportion;
 - ``reconstruction``: only with ``--device cuda``, and only if asked for by ``--parts`` on a CPU: box 384, 50,000
   particles, timed on some and scaled (``bench_reconstruct.py``);
 - ``memory``: only if asked for: training on a stack four times the memory limit (``bench_larger_than_memory.py``).
 
-Figures go to ``benchmarks/results/<processor>-<cores>.json`` (the host's name is told nowhere), and ``make_page.py``
+Figures go to ``benchmarks/results/<processor>-<cores>.json`` (the host's name is kept nowhere), and ``make_page.py``
 makes docs/performance.md of all such files. Times are worth keeping only of a machine with nothing else to do:
 ``--provisional`` marks others.
 """
@@ -121,7 +121,7 @@ def main() -> None:
         else:
             bench = {"operator": bench_operator, "training": bench_training, "reconstruction": bench_reconstruction}
             figures = bench[part](options.device, options.quick)
-        # each part tells for itself, since parts may be measured on different days
+        # each part has its own date, since parts may be measured on different days
         result[part] = {"date": machine["date"], "provisional": options.provisional or options.quick} | figures
         write_json(out, result)
     print(f"written to {out}")

@@ -4,12 +4,12 @@
 
 The training runs in a process of its own whose private memory Linux limits (``RLIMIT_DATA``: heap, thread stacks and
 all other writable memory that is not shared, used or not; an allocation beyond it fails). Its whole resident set, with
-libraries and any mapped file, is told beside it (``VmHWM``). What the kernel keeps of files that were read belongs to
-no process and is given up when memory is wanted. So that address space which is only reserved does not count as used,
-the C library is told to keep one heap and Arrow (which pandas uses where it is installed) not to keep its own.
+libraries and any mapped file, is reported beside it (``VmHWM``). What the kernel keeps of files that were read belongs
+to no process and is given up when memory is wanted. So that address space which is only reserved does not count as
+used, the C library is set to keep one heap and Arrow (which pandas uses where it is installed) not to keep its own.
 
 With ``--beyond-warm-up`` the limit is on what comes on top of the peak of a first training, of 2,200 particles, in the
-same process: a small limit then tells what a stack takes, whatever Python, torch, numba and a mini-batch take.
+same process: a small limit then shows what a stack takes, whatever Python, torch, numba and a mini-batch take.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def train_larger(
     distinct: int = 500,
     warm_up: bool = False,
 ) -> dict[str, float]:
-    """Make the set, train in a process with the limit, and tell sizes and time. Raises CalledProcessError if it fails.
+    """Make the set, train in a process with the limit, and give sizes and time. Raises CalledProcessError if it fails.
 
     ``times`` the limit is the size of the stack. Arguments as the command's options.
     """

@@ -140,10 +140,12 @@ def time_format(path: Path) -> dict:
     """(seconds, seconds of CPU) of each step on one particle file, and this process's peak memory in GB."""
     from flexlib.files import write_json
     from flexlib.particles import read_particles
-    from flexlib.particles.latents_io import read_latents, write_latents_cs, write_latents_star
-    from flexlib.particles.star import relion_tables, write_star
+    from flexlib.particles.latents_read import read_latents
+    from flexlib.particles.latents_table import read_latent_table
+    from flexlib.particles.latents_write import write_latents_cs, write_latents_star
+    from flexlib.particles.star_write import relion_tables, write_star
     from flexlib.particles.table import Particles
-    from flexlib.select import in_box, read_latent_table, write_subset
+    from flexlib.select import in_box, write_subset
 
     folder = path.parent / f"{path.stem}_run"
     times: dict[str, float] = {}

@@ -4,12 +4,12 @@
     python benchmarks/bench_operator.py --device cuda [--tune]
 
 On the CPU: nanoseconds per voxel, image and core. On a GPU: 10^9 voxel-projections per second, timed by the device's
-own events, next to what the device copies and adds at random places; ``--tune`` tries other tiles of the kernels.
+own events, next to what the device copies and adds at random pixels; ``--tune`` tries other tiles of the kernels.
 
 The volume is a ball that fills ``--filling`` of the box, on the default mesh of ``--cells`` cells across; vertices move
 by a random smooth field, so that positions are as irregular as in training. Beside the times stand shares of what the
 machine does in plain code (``machine.py``): of the rate at which rows of the kernel's width are added to, or read from,
-random places of an image as large as the box; and of the bandwidth of copying, for the 24 bytes that a block of eight
+random pixels of an image as large as the box; and of the bandwidth of copying, for the 24 bytes that a block of eight
 images reads of every voxel.
 """
 
@@ -66,7 +66,7 @@ class Problem:
 
         def adjoint(need_vertices: bool) -> object:
             return torch.ops.flexlib.splat_voxels_adjoint(
-                self.residual, self.values, self.vertices_px, *self.mesh, taps, True, need_vertices
+                self.residual, self.values, self.vertices_px, *self.mesh, taps, [True, need_vertices]
             )
 
         def forward() -> object:

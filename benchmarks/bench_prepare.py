@@ -21,9 +21,11 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 
-from flexlib.images.sources import ImageStackWriter
-from flexlib.particles.star import read_tables, write_star
+from flexlib.images.stack import ImageStackWriter
+from flexlib.particles.star import read_tables
+from flexlib.particles.star_write import write_star
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 
 _MEASURE = """
 import sys, threading, time
@@ -59,7 +61,7 @@ print(before, peak, time.perf_counter() - start)
 def make_particles(folder: Path, count: int, box: int, distinct: int = 500) -> None:
     """``count`` particles in one stack, of which ``distinct`` differ."""
     simulated = simulate_particles(
-        folder, phantom="rigid", num_particles=distinct, box=box, pixel_size_A=256 / box, snr=0.5
+        folder, Simulation(phantom="rigid", num_particles=distinct, box=box, pixel_size_A=256 / box, snr=0.5)
     )
     tables = read_tables(simulated.particles_star)
     rows = np.arange(count) % distinct

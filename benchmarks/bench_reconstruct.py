@@ -5,10 +5,10 @@
 
 The particles are simulated poses and CTFs over a stack of few noise images that repeat (their content costs the same as
 any other). Of each half-set only ``--part`` particles are gone through, once for the right-hand side (images read) and
-once for an iteration; times are scaled to the half-set, and said to be. On a machine that
-others use too, the CPU time on one thread is the one to trust. Memory is the process's largest resident set (Linux's
-``VmHWM``), told also as it was before, with metadata, mesh and voxels in memory and eight particles gone through. It
-must not depend on ``--part``, and on ``--particles`` only by the metadata.
+once for an iteration; times are scaled to the half-set, and said to be. On a machine that others use too, the CPU time
+on one thread is the one to trust. Memory is the process's largest resident set (Linux's ``VmHWM``), reported also as it
+was before, with metadata, mesh and voxels in memory and eight particles gone through. It must not depend on ``--part``,
+and on ``--particles`` only by the metadata.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ def measure(
 
     import torch
 
+    from flexlib.images.noise import Calibration
     from flexlib.images.sources import FullImages
     from flexlib.images.stack import open_stacks
     from flexlib.imaging.masks import soft_edge
     from flexlib.mesh.lattice import bcc_mesh
-    from flexlib.model.flex_model import FlexModel, FlowGenerator
-    from flexlib.projection.op import VoxelTensors
-    from flexlib.reconstruct.map_solver import NormalEquations
-    from flexlib.reconstruct.run import flexible_vertices, rigid_vertices
+    from flexlib.model.flex_model import FlexModel
+    from flexlib.model.flow import FlowGenerator
+    from flexlib.model.forward import EXACT, Operator
+    from flexlib.projection.op import gather_volume
+    from flexlib.reconstruct.normal_equations import accumulate_normal_equations
+    from flexlib.reconstruct.run import flow_displacements
     from flexlib.runtime import tune_process
     from flexlib.tetra.tetmesh import single_cell_mesh
-    from flexlib.tetra.voxels import voxelise
 
     tune_process()
     torch.set_num_threads(threads)
@@ -58,24 +60,24 @@ def measure(
         flow = FlowGenerator(basis, 2, 6, 64)
         torch.nn.init.normal_(flow.linear, 0.0, 0.1)
         latents = np.random.default_rng(1).standard_normal((count, 2)).astype(np.float32)
-        provider = flexible_vertices(FlexModel(mesh, flow, latents, mask, box, PIXEL_SIZE_A), device)
+        moved = flow_displacements(FlexModel(mesh, flow, latents, mask, box, PIXEL_SIZE_A).to(device))
     else:
         mesh = single_cell_mesh(extent_A)
-        provider = rigid_vertices(mesh, device)
-    mesh_voxels = voxelise(mesh, mask > 1e-3, PIXEL_SIZE_A)
-    voxels = VoxelTensors.from_mesh_voxels(mesh_voxels, device)
-    mask_values = torch.as_tensor(mask.reshape(-1)[mesh_voxels.index])
+        moved = None
+    operator = Operator.on_mesh(mesh, mask > 1e-3, PIXEL_SIZE_A, device, EXACT)
+    voxels, mask_values = operator.voxels, gather_volume(mask, operator.voxels)
     stacks, particles = open_stacks(_particles(folder / "noise.mrcs", count, box))
     sigma = np.ones((1, box // 2))
-    source = FullImages(stacks, particles, box, PIXEL_SIZE_A, np.ones(1), sigma, box, PIXEL_SIZE_A)
+    measured = Calibration(np.ones(1), sigma, box, PIXEL_SIZE_A)
+    source = FullImages(stacks, particles, box=box, pixel_size_A=PIXEL_SIZE_A, calibration=measured)
     rows = np.flatnonzero(source.half_set == 0)[:part]
     warm = np.flatnonzero(source.half_set == 1)[:8]
-    NormalEquations(source, warm, voxels, provider, mask_values).hessian(
+    accumulate_normal_equations(source, warm, operator, moved, mask_values).hessian(
         torch.ones(len(voxels.index), dtype=torch.float64, device=device)
     )
     before = _peak_bytes()
     began, began_cpu = time.perf_counter(), time.process_time()
-    equations = NormalEquations(source, rows, voxels, provider, mask_values)
+    equations = accumulate_normal_equations(source, rows, operator, moved, mask_values)
     read_s, read_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     x = equations.precondition(equations.data)
     x.sum().item()

@@ -4,7 +4,7 @@
                                         [--dims 1 2 4 8] [--epochs 3] [--device cpu] [--out FILE]
 
 Simulated antibodies, repeated to the number asked for, in a mask that is a ball of the given share of the box. Every
-run is a whole ``flexlib.train.train`` in a process of its own: spectral start, epochs, search of other valleys,
+run is a whole ``flexlib.train.train`` in a process of its own: spectral start, epochs, search of other local minima,
 final inference. ``epoch_s`` is the median epoch; the first two, and every fourth, also measure the latents'
 information. Memory is the largest resident set (Linux's ``VmHWM``).
 """

@@ -31,10 +31,18 @@ from flexlib.model.flex_model import FlexModel
 from flexlib.prepare.run import prepare_particles
 from flexlib.reconstruct.run import reconstruct
 from flexlib.simulate.phantoms import make_phantom
-from flexlib.simulate.run import _GAUSSIAN_SIGMA_A, atoms_to_map, simulate_particles
+from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
+from flexlib.simulate.signal import atoms_to_map
 from flexlib.tetra.voxels import voxelise
 from flexlib.train import train
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, ReconstructSettings, TrainSettings
+from flexlib.workflow_support.settings import (
+    MaskSettings,
+    MeshSettings,
+    PrepareSettings,
+    ReconstructSettings,
+    TrainSettings,
+)
 
 NEAR_RAD = 0.02  # particles within this of an angle show where the flow puts it
 
@@ -62,7 +70,7 @@ def truth_at_rest(folder: Path, phantom: str, angle_rad: float = 0.0) -> np.ndar
     for _ in range(30):  # x + u(x) = y by fixed point: strains are far below one
         at = (rest_A / mask.pixel_size_A + mask.box // 2).T[::-1]
         rest_A = there_A - np.stack([ndimage.map_coordinates(grid, at, order=1, mode="nearest") for grid in grids], 1)
-    sigma_px = _GAUSSIAN_SIGMA_A / mask.pixel_size_A
+    sigma_px = Simulation().gaussian_sigma_A / mask.pixel_size_A
     exact = atoms_to_map(rest_A / mask.pixel_size_A, molecule.mass, mask.box, sigma_px)
     return float(truth["density_scale"]) * exact
 
@@ -119,11 +127,13 @@ def main() -> None:
     if not (data / "truth.npz").exists():
         simulate_particles(
             data,
-            phantom=options.phantom,
-            num_particles=options.num_particles,
-            box=options.box,
-            pixel_size_A=options.pixel_size_A,
-            snr=options.snr,
+            Simulation(
+                phantom=options.phantom,
+                num_particles=options.num_particles,
+                box=options.box,
+                pixel_size_A=options.pixel_size_A,
+                snr=options.snr,
+            ),
         )
     if not (particles / "prepared.json").exists():
         prepare_particles(
@@ -131,7 +141,7 @@ def main() -> None:
             data / "consensus.mrc",
             particles,
             settings=PrepareSettings(train_box=options.train_box),
-            mask_settings=MeshSettings(),
+            mask_settings=MaskSettings(),
         )
     if not (mesh / "mesh.vtu").exists():
         build_mesh(particles, mesh, MeshSettings())

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flexlib.images.batch import plane_weight, read_ahead, split_batches
+from flexlib.images.batch import read_ahead, split_batches
 from flexlib.images.sources import open_training_images
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
@@ -25,6 +26,7 @@ from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.simulate.phantoms import Phantom, make_phantom
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.tetra.voxels import voxelise
 from flexlib.train import train
 from flexlib.train.latents import friedel_halves, infer_latents
@@ -55,12 +57,14 @@ def prepare(out: Path, phantom: Phantom) -> None:
     if not (out / "sim/particles.star").exists():
         simulate_particles(
             out / "sim",
-            phantom=phantom,
-            num_particles=NUM_PARTICLES,
-            box=BOX,
-            pixel_size_A=PIXEL_SIZE_A,
-            snr=SNR,
-            seed=1,
+            Simulation(
+                num_particles=NUM_PARTICLES,
+                box=BOX,
+                pixel_size_A=PIXEL_SIZE_A,
+                snr=SNR,
+                seed=1,
+            ),
+            phantom,
         )
     if not (out / "particles/prepared.json").exists():
         settings = PrepareSettings(train_box=BOX)
@@ -102,8 +106,8 @@ def displacements(out: Path, name: str, seed: int, phantom: Phantom) -> dict[str
     voxels = voxelise(model.mesh, mask.data > 0.01, mask.pixel_size_A)
     number = np.full(mask.box**3, -1)
     number[voxels.index] = np.arange(len(voxels))
-    place = np.rint(phantom.atoms_A / mask.pixel_size_A).astype(int) + mask.box // 2
-    voxel = number.reshape(mask.data.shape)[place[:, 2], place[:, 1], place[:, 0]]
+    nearest = np.rint(phantom.atoms_A / mask.pixel_size_A).astype(int) + mask.box // 2
+    voxel = number.reshape(mask.data.shape)[nearest[:, 2], nearest[:, 1], nearest[:, 0]]
     inside = voxel >= 0
     moved = model.displacements_A(model.latents[rows]).numpy()[:, voxels.cells[voxels.cell[voxel[inside]]]]
     learnt = np.einsum("ak,baki->bai", voxels.bary[voxel[inside]], moved)

@@ -72,46 +72,46 @@ def _device_seconds(function: Callable[[], object], calls: int) -> float:
 
 
 @njit(cache=True, parallel=True)
-def _add_pairs(images, places, amount):
+def _add_pairs(images, pixels, amount):
     for i in prange(len(images)):
         image = images[i]
-        for j in range(len(places)):
-            place = np.uint64(places[j])  # unsigned: numba would look for negative indices
-            image[place] += amount
-            image[place + np.uint64(1)] += amount
+        for j in range(len(pixels)):
+            pixel = np.uint64(pixels[j])  # unsigned: numba would look for negative indices
+            image[pixel] += amount
+            image[pixel + np.uint64(1)] += amount
 
 
 @njit(cache=True, parallel=True)
-def _add_fours(images, places, amount):
+def _add_fours(images, pixels, amount):
     for i in prange(len(images)):
         image = images[i]
-        for j in range(len(places)):
-            place = np.uint64(places[j])  # unsigned: numba would look for negative indices
+        for j in range(len(pixels)):
+            pixel = np.uint64(pixels[j])  # unsigned: numba would look for negative indices
             for k in range(4):
-                image[place + np.uint64(k)] += amount
+                image[pixel + np.uint64(k)] += amount
 
 
 @njit(cache=True, parallel=True)
-def _read_pairs(images, places, sums):
+def _read_pairs(images, pixels, sums):
     for i in prange(len(images)):
         image = images[i]
         first, second = np.float32(0), np.float32(0)
-        for j in range(len(places)):
-            place = np.uint64(places[j])  # unsigned: numba would look for negative indices
-            first += image[place]
-            second += image[place + np.uint64(1)]
+        for j in range(len(pixels)):
+            pixel = np.uint64(pixels[j])  # unsigned: numba would look for negative indices
+            first += image[pixel]
+            second += image[pixel + np.uint64(1)]
         sums[i] = first + second
 
 
 @njit(cache=True, parallel=True)
-def _read_fours(images, places, sums):
+def _read_fours(images, pixels, sums):
     for i in prange(len(images)):
         image = images[i]
         total = np.zeros(4, np.float32)
-        for j in range(len(places)):
-            place = np.uint64(places[j])  # unsigned: numba would look for negative indices
+        for j in range(len(pixels)):
+            pixel = np.uint64(pixels[j])  # unsigned: numba would look for negative indices
             for k in range(4):
-                total[k] += image[place + np.uint64(k)]
+                total[k] += image[pixel + np.uint64(k)]
         sums[i] = total.sum()
 
 
@@ -119,7 +119,7 @@ def cpu_limits(boxes: tuple[int, ...], threads: int, megabytes: int = 256) -> di
     """What ``threads`` threads of this machine do, in plain code that does nothing else.
 
     ``copy_GB_per_s`` counts bytes read and written. ``add_2_in_128_G_per_s``: 10^9 additions a second of two
-    neighbouring numbers (a row of the linear kernel; 4 of the cubic) at random places in an image of 128 px, one image
+    neighbouring numbers (a row of the linear kernel; 4 of the cubic) at random pixels in an image of 128 px, one image
     a thread; ``read_...`` likewise.
     """
     torch.set_num_threads(threads)
@@ -131,24 +131,24 @@ def cpu_limits(boxes: tuple[int, ...], threads: int, megabytes: int = 256) -> di
     sums = np.empty(threads, np.float32)
     for box in boxes:
         images = np.zeros((threads, box * box + 4), np.float32)
-        places = generator.integers(0, box * box, 2**23).astype(np.int32)
+        pixels = generator.integers(0, box * box, 2**23).astype(np.int32)
         for taps, add, read in ((2, _add_pairs, _read_pairs), (4, _add_fours, _read_fours)):
-            add_s = best_time(lambda a=add, i=images, p=places: a(i, p, np.float32(1)), "cpu")
-            read_s = best_time(lambda r=read, i=images, p=places: r(i, p, sums), "cpu")
-            limits[f"add_{taps}_in_{box}_G_per_s"] = round(threads * len(places) / add_s * 1e-9, 4)
-            limits[f"read_{taps}_in_{box}_G_per_s"] = round(threads * len(places) / read_s * 1e-9, 4)
+            add_s = best_time(lambda a=add, i=images, p=pixels: a(i, p, np.float32(1)), "cpu")
+            read_s = best_time(lambda r=read, i=images, p=pixels: r(i, p, sums), "cpu")
+            limits[f"add_{taps}_in_{box}_G_per_s"] = round(threads * len(pixels) / add_s * 1e-9, 4)
+            limits[f"read_{taps}_in_{box}_G_per_s"] = round(threads * len(pixels) / read_s * 1e-9, 4)
     return limits
 
 
 def gpu_limits() -> dict[str, float]:
-    """What the device can do: GB/s copied (read plus written), and 10^9 float32 per second added at random places."""
+    """What the device can do: GB/s copied (read plus written), and 10^9 float32 per second added at random pixels."""
     source = torch.empty(2**28, dtype=torch.float32, device="cuda")
     copied = torch.empty_like(source)
     copy_s = best_time(lambda: copied.copy_(source), "cuda")
     limits = {"copy_GB_per_s": round(2 * source.nbytes / copy_s * 1e-9, 1)}
-    for name, places in (("image", 128 * 128), ("batch", 128 * 128 * 128)):
-        target = torch.zeros(places, device="cuda")
-        where = torch.randint(0, places, (2**24,), device="cuda")
+    for name, pixels in (("image", 128 * 128), ("batch", 128 * 128 * 128)):
+        target = torch.zeros(pixels, device="cuda")
+        where = torch.randint(0, pixels, (2**24,), device="cuda")
         added = source[: len(where)]
         seconds = best_time(lambda t=target, w=where, a=added: t.scatter_add_(0, w, a), "cuda")
         limits[f"random_adds_in_{name}_G_per_s"] = round(len(where) / seconds * 1e-9, 2)

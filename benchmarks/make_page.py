@@ -24,7 +24,7 @@ OPERATOR = """
 Mask: a ball of 20 % of the box, mesh of 20 cells, {images} images at once. Times are ns per voxel, image and core; the
 adjoint gives both gradients, by the map and by the vertices. *Scaling*: how many times quicker than one thread. *Of
 adds*, *of reads*: numbers added to (forward) or read from (adjoint) the images a second, over what plain scalar code
-that does nothing else adds or reads, in rows of the kernel's width at random positions in an image of that size; more than
+that does nothing else adds or reads, in rows of the kernel's width at random pixels of an image of that size; more than
 1 comes of vector registers and of neighbours in memory. *Of copy*: bytes that the forward reads of the map a second,
 over the bandwidth of copying.
 """
@@ -55,7 +55,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def machine_section(result: dict[str, Any]) -> str:
-    """All that one file says."""
+    """All that one file holds."""
     machine = result["machine"]
     name = f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")
     text = f"\n## {name}\n\n{machine['memory_GB']} GB of memory, Python {machine['python']}, torch {machine['torch']}, "
@@ -125,7 +125,7 @@ def gpu_operator(figures: dict[str, Any]) -> str:
         ),
     )
     return text + (
-        f"\nThe device copies {limit['copy_GB_per_s']:.0f} GB/s and adds, at random positions in an image, "
+        f"\nThe device copies {limit['copy_GB_per_s']:.0f} GB/s and adds, at random pixels of an image, "
         f"{limit['random_adds_in_image_G_per_s']:.1f} x 10^9 numbers a second, of a batch "
         f"{limit['random_adds_in_batch_G_per_s']:.1f} x 10^9.\n"
     )

@@ -7,19 +7,22 @@ an image holds makes no difference to the time that it takes.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from flexlib.files import read_json, write_json
-from flexlib.images.sources import PARTICLES, SUMMARY, TRAIN_STACK, ImageStackWriter
-from flexlib.images.stack import read_stack_header
+from flexlib.images.stack import ImageStackWriter, read_stack_header
 from flexlib.imaging.maps import Map, write_map
 from flexlib.imaging.masks import soft_edge
+from flexlib.layout import ParticlesFolder
 from flexlib.mesh.build import build_mesh
-from flexlib.particles.star import read_tables, write_star
+from flexlib.particles.star import read_tables
+from flexlib.particles.star_write import write_star
 from flexlib.prepare.run import prepare_particles
+from flexlib.records import PreparedRecord
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
 
 FIELD_OF_VIEW_A = 256.0  # the antibody fits
@@ -40,7 +43,7 @@ def make_set(folder: Path, box: int, *, filling: float | None = None, distinct: 
     """
     pixel_size_A = FIELD_OF_VIEW_A / box
     sim = folder / "sim"
-    simulate_particles(sim, phantom="antibody", num_particles=distinct, box=box, pixel_size_A=pixel_size_A)
+    simulate_particles(sim, Simulation(num_particles=distinct, box=box, pixel_size_A=pixel_size_A))
     mask = None
     if filling is not None:
         mask = sim / "ball.mrc"
@@ -62,18 +65,20 @@ def make_mesh(particles_dir: Path, mesh_dir: Path, cells: int) -> None:
 
 def repeat_set(folder: Path, out: Path, count: int) -> None:
     """The set of ``make_set`` repeated to ``count`` particles, as if that many had been prepared: ``out``/particles."""
-    source, target = folder / "particles", out / "particles"
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(TRAIN_STACK, PARTICLES, SUMMARY))
-    header = read_stack_header(source / TRAIN_STACK)
+    source, target = ParticlesFolder(folder / "particles"), ParticlesFolder(out / "particles")
+    anew = [path.name for path in (source.images, source.particles, source.record)]
+    shutil.copytree(source.path, target.path, ignore=shutil.ignore_patterns(*anew))
+    header = read_stack_header(source.images)
     rows = np.arange(count) % header.num_images
-    summary = read_json(source / SUMMARY)
-    with ImageStackWriter(target / TRAIN_STACK, count, header.box, summary["train_pixel_size_A"]) as stack:
-        images = header.open()
+    record = PreparedRecord.read(source.record)
+    with ImageStackWriter(target.images, count, header.box, record.train_pixel_size_A) as stack:
+        shape = (header.num_images, header.box, header.box)
+        images = np.memmap(header.path, header.dtype, "r", header.offset, shape)
         for first in range(0, count, _CHUNK):
             stack.append(images[rows[first : first + _CHUNK]])
     for original, copy, stack_name in (
-        (source / PARTICLES, target / PARTICLES, TRAIN_STACK),
-        (Path(summary["particles"]), out / "input.star", "particles.mrcs"),
+        (source.particles, target.particles, target.images.name),
+        (Path(record.particles), out / "input.star", "particles.mrcs"),
     ):
         tables = read_tables(original)
         particles = tables.particles.iloc[rows].reset_index(drop=True)
@@ -81,5 +86,5 @@ def repeat_set(folder: Path, out: Path, count: int) -> None:
         if "flexInputRow" in particles:
             particles["flexInputRow"] = np.arange(count)
         write_star({"optics": tables.optics, "particles": particles}, copy)
-    counts = dict.fromkeys(("num_input", "num_particles", "num_rows"), count)
-    write_json(target / SUMMARY, summary | counts | {"particles": str(out / "input.star")})
+    repeated = replace(record, particles=str(out / "input.star"), num_input=count, num_particles=count, num_rows=count)
+    repeated.write(target.record)

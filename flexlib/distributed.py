@@ -4,10 +4,10 @@ Every process (a *rank*) holds the whole model and works on its share of the par
 is added up over the ranks, so that all go on with the same numbers. ``Group`` is what the rest of the code sees of
 this: with one process, ``ALONE``, its methods return what they are given.
 
-``launch`` starts the ranks on this machine as Python processes of their own and watches over them. They are not
-started by ``multiprocessing``, which would run the caller's main script again in each, and Snakemake's scripts do their
-work as they are read. A rank that fails ends all, with its message; SIGTERM is handed on to all; ranks whose launcher
-dies end by themselves, so that no half-dead run goes on writing.
+``launch`` starts the ranks on this machine as Python processes of their own and watches over them. They are not started
+by ``torch.multiprocessing.spawn``, which was considered: it runs the caller's main script again in each, and
+Snakemake's scripts do their work as they are read. A rank that fails ends all, with its message; SIGTERM is handed on
+to all; ranks whose launcher dies end by themselves, so that no half-dead run goes on writing.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from flexlib.errors import InputError
+from flexlib.runtime import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class Group:
         return items[self.part(len(items))]
 
     def add(self, *tensors: torch.Tensor) -> None:
-        """Put the sum over the ranks in place of each tensor; all travel in one message."""
+        """Replace each tensor by its sum over the ranks; all travel in one message."""
         if self.size == 1 or not any(tensor.numel() for tensor in tensors):
             return
         if len(tensors) == 1 and tensors[0].is_contiguous():
@@ -79,7 +81,7 @@ class Group:
             for tensor, total in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(total.view(tensor.shape))
 
-    def place(self, rows: torch.Tensor, num: int) -> torch.Tensor:
+    def embed(self, rows: torch.Tensor, num: int) -> torch.Tensor:
         """(num, ...) with this rank's ``rows`` where they belong and zeros elsewhere: ``add`` makes it whole."""
         if self.size == 1:
             return rows
@@ -89,7 +91,7 @@ class Group:
 
     def gather(self, rows: torch.Tensor, num: int) -> torch.Tensor:
         """(num, ...) rows of all ranks, from each rank's own part of them."""
-        whole = self.place(rows, num)
+        whole = self.embed(rows, num)
         self.add(whole)
         return whole
 
@@ -110,7 +112,7 @@ class Group:
         return box[0]  # type: ignore[return-value]
 
     def follow_first(self, *tensors: torch.Tensor) -> None:
-        """Put rank 0's values in place of each tensor."""
+        """Replace each tensor by rank 0's."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
@@ -120,36 +122,46 @@ ALONE = Group()
 
 
 def check_processes(processes: int, device: str) -> str:
-    """The kind of device that ``processes`` ranks compute on: "cuda" or "cpu"; ``device`` may be "auto".
+    """The kind of device that the ranks compute on, "cuda" or "cpu".
+
+    Parameters
+    ----------
+    processes : int
+        Number of ranks.
+    device : str
+        As ``resolve_device`` takes it.
 
     Raises
     ------
     InputError
-        There are GPUs, but fewer than processes.
+        There are fewer GPUs than processes, or none where one is asked for.
     """
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if device == "cpu" or (device == "auto" and not gpus):
-        return "cpu"
-    if processes > max(gpus, 1):
+    kind = resolve_device(device).type
+    gpus = torch.cuda.device_count()
+    if kind == "cuda" and processes > gpus:
         raise InputError(
             f"train.processes: {processes} processes need as many GPUs, and torch sees {gpus} here: ask for more "
             "(resources: gpu), lower train.processes, or set device: cpu"
         )
-    return "cuda" if device == "auto" else device
+    return kind
 
 
 def launch(work: Callable[..., None], arguments: Sequence[Any], processes: int = 1, device: str = "auto") -> None:
-    """Call ``work(group, device, *arguments)`` in ``processes`` processes that together are the group.
+    """Call ``work(group, device, *arguments)`` in each of ``processes`` ranks.
 
     With one, it is called here. Else the ranks are processes of this machine; each gets its part of this process'
     threads and its own GPU, if any. What rank 0 logs is logged here.
 
     Parameters
     ----------
-    work : a function at the top of an importable module
-    arguments : can be pickled
-    processes : at least 1
-    device : "cuda", "cpu" or "auto"
+    work : callable
+        A function at the top of an importable module.
+    arguments : sequence
+        They can be pickled.
+    processes : int
+        At least 1.
+    device : str
+        As ``resolve_device`` takes it.
 
     Raises
     ------
@@ -200,29 +212,17 @@ def _start_rank(rank: int, size: int, device: str, order: tuple) -> _Rank:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(number) for number in range(size)]
         environment["CUDA_VISIBLE_DEVICES"] = gpus[rank]
-    program = f"from flexlib.distributed import _serve; _serve({theirs.fileno()})"
+    program = f"from flexlib.distributed import run_rank; run_rank({theirs.fileno()})"
     process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], env=environment)
     theirs.close()
-    with suppress(BrokenPipeError):  # it is dead already; its exit status will tell
+    with suppress(BrokenPipeError):  # it is dead already; its exit status says how
         ours.send((*order, logging.getLogger().getEffectiveLevel()))
     return _Rank(process, ours)
 
 
 def _watch(ranks: list[_Rank]) -> None:
     """Wait for all ranks; raises what ``launch`` raises."""
-    asked_to_stop = False
-
-    def hand_on(number, frame):
-        nonlocal asked_to_stop
-        asked_to_stop = True
-        for rank in ranks:
-            rank.process.send_signal(number)
-
-    previous: Any = None
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:
-        previous = signal.signal(signal.SIGTERM, hand_on)
-    try:
+    with _hand_on_sigterm(ranks) as handed_on:
         running: dict[Any, _Rank] = {rank.connection: rank for rank in ranks}
         while running and not any(_has_failed(rank) for rank in ranks):
             for ready in wait(list(running)):
@@ -231,15 +231,32 @@ def _watch(ranks: list[_Rank]) -> None:
         failed = [number for number, rank in enumerate(ranks) if _has_failed(rank)]
         if failed:
             _end(ranks, _GRACE_S)
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
-    if failed and asked_to_stop:  # it came where nothing waits for it, and ended the ranks: so it does here
+    if failed and handed_on:  # it came where nothing waits for it, and ended the ranks: so it does here
         sys.exit(128 + signal.SIGTERM)
     if failed:
         _raise_cause(ranks, failed)
     if any(rank.process.returncode == EXIT_INTERRUPTED for rank in ranks):
         sys.exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _hand_on_sigterm(ranks: list[_Rank]) -> Iterator[list[int]]:
+    """Hand SIGTERM on to all ranks while in use; gives the list of the signals that came."""
+    handed_on: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        handed_on.append(number)
+        for rank in ranks:
+            rank.process.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
+        yield handed_on
+        return
+    previous = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield handed_on
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _has_failed(rank: _Rank) -> bool:
@@ -295,7 +312,7 @@ class _ToLauncher(logging.handlers.QueueHandler):
         self.queue.send(("log", record))  # type: ignore[attr-defined]
 
 
-def _serve(descriptor: int) -> None:
+def run_rank(descriptor: int) -> None:
     """What the process of a rank does; ``descriptor`` is its end of the pipe to the launcher."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets it too, and ends us
     connection = Connection(descriptor)

@@ -12,6 +12,8 @@ from pathlib import Path
 MESH_PATTERN = "cells~{cells}"  # of a mesh below mesh/, as a Snakemake pattern
 POINT_PATTERN = "cells~{cells}/dims~{dims}/rigidity~{rigidity}/seed~{seed}"  # of a sweep point below each later stage
 
+CHECKPOINTS = "checkpoints"  # folder of a training under way
+
 PathLike = str | os.PathLike[str]
 
 
@@ -148,12 +150,12 @@ class TrainFolder(Folder):
     @property
     def checkpoint(self) -> Path:
         """The state of a training under way."""
-        return self.path / "checkpoints" / "checkpoint.pt"
+        return self.path / CHECKPOINTS / "checkpoint.pt"
 
     @property
     def checkpoint_model(self) -> Path:
         """The model of a training under way."""
-        return self.path / "checkpoints" / "model.pt"
+        return self.path / CHECKPOINTS / "model.pt"
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,11 @@ class RunFolder(Folder):
     def report(self) -> Path:
         """The report."""
         return self.path / "report.html"
+
+    @property
+    def summary(self) -> Path:
+        """One picture of the run, beside the report."""
+        return self.path / "summary.png"
 
 
 @dataclass(frozen=True)

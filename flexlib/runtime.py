@@ -1,4 +1,7 @@
-"""Settings of the process that cost nothing and save much; every number stays the same but for denormals."""
+"""What the process runs on: its device, its threads and its memory.
+
+The settings cost nothing and save much; every number stays the same but for denormals.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ import ctypes
 import logging
 from functools import cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from flexlib.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -53,3 +62,27 @@ def has_triton() -> bool:
         return True
     logger.warning("triton is not installed: projections on this GPU are computed by plain torch, slowly")
     return False
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a ``device:`` of the config stands for.
+
+    Parameters
+    ----------
+    device : str
+        "auto" (a GPU where torch sees one, else the CPU), "cuda", "cpu", or any other name of a torch device.
+
+    Raises
+    ------
+    InputError
+        A GPU is asked for and torch sees none.
+    """
+    import torch
+
+    sees_gpu = torch.cuda.device_count() > 0
+    if device == "auto":
+        return torch.device("cuda" if sees_gpu else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not sees_gpu:
+        raise InputError("device: cuda, but torch sees no GPU here: ask for one (resources: gpu) or set device: auto")
+    return chosen

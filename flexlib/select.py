@@ -12,93 +12,22 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flexlib.errors import InputError
-from flexlib.files import read_json
+from flexlib.particles.clusters import cluster_latents
 from flexlib.particles.cs import matching_rows, unique_uids
 from flexlib.particles.cs_file import read_cs_file, write_group
-from flexlib.particles.latents_io import components, latent_columns
-from flexlib.particles.star_text import StarText, TextTable, read_star_text
+from flexlib.particles.latents_table import LatentTable, read_latent_table
+from flexlib.particles.latents_write import components
+from flexlib.particles.star_text import read_star_text
 
 log = logging.getLogger(__name__)
 
-_SEED = 0
 _ROW_COLUMNS = ("flexInputRow", "flexUid", "rlnImageName")  # by what a list of particles may name them
-
-
-@dataclass(frozen=True)
-class LatentTable:
-    """A latents.star: m rows, the (m, K) latents, and the file that prepare read (None where it is not known)."""
-
-    text: StarText
-    table: TextTable
-    columns: pd.DataFrame  # latents, flexInputRow, and flexUid where there is one
-    latents: np.ndarray  # (m, K) float64, nan for particles that prepare dropped
-    input_row: np.ndarray  # (m,) int64, 0-based row of the input file
-    input_path: Path | None = None
-    passthrough: Path | None = None
-
-    def named(self, column: str) -> pd.Series:
-        """(m,) values of a column."""
-        known = column in self.columns
-        return self.columns[column] if known else self.text.frame(self.table, [column], ("rlnImageName",))[column]
-
-    def dimension(self, name: str) -> np.ndarray:
-        """(m,) values of a latent dimension (1 to K) or of any numeric column by its name."""
-        key = f"flexLatent{name}" if name.isdigit() else name
-        if key not in self.table.labels:
-            known = ", ".join(latent_columns(self.table.labels))
-            raise InputError(f"{self.text.path}: no latent dimension or column {name!r}: there are {known}")
-        values = self.named(key)
-        if not pd.api.types.is_numeric_dtype(values):
-            raise InputError(f"{self.text.path}: column {key} is not numeric")
-        return values.to_numpy(np.float64)
-
-
-def read_latent_table(
-    source: str | Path, input_path: str | Path | None = None, passthrough: str | Path | None = None
-) -> LatentTable:
-    """Open a training folder or a latents.star.
-
-    ``input_path`` and ``passthrough`` are the user's particle file; by default what ``prepared.json`` in a folder
-    ``particles`` beside the training names. Raises InputError where there are no latents.
-    """
-    source = Path(source)
-    path = source / "latents.star" if source.is_dir() else source
-    if not path.is_file():
-        raise InputError(f"{path}: latents not found")
-    text = read_star_text(path)
-    table = text.particles
-    names = latent_columns(table.labels)
-    if not names:
-        raise InputError(f"{path}: no latents: column flexLatent1 is missing")
-    columns = text.frame(table, (*names, "flexInputRow", "flexUid"))
-    latents = columns[names].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
-    rows = columns["flexInputRow"].to_numpy(np.int64) if "flexInputRow" in columns else np.arange(len(columns))
-    if input_path is None and (found := _prepared_json(path)) is not None:
-        summary = read_json(found)
-        input_path, passthrough = summary["particles"], passthrough or summary["passthrough"]
-        if len(np.unique(rows)) != summary["num_input"]:
-            raise InputError(f"{path}: {len(columns)} rows, but {found} tells of {summary['num_input']} particles")
-    return LatentTable(
-        text,
-        table,
-        columns.assign(flexInputRow=rows),
-        latents,
-        rows,
-        None if input_path is None else Path(input_path),
-        None if passthrough is None else Path(passthrough),
-    )
-
-
-def _prepared_json(path: Path) -> Path | None:
-    candidates = [parent / "particles" / "prepared.json" for parent in path.absolute().parents]
-    return next((found for found in candidates if found.is_file()), None)
 
 
 # regions: each gives the (m,) bool of rows inside; rows without latents are never inside -----------------------------
@@ -119,18 +48,22 @@ def in_box(latents: LatentTable, limits: Sequence[str]) -> np.ndarray:
 
 
 def in_polygon(latents: LatentTable, outline: str) -> np.ndarray:
-    """Rows inside ``DIM,DIM: x,y x,y x,y ...`` (even-odd rule). Raises InputError on a bad outline."""
+    """Rows inside the outline ``DIM,DIM: x,y x,y x,y ...`` (even-odd rule; on the line itself, either way).
+
+    Raises InputError on a bad outline.
+    """
+    from matplotlib.path import Path as Outline
+
     match = re.fullmatch(r"\s*([^,:]+),([^,:]+):(.*)", outline)
-    corners = [part.split(",") for part in match[3].split()] if match else []
-    if match is None or len(corners) < 3 or any(len(corner) != 2 for corner in corners):
+    texts = [part.split(",") for part in match[3].split()] if match else []
+    if match is None or len(texts) < 3 or any(len(corner) != 2 for corner in texts):
         raise InputError(f"--polygon: {outline!r} is not 'DIM,DIM: x,y x,y x,y' with three corners or more")
-    points = np.array([[_number(value, "--polygon") for value in corner] for corner in corners])
+    corners = np.array([[_number(value, "--polygon") for value in corner] for corner in texts])
     x, y = latents.dimension(match[1].strip()), latents.dimension(match[2].strip())
+    known = np.isfinite(latents.latents).all(1) & np.isfinite(x) & np.isfinite(y)
     inside = np.zeros(len(x), bool)
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0), strict=True):
-        if y0 != y1:  # count the sides that a ray towards +x crosses
-            inside ^= ((y >= y0) != (y >= y1)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
-    return inside & np.isfinite(latents.latents).all(1)
+    inside[known] = Outline(corners).contains_points(np.stack([x[known], y[known]], 1))
+    return inside
 
 
 def nearest(latents: LatentTable, wanted: str) -> np.ndarray:
@@ -150,9 +83,7 @@ def nearest(latents: LatentTable, wanted: str) -> np.ndarray:
 
 
 def in_cluster(latents: LatentTable, wanted: str) -> np.ndarray:
-    """The rows of k-means cluster ``I/N``; clusters count from 1 along the first latent dimension. Seeded."""
-    from scipy.cluster.vq import ClusterError, kmeans2
-
+    """The rows of k-means cluster ``I/N``, counted from 1: frame I of the series ``kmeans N`` shows one of them."""
     match = re.fullmatch(r"(\d+)/(\d+)", wanted)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"--cluster: {wanted!r} is not I/N, such as 2/5 for the second of five")
@@ -160,16 +91,12 @@ def in_cluster(latents: LatentTable, wanted: str) -> np.ndarray:
     known = np.flatnonzero(np.isfinite(latents.latents).all(1))
     if count > len(known):
         raise InputError(f"--cluster: {count} clusters of {len(known)} particles")
-    try:
-        centres, label = kmeans2(latents.latents[known], count, 50, minit="++", missing="raise", seed=_SEED)
-    except ClusterError as error:
-        raise InputError(f"--cluster: these particles do not fall into {count} clusters") from error
-    order = np.lexsort(centres.T[::-1])
-    for number, at in enumerate(order, 1):
-        where = ", ".join(f"{value:.3g}" for value in centres[at])
-        log.info("cluster %d/%d at (%s): %d particles", number, count, where, int((label == at).sum()))
+    clusters = cluster_latents(latents.latents[known], count, "--cluster")
+    for number, centre in enumerate(clusters.centres):
+        where = ", ".join(f"{value:.3g}" for value in centre)
+        log.info("cluster %d/%d at (%s): %d particles", number + 1, count, where, clusters.size(number))
     inside = np.zeros(len(latents.latents), bool)
-    inside[known[label == order[chosen - 1]]] = True
+    inside[known[clusters.label == chosen - 1]] = True
     return inside
 
 
@@ -279,14 +206,14 @@ def _write_cs(latents: LatentTable, inside: np.ndarray, path: Path, with_latents
         first = inside & ~pd.Series(latents.input_row).where(inside).duplicated().to_numpy()
         part = path.with_name(f"{path.stem}_latents.cs")
         chosen.append((part, components(own[first], latents.latents[first])))
-    for place, file in chosen:
-        file.write(place)
+    for part, file in chosen:
+        file.write(part)
     write_group(path.with_suffix(".csg"), chosen, f"Particles chosen by flexlib: {len(rows)} of {len(table)}")
     return len(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command ``flex-select``; returns the exit status (1 after a mistake, told in one line)."""
+    """The command ``flex-select``; returns the exit status (1 after a mistake, named in one line)."""
     parser = argparse.ArgumentParser(
         prog="flex-select", description="Write the particles of a region of latent space as a subset of their own file."
     )

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from flexlib.files import write_json
 from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import fsc
 from flexlib.imaging.maps import write_map
 from flexlib.imaging.masks import make_mask
+from flexlib.layout import ReconstructFolder, RunFolder, TrainFolder
 from flexlib.mesh.build import build_mesh
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
+from flexlib.records import OpticsRecord, PreparedRecord, ResolutionRecord, ValidationRecord
 from flexlib.report import write_report
 from flexlib.simulate.phantoms import Phantom, make_phantom
-from flexlib.simulate.run import atoms_to_map
+from flexlib.simulate.signal import atoms_to_map
 from flexlib.workflow_support.points import SweepPoint
 from flexlib.workflow_support.settings import MeshSettings
 from flexlib.workflow_support.sweep import write_sweep_table
@@ -51,6 +52,7 @@ def write_fake_results(
 ) -> SweepPoint:
     """Fill ``root`` with every file the report reads but the trained model; returns the chosen point."""
     rng = np.random.default_rng(1)
+    run = RunFolder(root)
     phantom = make_phantom("antibody")
     point = SweepPoint(POINT.cells, dims, POINT.rigidity, POINT.seed)
     angles = phantom.sample_angles(num_particles, rng)
@@ -58,23 +60,24 @@ def write_fake_results(
     consensus = lowpass_map(_map(phantom, centre, box, pixel_size_A), pixel_size_A, 14.0)
     noisy = consensus + 0.03 * consensus.std() * rng.standard_normal(consensus.shape).astype(np.float32)
     mask = make_mask(consensus, pixel_size_A)
-    for folder in (root / "particles", root / "particles" / "full"):
-        write_map(folder / "consensus.mrc", noisy, pixel_size_A)
-        write_map(folder / "mask.mrc", mask, pixel_size_A)
-    _write_particles(root, point, angles, rng)
+    for path in (run.particles.consensus, run.particles.full_consensus):
+        write_map(path, noisy, pixel_size_A)
+    for path in (run.particles.mask, run.particles.full_mask):
+        write_map(path, mask, pixel_size_A)
+    _write_particles(run, point, angles, box, pixel_size_A, rng)
     np.savez(root / "truth.npz", angles_rad=angles)
-    build_mesh(root / "particles", root / "mesh" / point.mesh_path, MeshSettings(cells=point.cells))
-    _write_training(root / "train" / point.path, point, rng)
+    build_mesh(run.particles.path, run.mesh(point.mesh_path).path, MeshSettings(cells=point.cells))
+    _write_training(run.train(point.path), rng)
+    generated = run.generate(point.path)
     for axis in range(min(dims, angles.shape[1])):
         for frame, angle in enumerate(np.linspace(-0.5, 0.5, frames)):
             state = np.eye(len(centre))[axis] * angle
             moved = lowpass_map(_map(phantom, state, box, pixel_size_A), pixel_size_A, 12.0)
-            path = root / "generate" / point.path / f"axis_{axis + 1}" / f"frame_{frame:03d}.mrc"
-            write_map(path, moved, pixel_size_A)
-    _write_series(root / "generate" / point.path / "series.csv", dims, frames)
-    _write_reconstruction(root / "reconstruct" / point.path, consensus, mask, pixel_size_A, rng)
-    _write_sweep(root, point, rng)
-    benchmark = root / "benchmarks" / "train" / f"{point.path.replace('/', '.')}.tsv"
+            write_map(generated.frame(f"axis_{axis + 1}", frame), moved, pixel_size_A)
+    _write_series(generated.table, dims, frames)
+    _write_reconstruction(run.reconstruct(point.path), consensus, mask, pixel_size_A, rng)
+    _write_sweep(run.table, point, rng)
+    benchmark = run.benchmarks / "train" / f"{point.path.replace('/', '.')}.tsv"
     benchmark.parent.mkdir(parents=True)
     benchmark.write_text("s\th:m:s\tmax_rss\n312.5\t0:05:12\t2210.4\n")
     return point
@@ -84,7 +87,9 @@ def _map(phantom: Phantom, state: np.ndarray, box: int, pixel_size_A: float) -> 
     return atoms_to_map(phantom.positions_A(state)[0] / pixel_size_A, phantom.mass, box, sigma_px=0.7)
 
 
-def _write_particles(root: Path, point: SweepPoint, angles: np.ndarray, rng: np.random.Generator) -> None:
+def _write_particles(
+    run: RunFolder, point: SweepPoint, angles: np.ndarray, box: int, pixel_size_A: float, rng: np.random.Generator
+) -> None:
     """Prepared particles without one in ten, and latents of all of them: noisy copies of the true angles."""
     count = len(angles)
     defocus_A = rng.uniform(8000, 25000, count)
@@ -106,14 +111,31 @@ def _write_particles(root: Path, point: SweepPoint, angles: np.ndarray, rng: np.
     latents[~kept] = np.nan
     columns = {f"flexLatent{i + 1}": latents[:, i] for i in range(point.latent_dims)}
     prepared = table.assign(flexInputRow=np.arange(count))[kept]
-    write_star({"particles": prepared}, root / "particles" / "particles.star")
-    write_star({"particles": table.assign(**columns)}, root / "train" / point.path / "latents.star")
-    write_star({"particles": table}, root / "input.star")
-    given = {"particles": str((root / "input.star").absolute()), "passthrough": None, "num_input": count}
-    write_json(root / "particles" / "prepared.json", given)
+    write_star({"particles": prepared}, run.particles.particles)
+    write_star({"particles": table.assign(**columns)}, run.train(point.path).latents)
+    write_star({"particles": table}, run.path / "input.star")
+    PreparedRecord(
+        particles=str((run.path / "input.star").absolute()),
+        passthrough=None,
+        image_root=None,
+        consensus="consensus.mrc",
+        mask=None,
+        num_input=count,
+        num_particles=int(kept.sum()),
+        symmetry="C1",
+        symmetry_copies=1,
+        num_rows=int(kept.sum()),
+        half_sets="input",
+        full_box=box,
+        full_pixel_size_A=pixel_size_A,
+        crop_box=box,
+        train_box=box,
+        train_pixel_size_A=pixel_size_A,
+        optics_groups=[OpticsRecord("opticsGroup1", box, pixel_size_A, "", box, 1.0)],
+    ).write(run.particles.record)
 
 
-def _write_training(folder: Path, point: SweepPoint, rng: np.random.Generator) -> None:
+def _write_training(folder: TrainFolder, rng: np.random.Generator) -> None:
     epoch = np.arange(1, 26)
     log = pd.DataFrame(
         {
@@ -124,20 +146,31 @@ def _write_training(folder: Path, point: SweepPoint, rng: np.random.Generator) -
             "validation_gain": 30 * (1 - np.exp(-epoch / 6)) + 0.5 * rng.standard_normal(len(epoch)),
         }
     )
-    log.to_csv(folder / "log.csv", index=False)
+    log.to_csv(folder.log, index=False)
     values = np.concatenate([[6.1, 3.4], 1.25 - 0.02 * np.arange(18)])
     spectrum = pd.DataFrame({"index": np.arange(1, 21), "eigenvalue": values, "noise_edge": 1.3})
-    spectrum.to_csv(folder / "spectrum.csv", index=False)
-    write_json(
-        folder / "validation.json",
-        {
-            "validation_gain": 30.1,
-            "validation_gain_se": 1.2,
-            "suggested_dims": 2,
-            "rms_displacement_A": 6.3,
-            "wall_s": 312.5,
-        },
-    )
+    spectrum.to_csv(folder.spectrum, index=False)
+    ValidationRecord(
+        validation_gain=30.1,
+        validation_gain_se=1.2,
+        validation_particles=80,
+        rejected_gain=None,
+        rejected_gain_se=None,
+        suggested_dims=2,
+        rms_displacement_A=6.3,
+        rms_displacement_per_unit_A=[5.0, 4.0],
+        motion_share=[0.6, 0.4],
+        mean_strain=0.1,
+        epochs=25,
+        band_shell=12.0,
+        num_particles=1350,
+        num_voxels=5000,
+        num_vertices=200,
+        num_cells=700,
+        wall_s=312.5,
+        num_rows=1350,
+        validation_rows=80,
+    ).write(folder.validation)
 
 
 def _write_series(path: Path, dims: int, frames: int) -> None:
@@ -152,7 +185,7 @@ def _write_series(path: Path, dims: int, frames: int) -> None:
 
 
 def _write_reconstruction(
-    folder: Path, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float, rng: np.random.Generator
+    folder: ReconstructFolder, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float, rng: np.random.Generator
 ) -> None:
     box = len(volume)
     shell = np.arange(box // 2)
@@ -162,21 +195,28 @@ def _write_reconstruction(
             (volume + noise * volume.std() * rng.standard_normal(volume.shape)).astype(np.float32) for _ in range(2)
         ]
         for index, half in enumerate(halves):
-            write_map(folder / f"{model}_half{index + 1}.mrc", half, pixel_size_A)
-        write_map(folder / f"{model}_map.mrc", 0.5 * (halves[0] + halves[1]), pixel_size_A)
+            write_map(folder.half(model, index + 1), half, pixel_size_A)
+        write_map(folder.map(model), 0.5 * (halves[0] + halves[1]), pixel_size_A)
         for kind, window in (("unmasked", None), ("masked", mask), ("corrected", mask)):
             table[f"fsc_{model}_{kind}"] = fsc(halves[0], halves[1], window)
-    pd.DataFrame(table).to_csv(folder / "fsc.csv", index=False)
+    pd.DataFrame(table).to_csv(folder.fsc, index=False)
     course = [
         {"half": half, "model": model, "iteration": i, "objective": 100.0, "relative_gradient": 10 ** (-0.2 * i)}
         for model in ("flex", "rigid")
         for half in (1, 2)
         for i in range(20)
     ]
-    pd.DataFrame(course).to_csv(folder / "convergence.csv", index=False)
+    pd.DataFrame(course).to_csv(folder.convergence, index=False)
+    ResolutionRecord(
+        resolutions_A={},
+        moving_rms_displacement={},
+        flex_b_factor_A2=None,
+        flex_local_A={},
+        converged={name: True for name in ("flex_half1", "flex_half2", "rigid_half1", "rigid_half2")},
+    ).write(folder.resolution)
 
 
-def _write_sweep(root: Path, chosen: SweepPoint, rng: np.random.Generator) -> None:
+def _write_sweep(path: Path, chosen: SweepPoint, rng: np.random.Generator) -> None:
     rows = []
     for dims in sorted({1, 2, 3, chosen.latent_dims}):
         for rigidity in (0.5, 2.0):
@@ -196,4 +236,4 @@ def _write_sweep(root: Path, chosen: SweepPoint, rng: np.random.Generator) -> No
                     "difference_to_best_se": 0.0 if gain == 30.6 else 0.7,
                 }
             )
-    write_sweep_table(rows, root / "sweep.csv")
+    write_sweep_table(rows, path)

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.model.flex_model import FlexModel, FlowGenerator
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator
 
 BOX = 32
 PIXEL_SIZE_A = 3.0

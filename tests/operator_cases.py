@@ -103,7 +103,7 @@ def reference_results(case: Case, taps: int) -> tuple[torch.Tensor, torch.Tensor
     """Images, and the gradients by values and vertices, in double precision."""
     case = case.to(str(case.values.device), torch.float64)
     images = reference.splat(case.values, case.vertices, *case.mesh(), case.grid, taps)
-    both = reference.splat_adjoint(case.grad_images, case.values, case.vertices, *case.mesh(), taps, True, True)
+    both = reference.splat_adjoint(case.grad_images, case.values, case.vertices, *case.mesh(), taps, (True, True))
     return images, *both
 
 

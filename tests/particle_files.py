@@ -8,7 +8,7 @@ import pandas as pd
 from scipy.spatial.transform import Rotation
 
 from flexlib.files import write_json
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 
 COUNT, BOX = 12, 16
 

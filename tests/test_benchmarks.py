@@ -1,11 +1,17 @@
-"""The benchmarks run and tell what they should, and the page is what they say. No time is ever asserted."""
+"""The benchmarks run and report what they should, and the page is what they say. No time is ever asserted."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import starfile
+
+from flexlib.imaging.maps import write_map
+from flexlib.layout import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -39,6 +45,27 @@ def test_driver_measures_every_part_and_its_page_is_made(tmp_path):
     run("make_page.py", "--results", out.parent, "--out", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert result["machine"]["cpu"] in page and "Provisional" in page and "Against latent dims" in page
+
+
+def fake_run(folder: Path, shift: float) -> RunFolder:
+    """One sweep point with latents, a canonical map and a row of the table."""
+    run = RunFolder(folder)
+    trained = run.train("cells~1/dims~1/rigidity~1.0/seed~0")
+    trained.path.mkdir(parents=True)
+    latents = pd.DataFrame({"rlnImageName": [f"{k}@a.mrcs" for k in range(5)], "flexLatent1": np.arange(5.0) + shift})
+    starfile.write({"particles": latents}, trained.latents)
+    write_map(trained.canonical, np.ones((8, 8, 8), np.float32), 1.0)
+    run.table.write_text(f"cells,validation_gain,wall_s\n1,{2 + shift},{np.random.default_rng().random()}\n")
+    return run
+
+
+@pytest.mark.parametrize(("shift", "status"), [(0.0, 0), (1e-5, 0), (0.1, 1)])
+def test_results_of_two_checkouts_are_compared(tmp_path, shift, status):
+    folders = [fake_run(tmp_path / name, size).path for name, size in (("before", 0.0), ("after", shift))]
+    command = [sys.executable, BENCHMARKS / "compare_checkouts.py", *folders]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("DIFFERS" in done.stdout) == bool(status) and "latents 1 - R^2" in done.stdout
 
 
 def test_performance_page_is_made_of_the_committed_results(tmp_path):

@@ -12,12 +12,12 @@ import torch
 from test_ctf import expected_images, make_particles
 from torch_ctf import calculate_ctf_2d
 
-from flexlib.images.batch import shell_radius
 from flexlib.images.ctf import ctf_images, zernike
+from flexlib.imaging.image_transforms import plane_radius
 from flexlib.particles.table import OpticsGroup
 
 BOX = 64
-INSIDE = shell_radius(BOX).numpy() < BOX / 2
+INSIDE = plane_radius(BOX).numpy() < BOX / 2
 PLAIN = OpticsGroup("a", 300.0, 2.7, 0.1, 1.2, BOX)
 
 

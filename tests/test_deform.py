@@ -9,7 +9,8 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.imaging.maps import Map
 from flexlib.imaging.masks import soft_edge
-from flexlib.tetra.deform import VolumeDeformer, deform_at_latent, deform_volume, moving_mask
+from flexlib.model.deformed import deform_at_latent
+from flexlib.tetra.deform import VolumeDeformer, deform_volume, moving_mask
 from flexlib.tetra.voxels import voxelise
 
 

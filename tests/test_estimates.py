@@ -5,9 +5,9 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from json_records import prepared_record
 
 from flexlib.errors import InputError
-from flexlib.files import write_json
 from flexlib.imaging.maps import write_map
 from flexlib.workflow_support import estimates
 from flexlib.workflow_support.estimates import (
@@ -45,7 +45,7 @@ def test_size_of_data_is_guessed_before_and_known_after_preparation(tmp_path):
     assert data_size({**config, "prepare": {**PREPARE, "max_particles": 10, "symmetry": "D7"}}, record).num_rows == 140
     simulated = {**config, "simulate": {"num_particles": 77, "box": 96}}
     assert data_size(simulated, record) == DataSize(77, 96, 96)
-    write_json(record, {"num_rows": 432, "crop_box": 36, "train_box": 32})
+    prepared_record(num_rows=432, crop_box=36, train_box=32).write(record)
     assert data_size(config, record) == DataSize(432, 36, 32)
 
 

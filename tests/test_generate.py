@@ -14,10 +14,13 @@ from scipy import ndimage
 
 from flexlib.errors import InputError
 from flexlib.files import write_json
-from flexlib.generate.run import chimerax_script, displacement_metric, generate_series, main, newest_model
+from flexlib.generate.chimerax import chimerax_script
+from flexlib.generate.command import main
+from flexlib.generate.latents import displacement_metric
+from flexlib.generate.run import generate_series, newest_model
 from flexlib.imaging.fourier import lowpass_map, sharpen_map
 from flexlib.imaging.maps import Map, read_map, write_map
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 from flexlib.render import film as movie
 from flexlib.render import surface
 from flexlib.workflow_support.settings import GenerateSettings

@@ -20,7 +20,8 @@ from flexlib.images.cache import cached_images
 from flexlib.images.sources import open_full_images
 from flexlib.prepare.run import prepare_particles
 from flexlib.simulate.run import simulate_particles
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
+from flexlib.simulate.settings import Simulation
+from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
 
 COUNT, BOX = 60, 32
 
@@ -29,13 +30,13 @@ COUNT, BOX = 60, 32
 def prepared(tmp_path_factory) -> Path:
     """Prepared particles, some of which select left out."""
     folder = tmp_path_factory.mktemp("cache")
-    truth = simulate_particles(folder / "data", num_particles=COUNT, box=BOX, pixel_size_A=8.0, snr=1.0)
+    truth = simulate_particles(folder / "data", Simulation(num_particles=COUNT, box=BOX, pixel_size_A=8.0, snr=1.0))
     prepare_particles(
         truth.particles_star,
         truth.consensus,
         folder / "particles",
         settings=PrepareSettings(train_box=16, max_particles=40),
-        mask_settings=MeshSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
+        mask_settings=MaskSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
     )
     return folder / "particles"
 
@@ -69,7 +70,7 @@ def test_without_cache_dir_the_source_is_itself(prepared):
         assert same is source
 
 
-def test_a_disk_too_small_is_told_before_anything_is_written(prepared, tmp_path, caplog, monkeypatch):
+def test_a_disk_too_small_is_reported_before_anything_is_written(prepared, tmp_path, caplog, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(total=10**9, free=10**5)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: full)
     source = open_full_images(prepared)

@@ -1,6 +1,7 @@
 """Latents of single particles and the spectral start, against finite differences, Monte Carlo and known truth."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,14 @@ import torch
 from scipy import ndimage
 from training_sets import neighbour_r2, prepared
 
-from flexlib.images.batch import plane_weight, split_batches
-from flexlib.model.flex_model import FlowGenerator
-from flexlib.model.forward import CoarseView, MovingMap, fisher_information, log_likelihood_loss
+from flexlib.images.batch import split_batches
+from flexlib.imaging.fourier import resample_spectrum
+from flexlib.imaging.image_transforms import plane_weight
+from flexlib.layout import MeshFolder, ParticlesFolder
+from flexlib.model.flow import FlowGenerator
+from flexlib.model.forward import EXACT, CoarseMap, MovingMap, Operator, fisher_information, log_likelihood_loss
 from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices
+from flexlib.train.fields import BASIS_UNIT_A, displacement_basis
 from flexlib.train.latents import (
     LatentPrior,
     friedel_halves,
@@ -21,7 +26,8 @@ from flexlib.train.latents import (
     learn_curvature,
     search_latents,
 )
-from flexlib.train.score import HeldOutScore, choose_held_out
+from flexlib.train.score import HeldOutScore, RigidModel, choose_held_out, score_held_out
+from flexlib.train.setup import Setup, set_up
 from flexlib.train.spectral import (
     FieldForces,
     FourierSampling,
@@ -31,8 +37,6 @@ from flexlib.train.spectral import (
     spectral_start,
     suggest_dims,
 )
-from flexlib.train.start import BASIS_UNIT_A, _basis
-from flexlib.train.state import Setup, set_up
 from flexlib.workflow_support.settings import TrainSettings
 
 BOX = 64
@@ -47,12 +51,12 @@ def clamp(tmp_path_factory):
 @pytest.fixture(scope="module")
 def setup(clamp) -> Setup:
     settings = TrainSettings(latent_dims=2, validation_fraction=0.1)
-    return set_up(clamp / "particles", clamp / "mesh", settings, "cpu")
+    return set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), settings, "cpu")
 
 
 @pytest.fixture(scope="module")
 def basis(setup) -> torch.Tensor:
-    return _basis(setup)
+    return displacement_basis(setup.mesh, setup.group, setup.device)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +83,6 @@ def batch(setup):
 
 def predicted_images(setup, flow, values, batch, latents, seed):
     """The batch with images that the model itself makes at ``latents``, with white noise."""
-    from dataclasses import replace
-
     torch.manual_seed(seed)
     with torch.no_grad():
         clean = batch.transfer * setup.operator.slices(values, batch, flow(latents))
@@ -193,10 +195,10 @@ def deep_blob(setup) -> torch.Tensor:
     return gather_volume(torch.as_tensor(np.exp(-distance / (2 * 2.0**2)), dtype=torch.float32), setup.operator.voxels)
 
 
-def test_coarse_view_predicts_the_same_images(setup, flow, batch):
+def test_coarse_map_predicts_the_same_images(setup, flow, batch):
     """Half the box, twice the pixel: what a map without fine detail projects to is the same."""
     coarse = setup.coarse
-    assert isinstance(coarse, CoarseView)
+    assert isinstance(coarse, CoarseMap)
     smooth = deep_blob(setup)
     z = torch.full((12, 2), 0.5)
     weight = plane_weight(BOX, 10)
@@ -209,8 +211,8 @@ def test_coarse_view_predicts_the_same_images(setup, flow, batch):
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_particles_in_a_wrong_valley_are_found(setup, values):
-    """A motion that comes back on itself makes several valleys; the search ends in the deepest one."""
+def test_particles_in_a_wrong_local_minimum_are_found(setup, values):
+    """A motion that comes back on itself makes several local minima; the search ends in the lowest one."""
 
     class Swing(torch.nn.Module):
         def forward(self, z):
@@ -218,7 +220,7 @@ def test_particles_in_a_wrong_valley_are_found(setup, values):
             circle = torch.cat([torch.sin(angle), torch.cos(angle) - 1], 1) * 6.0
             return torch.einsum("bi,ivc->bvc", circle, fields)
 
-    fields = _basis(setup)[:2] / BASIS_UNIT_A
+    fields = displacement_basis(setup.mesh, setup.group, setup.device)[:2] / BASIS_UNIT_A
     weight = plane_weight(BOX, 20)
     truth = torch.linspace(-1.8, 1.8, 40)[:, None]
     batch = predicted_images(setup, Swing(), values, setup.source.batch(np.arange(40)), truth, 7)
@@ -271,7 +273,7 @@ def test_noise_covariance_of_the_forces_is_the_models(setup, values, basis):
 
 def test_spectral_start_sees_the_motion_before_any_training(setup, values, basis, clamp):
     batches = [setup.source.batch(rows) for rows in split_batches(np.arange(300), 100)]
-    forces = measure_forces(setup.operator, values, batches, 300, basis, setup.band(0))
+    forces = measure_forces(setup.operator, values, batches, 300, basis, setup.schedule.band(0))
     spectrum = spectral_start(forces, 1, np.ones(len(basis)))
     truth = np.load(clamp / "sim/truth.npz")["angles_rad"][:, 0]
     assert neighbour_r2(spectrum.latents, truth) > 0.5
@@ -324,8 +326,49 @@ def test_symmetry_copies_are_held_out_together():
 
 
 def test_score_of_nothing_held_out_is_not_a_number():
-    score = HeldOutScore(np.zeros(0), torch.zeros(0, 2))
+    score = HeldOutScore(gains=np.zeros(0), rows=np.zeros(0, int), latents=torch.zeros(0, 2))
     assert np.isnan(score.gain) and np.isnan(score.standard_error)
+
+
+def test_symmetry_copies_change_neither_the_score_nor_its_error(setup, flow, values):
+    """Every row twice, at the same latents: a particle counts once, whatever the number of its rows."""
+    model = MovingMap(setup.operator, flow, values)
+    rigid = RigidModel(setup.rigid, gather_volume(setup.consensus.data * setup.mask.data, setup.rigid.voxels))
+    once, start = setup.held_out(), torch.randn(30, 2, generator=torch.Generator().manual_seed(3))
+    twice = replace(once, rows=once.rows.repeat(2), particle=once.particle.repeat(2))
+    expected = score_held_out(once, model, rigid, start, steps=0)
+    found = score_held_out(twice, model, rigid, start.repeat_interleave(2, 0), steps=0)
+    assert len(found.gains) == 30 and len(found.latents) == 60
+    np.testing.assert_array_equal(found.rows, once.rows)
+    np.testing.assert_allclose(found.gains, expected.gains, rtol=1e-4, atol=1e-2)
+    assert found.gain == pytest.approx(expected.gain, rel=1e-3)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_cropped_spectrum_holds_the_same_frequencies(ndim):
+    full = torch.randn((2, *(12,) * ndim), generator=torch.Generator().manual_seed(0))
+    cropped = resample_spectrum(torch.fft.rfftn(full, dim=tuple(range(1, ndim + 1))), 8, ndim)
+    expected = torch.fft.fftn(full, dim=tuple(range(1, ndim + 1)))
+    rows = torch.tensor([0, 1, 2, 3, -4, -3, -2, -1])
+    for axis in range(1, ndim + 1):
+        below_nyquist = (rows.abs() < 4).view(-1, *(1,) * (ndim - axis))
+        expected = expected.index_select(axis, rows % 12) * below_nyquist
+    torch.testing.assert_close(cropped, expected[..., :5])
+
+
+def test_an_operator_takes_its_accuracy_and_device(setup):
+    operator = Operator.on_mesh(setup.mesh, setup.mask.data > 0.5, setup.mask.pixel_size_A, "cpu", EXACT)
+    assert operator.accuracy == EXACT and operator.voxels.box == BOX
+    batch = setup.source.batch(np.arange(3))
+    values = gather_volume(setup.consensus.data, operator.voxels)
+    vertices = operator.vertices_px(batch)
+    assert torch.equal(operator.slices(values, batch), project(values, vertices, operator.voxels, "cubic", 2))
+    weight = plane_weight(BOX)
+    spectra = batch.images * (weight > 0)
+    in_images = (weight * (operator.project(values, vertices).conj() * spectra).real).double().sum()
+    in_volume = (values * operator.project_adjoint(spectra, vertices)).double().sum()
+    assert in_volume == pytest.approx(float(in_images), rel=1e-3)
 
 
 def test_scatter_and_coarse_values_keep_the_mean(setup):

@@ -13,7 +13,7 @@ from flexlib.errors import InputError
 from flexlib.images.ctf import even_zernike_index, physical_frequencies, zernike
 from flexlib.images.stack import open_stacks, read_stack_header
 from flexlib.particles import read_particles
-from flexlib.particles.star import relion_tables, write_star
+from flexlib.particles.star_write import relion_tables, write_star
 from flexlib.particles.table import wavelength_A
 
 COUNT, BOX = 12, 8

@@ -7,7 +7,7 @@ import pytest
 from scipy import fft
 
 from flexlib.imaging.fourier import lowpass_map, shell_radius
-from flexlib.imaging.fsc import corrected_fsc, fsc, predicted_truth_fsc
+from flexlib.imaging.fsc import corrected_fsc, fsc, predicted_truth_fsc, resolution_at
 from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.model.motion import rms_displacement_A
@@ -24,9 +24,9 @@ def radius_px(box: int) -> np.ndarray:
     return np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2)
 
 
-def filtered(volume: np.ndarray, gain_of_shell: np.ndarray) -> np.ndarray:
-    gain = np.interp(shell_radius(len(volume)), np.arange(len(gain_of_shell)), gain_of_shell)
-    return fft.irfftn(fft.rfftn(volume) * gain.astype(np.float32), s=volume.shape)
+def filtered(volume: np.ndarray, weight_of_shell: np.ndarray) -> np.ndarray:
+    weight = np.interp(shell_radius(len(volume)), np.arange(len(weight_of_shell)), weight_of_shell)
+    return fft.irfftn(fft.rfftn(volume) * weight.astype(np.float32), s=volume.shape)
 
 
 class StandIn:
@@ -95,7 +95,7 @@ def test_nothing_moves_by_less_than_half_a_voxel(mesh_and_voxels):
     assert not region.any() and motion["threshold_A"] == 0.0
 
 
-def test_local_resolution_tells_the_sharp_half_from_the_blurred():
+def test_local_resolution_sets_the_sharp_half_apart_from_the_blurred():
     """Left half to 8 A, right half to 16 A, white noise everywhere."""
     box, pixel_size_A = 64, 2.0
     mask = soft_edge(radius_px(box) < 26, 1.0, 0.0, 4.0)
@@ -120,6 +120,14 @@ def test_local_resolution_of_noise_is_the_window_and_of_equal_maps_the_limit():
     assert same_A.max() < 4.5  # the window's last shell
     empty = local_resolution(noise(0, 32), noise(1, 32), 0 * mask, 2.0, 6.0)
     assert (empty > 30).all()
+
+
+def test_a_window_that_is_low_from_the_first_shell_on_has_that_shells_resolution():
+    curve = np.array([1.0, 0.2, 0.1, 0.6])
+    assert resolution_at(curve, 0.5, 8, 2.0) == pytest.approx(16.0 / 0.625)
+    assert resolution_at(curve, 0.5, 8, 2.0, first_shell=1) == 16.0
+    later = np.array([1.0, 0.9, 0.1, 0.0])
+    assert resolution_at(later, 0.5, 8, 2.0, first_shell=1) == resolution_at(later, 0.5, 8, 2.0)
 
 
 def test_guinier_fit_finds_the_b_factor_through_noise():

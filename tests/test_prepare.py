@@ -1,4 +1,4 @@
-"""prepare on simulated particles of known noise and scale: what it measures, writes, serves and refuses."""
+"""prepare on simulated particles of known noise and scale: what it measures, writes, gives out and refuses."""
 
 import csv
 
@@ -11,19 +11,27 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.files import read_json
-from flexlib.images.batch import centred_irfft2, centred_rfft2, plane_weight, shell_radius
 from flexlib.images.ctf import ctf_images
-from flexlib.images.sources import open_full_images, open_training_images, write_latents_star
+from flexlib.images.sources import open_full_images, open_training_images
 from flexlib.imaging.fourier import fourier_crop_map
+from flexlib.imaging.image_transforms import centred_irfft2, centred_rfft2, plane_radius, plane_weight
 from flexlib.imaging.maps import Map, read_map, write_map
+from flexlib.imaging.masks import make_mask
+from flexlib.layout import ParticlesFolder
 from flexlib.particles import read_particles
-from flexlib.particles.star import relion_tables, write_star
+from flexlib.particles.latents_write import write_latents_star
+from flexlib.particles.star_write import relion_tables, write_star
 from flexlib.particles.table import OpticsGroup, Particles
-from flexlib.prepare.run import match_grid, prepare_particles, read_mask, select_particles, smooth_power
+from flexlib.prepare.grid import match_grid
+from flexlib.prepare.mask import read_mask
+from flexlib.prepare.noise import smooth_power
+from flexlib.prepare.run import prepare_particles
+from flexlib.prepare.selection import select_particles
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
+from flexlib.records import PreparedRecord
 from flexlib.tetra.tetmesh import single_cell_mesh
 from flexlib.tetra.voxels import voxelise
-from flexlib.workflow_support.settings import PrepareSettings
+from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
 
 COUNT, BOX, PIXEL_SIZE_A = 700, 48, 3.0
 SCALES = (2.5, 0.7)  # of the two optics groups
@@ -122,12 +130,12 @@ def dataset(tmp_path_factory):
         volume, mask, BOX, PIXEL_SIZE_A, torch.as_tensor(particles.rotation, dtype=torch.float32),
         torch.as_tensor(particles.origin_A / PIXEL_SIZE_A, dtype=torch.float32),
     )  # fmt: skip
-    gain = np.array(SCALES)[particles.optics_index] * ALPHA / BOX
+    amplitude = np.array(SCALES)[particles.optics_index] * ALPHA / BOX
     spectra *= (
-        ctf_images(particles, rows, BOX, PIXEL_SIZE_A) * torch.as_tensor(gain, dtype=torch.float32)[:, None, None]
+        ctf_images(particles, rows, BOX, PIXEL_SIZE_A) * torch.as_tensor(amplitude, dtype=torch.float32)[:, None, None]
     )
     noise = centred_rfft2(torch.randn((COUNT, BOX, BOX), generator=torch.Generator().manual_seed(3)))
-    radius = shell_radius(BOX)
+    radius = plane_radius(BOX)
     noise *= torch.stack([noise_sigma(group, radius) for group in (0, 1)])[particles.optics_index.astype(int)]
     images = -centred_irfft2(spectra + noise).numpy()
     stored = np.empty_like(images)
@@ -161,7 +169,7 @@ def residual_power(source, folder, scale=1.0):
     predicted = batch.transfer * rigid_spectra(
         volume.data * mask.data, mask.data > 0, source.box, source.pixel_size_A, batch.rotation, batch.origin_px
     )
-    shell, weight = shell_radius(source.box).round().long().flatten(), plane_weight(source.box).flatten()
+    shell, weight = plane_radius(source.box).round().long().flatten(), plane_weight(source.box).flatten()
     result = []
     for spectra in (batch.images - scale * predicted, batch.images):
         power = (spectra.abs().square().flatten(1) * weight).double()
@@ -200,7 +208,7 @@ def test_training_stack_is_standardised(prepared):
         assert file.voxel_size.x == pytest.approx(PIXEL_SIZE_A * 40 / 32) and file.is_image_stack()
     assert data.shape == (COUNT, 32, 32) and data.dtype == np.float32
     spectra = centred_rfft2(torch.from_numpy(data))
-    assert float(spectra[:, shell_radius(32) >= 16].abs().max()) < 1e-4
+    assert float(spectra[:, plane_radius(32) >= 16].abs().max()) < 1e-4
     assert data[:, 12:20, 12:20].mean() > data[:, :4].mean(), "dark in the input, white here"
 
 
@@ -391,22 +399,22 @@ def test_settings_errors(dataset, tmp_path, settings, message):
     assert not list(tmp_path.iterdir()), "nothing is written before the checks"
 
 
-def test_inverted_contrast_is_told_and_turned(dataset, prepared, tmp_path, caplog):
+def test_inverted_contrast_is_reported_and_turned(dataset, prepared, tmp_path, caplog):
     """One optics group of the wrong sign: one line, and the same training images and transfer functions."""
     table = np.load(dataset / "particles.cs")
     table["blob/sign"][table["ctf/exp_group_id"] == 1] = 1
     with (dataset / "inverted.cs").open("wb") as file:
         np.save(file, table)
     prepare(dataset, tmp_path, particles="inverted.cs", crop_box=40, train_box=32)
-    told = [record.message for record in caplog.records if "correlate negatively" in record.message]
-    assert len(told) == 1 and "optics group exposureGroup1 correlate" in told[0]
+    warned = [record.message for record in caplog.records if "correlate negatively" in record.message]
+    assert len(warned) == 1 and "optics group exposureGroup1 correlate" in warned[0]
     for open_images in (open_training_images, open_full_images):
         right, turned = (open_images(folder).batch(np.arange(60)) for folder in (prepared, tmp_path))
         torch.testing.assert_close(turned.images, right.images)
         torch.testing.assert_close(turned.transfer, right.transfer)
 
 
-def test_images_of_something_else_are_told(dataset, tmp_path):
+def test_images_of_something_else_are_refused(dataset, tmp_path):
     table = np.load(dataset / "particles.cs")
     table["alignments3D/pose"] = Rotation.random(COUNT, rng=np.random.default_rng(8)).as_rotvec()
     table["alignments3D/shift"] += 9
@@ -416,7 +424,7 @@ def test_images_of_something_else_are_told(dataset, tmp_path):
         prepare(dataset, tmp_path, particles="wrong.cs")
 
 
-def test_broken_pixels_are_told(dataset, tmp_path):
+def test_broken_pixels_are_reported(dataset, tmp_path):
     with mrcfile.open(dataset / "images.mrcs") as file:
         data = file.data.copy()
     particles = read_particles(dataset / "particles.cs")
@@ -429,6 +437,24 @@ def test_broken_pixels_are_told(dataset, tmp_path):
             tmp_path / "particles.cs", dataset / "consensus.mrc", tmp_path / "out", mask=dataset / "mask.mrc"
         )
     assert not (tmp_path / "out" / "prepared.json").exists()
+
+
+def test_the_mask_settings_on_record_are_those_that_made_the_mask(dataset, tmp_path):
+    """The four that make it, as given, and none of the mesh's other keys."""
+    settings = MaskSettings(lowpass_A=20.0, dilate_A=4.0)
+    prepare_particles(
+        dataset / "particles.cs",
+        dataset / "consensus.mrc",
+        tmp_path,
+        settings=PrepareSettings(train_box=16, max_particles=100),
+        mask_settings=settings,
+    )
+    folder = ParticlesFolder(tmp_path)
+    record = PreparedRecord.read(folder.record)
+    assert record.mask_settings == {"lowpass_A": 20.0, "threshold": "auto", "dilate_A": 4.0, "pad_A": 5.0}
+    consensus, made = read_map(folder.full_consensus), read_map(folder.full_mask)
+    np.testing.assert_array_equal(made.data, make_mask(consensus.data, consensus.pixel_size_A, **record.mask_settings))
+    assert not np.array_equal(made.data, make_mask(consensus.data, consensus.pixel_size_A))
 
 
 def test_match_grid_resamples_and_keeps_the_centre():

@@ -17,13 +17,13 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.files import read_json
-from flexlib.images.batch import plane_weight, shell_radius
 from flexlib.images.ctf import ctf_images
 from flexlib.images.sources import open_full_images, open_training_images
+from flexlib.imaging.image_transforms import plane_radius, plane_weight
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.particles import read_particles
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 from flexlib.particles.table import OpticsGroup, Particles
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
@@ -175,7 +175,7 @@ def predictions(batch, source, folder):
 
 def power(spectra, box, limit):
     """(b,) mean power per pixel between shell 2 and ``limit`` (b,)."""
-    radius = shell_radius(box)
+    radius = plane_radius(box)
     weight = plane_weight(box) * (radius >= 2) * (radius < torch.as_tensor(limit)[:, None, None])
     return ((spectra.abs().square() * weight).sum((1, 2)) / weight.sum((1, 2))).numpy()
 
@@ -216,8 +216,8 @@ def test_images_tell_the_sign_of_odd_aberrations(mixed, tmp_path, caplog):
         tmp_path / "wrong.star", folder / "consensus.mrc", tmp_path / "wrong", mask=folder / "mask.mrc",
         settings=PrepareSettings(train_box=48),
     )  # fmt: skip
-    told = [record.message for record in caplog.records if "of the opposite sign better" in record.message]
-    assert len(told) == 1 and "optics group coarse:" in told[0]
+    warned = [record.message for record in caplog.records if "of the opposite sign better" in record.message]
+    assert len(warned) == 1 and "optics group coarse:" in warned[0]
 
 
 def test_noise_of_each_group_is_its_own(mixed):
@@ -239,7 +239,7 @@ def test_every_group_is_predicted_to_the_noise(mixed, open_images):
     sides = np.array([64, 52, 64, 64])
     limit = np.minimum(source.box, sides)[source.particles.optics_index] / 2
     residual, raw = power(batch.images - predicted, source.box, limit), power(batch.images, source.box, limit)
-    beyond = shell_radius(source.box)[None] >= torch.as_tensor(limit)[:, None, None]
+    beyond = plane_radius(source.box)[None] >= torch.as_tensor(limit)[:, None, None]
     assert not batch.images[beyond].any() and not batch.transfer[beyond].any()
     for group in range(4):
         members = source.particles.optics_index == group
@@ -271,11 +271,11 @@ def test_phase_flips_and_premultiplication_are_undone(tmp_path):
         source = open_training_images(prepare(folder, folder / "out", train_box=64))
         stacks[applied] = source.batch(np.arange(60)).images
         ctf = ctf_images(particles, np.arange(60), 64)
-    clear = (ctf.abs() > 0.1) & (shell_radius(64) < 32) & (shell_radius(64) > 0)
+    clear = (ctf.abs() > 0.1) & (plane_radius(64) < 32) & (plane_radius(64) > 0)
     for applied in ("premultiplied", "phase_flipped"):
         difference = (stacks[applied] - stacks[""])[clear].abs()
         assert float(difference.square().sum() / stacks[""][clear].abs().square().sum()) < 1e-5, applied
-    near_zero = stacks["premultiplied"][(ctf.abs() < 0.02) & (shell_radius(64) < 32)].abs()
+    near_zero = stacks["premultiplied"][(ctf.abs() < 0.02) & (plane_radius(64) < 32)].abs()
     assert float(near_zero.max()) < 6, "a zero of the CTF is not blown up"
 
 

@@ -209,7 +209,7 @@ def test_cpu_backend_matches_reference(bend, taps, shift):
 def test_cpu_backend_matches_reference_over_blocks_of_images(bend, taps, monkeypatch):
     """19 images are two blocks of eight and a part of one; the map's gradient is summed a block at a time."""
     values, vertices_px, voxels, _ = bend
-    monkeypatch.setattr(cpu, "_PARTIAL_SUMS", len(values))
+    monkeypatch.setattr(cpu, "PARTIAL_SUMS", len(values))
     many = torch.cat([vertices_px * (1 - 0.03 * k) + 0.7 * k for k in range(7)])[:19]
     backends_agree(values, many, voxels, taps, 1e-5)
 
@@ -220,11 +220,11 @@ def test_one_gradient_alone_is_the_same(bend, taps):
     voxels, values, vertices_px = as_float32(voxels), values.float(), vertices_px.float()
     cotangent = torch.as_tensor(np.random.default_rng(4).normal(size=(3, 48, 48))).float()
     mesh = (voxels.cells, voxels.cell, voxels.bary)
-    both = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, True, True)
-    only_values, none = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, True, False)
+    both = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, (True, True))
+    only_values, none = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, (True, False))
     assert none.numel() == 0
     torch.testing.assert_close(only_values, both[0], rtol=0, atol=1e-6 * float(both[0].abs().max()))
-    none, only_vertices = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, False, True)
+    none, only_vertices = cpu.splat_adjoint(cotangent, values, vertices_px, *mesh, taps, (False, True))
     assert none.numel() == 0
     assert torch.equal(only_vertices, both[1])
 

@@ -11,19 +11,24 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from flexlib.files import read_json
-from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.images.batch import ImageBatch
 from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import fsc
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import read_map
 from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.lattice import bcc_mesh
-from flexlib.model.flex_model import FlexModel, FlowGenerator, rigid_modes_A
-from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, view_vertices
-from flexlib.reconstruct.map_solver import NormalEquations, project_adjoint, solve_map
-from flexlib.reconstruct.run import fsc_table, reconstruct
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator, rigid_modes_A
+from flexlib.model.forward import EXACT, Operator
+from flexlib.projection.op import gather_volume, project, project_adjoint, scatter_volume, view_vertices
+from flexlib.reconstruct.fsc_table import fsc_table
+from flexlib.reconstruct.map_solver import SolverSettings, solve_map
+from flexlib.reconstruct.normal_equations import accumulate_normal_equations
+from flexlib.reconstruct.run import reconstruct, warn_if_stopped
 from flexlib.tetra.tetmesh import single_cell_mesh
 from flexlib.tetra.voxels import voxelise
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, ReconstructSettings
+from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, ReconstructSettings
 
 BOX = 24
 PIXEL_SIZE_A = 3.0
@@ -107,7 +112,8 @@ class Problem:
         self.mesh = single_cell_mesh(BOX * PIXEL_SIZE_A) if rigid else bcc_mesh(inside, PIXEL_SIZE_A, mesh_cell_A)
         mesh_voxels = voxelise(self.mesh, inside, PIXEL_SIZE_A)
         self.bary, self.corners = mesh_voxels.bary, self.mesh.cells[mesh_voxels.cell]
-        self.voxels = VoxelTensors.from_mesh_voxels(mesh_voxels, dtype=dtype)
+        self.operator = Operator.of_voxels(self.mesh, mesh_voxels, accuracy=EXACT, dtype=dtype)
+        self.voxels = self.operator.voxels
         self.mask_values = gather_volume(self.mask, self.voxels)
         self.values = gather_volume(self.truth, self.voxels).numpy()
 
@@ -116,16 +122,17 @@ class Problem:
         vertices = self.mesh.vertices_A + displacements_A
         return np.einsum("nk,...nkd->...nd", self.bary, vertices[..., self.corners, :])
 
-    def provider(self, displacements_A=None):
-        vertices = torch.as_tensor(self.mesh.vertices_A, dtype=self.voxels.bary.dtype)
-        if displacements_A is None:
-            return lambda rows: vertices
-        return lambda rows: vertices + torch.as_tensor(displacements_A[rows], dtype=vertices.dtype)
+    def equations(self, source, displacements_A=None, **options):
+        """Of all images, with displacements (n, nv, 3)."""
+        moved = None if displacements_A is None else lambda rows: torch.as_tensor(displacements_A[rows])
+        options = {"mask_values": self.mask_values} | options
+        return accumulate_normal_equations(source, np.arange(len(source)), self.operator, moved, **options)
 
-    def solve(self, source, displacements_A=None, rows=None, **options):
+    def solve(self, source, displacements_A=None, rows=None, **settings):
         rows = np.arange(len(source)) if rows is None else rows
-        provider = self.provider(displacements_A)
-        volume, convergence = solve_map(source, rows, self.voxels, provider, self.mask_values, **options)
+        moved = None if displacements_A is None else lambda rows: torch.as_tensor(displacements_A[rows])
+        solver = SolverSettings(**settings)
+        volume, convergence = solve_map(source, rows, self.operator, moved, self.mask_values, solver)
         return volume.numpy(), convergence
 
 
@@ -157,16 +164,17 @@ def test_normal_equations_are_the_gradient_of_the_objective():
     problem = Problem(18.0, torch.float64)
     displacements_A = bends_A(problem.mesh, np.array([0.5, -1.0, 0.2, 0.0]))
     source = FakeSource(4, problem.values, problem.points_A(displacements_A), noise=1.0)
-    provider = problem.provider(displacements_A)
-    equations = NormalEquations(source, np.arange(4), problem.voxels, provider, problem.mask_values, batch_size=3)
+    equations = problem.equations(source, displacements_A, batch_size=3)
     x = torch.randn(len(problem.values), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x.requires_grad_()
     batch = source.batch(np.arange(4))
-    vertices = view_vertices(provider(np.arange(4)), batch.rotation.double(), batch.origin_px.double(), PIXEL_SIZE_A)
+    moved_A = torch.from_numpy(problem.mesh.vertices_A + displacements_A)
+    vertices = view_vertices(moved_A, batch.rotation.double(), batch.origin_px.double(), PIXEL_SIZE_A)
     projected = project(x * problem.mask_values.double(), vertices, problem.voxels, "cubic", 2)
     residual = batch.images - batch.transfer * projected
     spectrum = torch.fft.fftn(scatter_volume(x, problem.voxels), norm="ortho")
-    prior = torch.cat([equations.prior, equations.prior.flip(2)[:, :, 1:-1]], 2)  # isotropic: the other half's the same
+    prior = equations.filters.prior
+    prior = torch.cat([prior, prior.flip(2)[:, :, 1:-1]], 2)  # isotropic: the other half's the same
     objective = 0.5 * (plane_weight(BOX) * residual.abs() ** 2).sum() + 0.5 * (prior * spectrum.abs() ** 2).sum()
     (gradient,) = torch.autograd.grad(objective, x)
     x = x.detach()
@@ -176,29 +184,26 @@ def test_normal_equations_are_the_gradient_of_the_objective():
     assert value == pytest.approx(objective.item(), rel=1e-6)
 
 
-def test_preconditioner_tells_the_shells_of_the_hessian():
+def test_preconditioner_knows_the_shells_of_the_hessian():
     problem = Problem()
     source = FakeSource(300, problem.values, problem.points_A())
-    equations = NormalEquations(
-        source, np.arange(300), problem.voxels, problem.provider(), torch.ones(len(problem.values))
-    )
+    equations = problem.equations(source, mask_values=None)
     x = torch.randn(len(problem.values), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     whitened = equations.precondition(equations.hessian(x))
     assert float(x @ whitened) / float(x @ x) == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_half_set_tells_its_own_signal_to_noise():
+def test_a_half_set_shows_its_own_signal_to_noise():
     """FSC of two halves = snr / (1 + snr) of either; of noise alone no signal is found."""
-    problem, rows = Problem(), np.arange(200)
-    voxels, provider, mask_values = problem.voxels, problem.provider(), problem.mask_values
+    problem = Problem()
     sources = [FakeSource(200, problem.values, problem.points_A(), noise=1.0, seed=s, amplitude=0.5) for s in (1, 2)]
-    halves = [NormalEquations(source, rows, voxels, provider, mask_values) for source in sources]
+    halves = [problem.equations(source) for source in sources]
     snr = np.mean([half.signal_to_noise.numpy() for half in halves], axis=0)
     curve = fsc(*(problem.solve(source)[0] for source in sources))
     assert 0.3 < curve[3:11].min() < 0.9  # neither trivial
     np.testing.assert_allclose((snr / (1 + snr))[3:11], curve[3:11], atol=0.12)
     nothing = FakeSource(200, 0 * problem.values, problem.points_A(), noise=1.0)
-    noise = NormalEquations(nothing, rows, voxels, provider, mask_values)
+    noise = problem.equations(nothing)
     assert noise.signal_to_noise[4:11].max() < 0.4  # 0.25 is the least that is assumed
 
 
@@ -347,18 +352,20 @@ def test_a_half_set_never_sees_the_other():
     assert np.array_equal(alone, again)
 
 
-def test_objective_falls_and_the_reason_to_stop_is_told(caplog):
+def test_objective_falls_and_the_reason_to_stop_is_logged(caplog):
     problem = Problem()
     source = FakeSource(100, problem.values, problem.points_A(), noise=1.0)
-    with caplog.at_level(logging.WARNING, "flexlib.reconstruct.map_solver"):
+    with caplog.at_level(logging.WARNING, "flexlib.reconstruct"):
         _, convergence = problem.solve(source, max_iterations=40)
+        warn_if_stopped("flex half 1", convergence, SolverSettings(max_iterations=40))
         assert convergence.converged and not caplog.records
         assert np.all(np.diff(convergence.objective) < 0)
         assert convergence.relative_gradient[0] == 1.0 and convergence.relative_gradient[-1] <= 2e-3
         # white noise of unit variance: half a nat a pixel, less the degrees of freedom of the map
         pixels = float(plane_weight(BOX).sum()) * len(source)
         assert convergence.objective[-1] == pytest.approx(0.5 * pixels, rel=0.06)
-        _, convergence = problem.solve(source, max_iterations=2, label="flex half 1")
+        _, convergence = problem.solve(source, max_iterations=2)
+        warn_if_stopped("flex half 1", convergence, SolverSettings(max_iterations=2))
     assert not convergence.converged and convergence.iterations == 2
     assert len(caplog.records) == 1
     assert "flex half 1: stopped by reconstruct.max_bfgs_iterations = 2" in caplog.records[0].getMessage()
@@ -371,20 +378,21 @@ def test_fsc_of_pure_noise_in_a_mask_is_corrected_to_zero():
     table, resolutions = fsc_table({"flex": halves}, mask, PIXEL_SIZE_A)
     assert list(table.columns[:4]) == ["shell", "frequency_1_per_A", "resolution_A", "fsc_flex"]
     assert abs(table.fsc_flex[4:].mean()) < 0.1
-    assert set(resolutions) == {"flex_0.143_A", "flex_0.5_A"}
+    assert set(resolutions) == {"flex_0.143", "flex_0.5"}
     moving = soft_edge(radius_px(32) < 5, PIXEL_SIZE_A, 0.0, 9.0)
     table, resolutions = fsc_table({"flex": halves}, mask, PIXEL_SIZE_A, moving)
     assert abs(table.fsc_flex_moving[6:].mean()) < 0.2
-    assert {"flex_moving_0.143_A", "flex_moving_0.5_A"} <= set(resolutions)
+    assert {"flex_moving_0.143", "flex_moving_0.5"} <= set(resolutions)
 
 
-def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
+def test_stage_writes_half_maps_in_the_consensus_units(tmp_path, caplog):
     from flexlib.prepare.run import prepare_particles
     from flexlib.simulate.run import simulate_particles
+    from flexlib.simulate.settings import Simulation
 
     box, pixel_size_A = 32, 8.0
     truth = simulate_particles(
-        tmp_path / "data", phantom="antibody", num_particles=400, box=box, pixel_size_A=pixel_size_A, snr=1.0
+        tmp_path / "data", Simulation(num_particles=400, box=box, pixel_size_A=pixel_size_A, snr=1.0)
     )
     particles, train, out = tmp_path / "particles", tmp_path / "train", tmp_path / "out"
     prepare_particles(
@@ -392,7 +400,7 @@ def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
         truth.consensus,
         particles,
         settings=PrepareSettings(train_box=box),
-        mask_settings=MeshSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
+        mask_settings=MaskSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
     )
     mask = read_map(particles / "full" / "mask.mrc")
     mesh = bcc_mesh(mask.data > 0, pixel_size_A, 60.0)
@@ -432,3 +440,8 @@ def test_stage_writes_half_maps_in_the_consensus_units(tmp_path):
         assert derived.box == box and derived.pixel_size_A == pytest.approx(pixel_size_A)
     assert results["flex_local_A"]["percentile_5"] >= 2 * pixel_size_A
     assert not list(tmp_path.glob("scratch/*"))
+
+    caplog.clear()
+    reconstruct(particles, train, tmp_path / "short", replace(settings, max_bfgs_iterations=1), device="cpu")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len([line for line in warnings if "stopped by reconstruct.max_bfgs_iterations = 1" in line]) == 4

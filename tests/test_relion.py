@@ -1,7 +1,8 @@
 """RELION checks us: our rigid reconstruction against its own of the same files, and its CTFs against ours.
 
 Contrast, handedness, origins, CTF sign and units on our simulated particles; every CTF parameter on particles that
-``relion_project`` simulates, and on exact projections; that the tests can tell is shown by breaking one sign at a time.
+``relion_project`` simulates, and on exact projections; that the tests would see a wrong sign is shown by breaking one
+sign at a time.
 RELION 3.1's ``relion_project`` applies neither odd aberrations nor magnification to its images, so these are put in
 here, and ``relion_reconstruct``, which takes them out, says whether they were right.
 
@@ -16,25 +17,27 @@ import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from flexlib.files import read_json
-from flexlib.images.batch import shell_radius
 from flexlib.images.ctf import ctf_images
-from flexlib.images.sources import FullImages, open_full_images, read_noise
+from flexlib.images.noise import Calibration, read_noise
+from flexlib.images.sources import FullImages, open_full_images
 from flexlib.images.stack import open_stacks
 from flexlib.imaging.fsc import fsc
+from flexlib.imaging.image_transforms import plane_radius
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.imaging.masks import soft_edge
+from flexlib.layout import ParticlesFolder
+from flexlib.model.forward import EXACT, Operator
 from flexlib.particles import read_particles
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 from flexlib.prepare.run import prepare_particles
-from flexlib.projection.op import VoxelTensors
-from flexlib.reconstruct.run import rigid_vertices, solve_map
+from flexlib.projection.op import gather_volume
+from flexlib.reconstruct.map_solver import SolverSettings, solve_map
+from flexlib.records import PreparedRecord
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.tetra.tetmesh import single_cell_mesh
-from flexlib.tetra.voxels import voxelise
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
+from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
 
 BOX = 48
 PIXEL_SIZE_A = 5.5
@@ -45,7 +48,7 @@ def simulated(tmp_path_factory):
     """Particles of a molecule without symmetry, at a high signal."""
     folder = tmp_path_factory.mktemp("relion")
     return simulate_particles(
-        folder, phantom="rigid", num_particles=600, box=BOX, pixel_size_A=PIXEL_SIZE_A, snr=0.5, seed=3
+        folder, Simulation(phantom="rigid", num_particles=600, box=BOX, pixel_size_A=PIXEL_SIZE_A, snr=0.5, seed=3)
     )
 
 
@@ -77,7 +80,7 @@ def our_map(simulated, tmp_path_factory):
         simulated.consensus,
         particles,
         settings=PrepareSettings(train_box=BOX),
-        mask_settings=MeshSettings(),
+        mask_settings=MaskSettings(),
     )
     return rigid_map(open_full_images(particles), 10)
 
@@ -86,11 +89,10 @@ def rigid_map(source, iterations=20):
     """The least-squares map inside ``ball``: (box, box, box)."""
     mask = ball(source.box, source.pixel_size_A)
     mesh = single_cell_mesh(source.box * source.pixel_size_A)
-    mesh_voxels = voxelise(mesh, mask > 1e-3, source.pixel_size_A)
-    voxels = VoxelTensors.from_mesh_voxels(mesh_voxels)
-    mask_values = torch.from_numpy(mask.reshape(-1)[mesh_voxels.index])
-    vertices = rigid_vertices(mesh, "cpu")
-    return solve_map(source, np.arange(len(source)), voxels, vertices, mask_values, iterations)[0].numpy()
+    operator = Operator.on_mesh(mesh, mask > 1e-3, source.pixel_size_A, accuracy=EXACT)
+    settings = SolverSettings(max_iterations=iterations)
+    rows, mask_values = np.arange(len(source)), gather_volume(mask, operator.voxels)
+    return solve_map(source, rows, operator, mask_values=mask_values, settings=settings)[0].numpy()
 
 
 def ball(box=BOX, pixel_size_A=PIXEL_SIZE_A):
@@ -253,7 +255,7 @@ def aberrated(request, tmp_path_factory):
     SIMULATORS[request.param](folder)
     prepare_particles(
         folder / "particles.star", folder / "truth.mrc", folder / "prepared",
-        settings=PrepareSettings(train_box=SIDE), mask_settings=MeshSettings(lowpass_A=4.0),
+        settings=PrepareSettings(train_box=SIDE), mask_settings=MaskSettings(lowpass_A=4.0),
     )  # fmt: skip
     return folder, relion_reconstruct(folder / "particles.star", FINE_A) * ball(SIDE, FINE_A)
 
@@ -291,9 +293,10 @@ def test_a_wrong_sign_would_not_pass(aberrated, what):
     """All on the set that has everything; two iterations do, the right signs pass with them."""
     folder, theirs = aberrated
     stacks, particles = open_stacks(read_particles(folder / "particles.star"))
-    scale = np.array([group["image_scale"] for group in read_json(folder / "prepared/prepared.json")["optics_groups"]])
-    sigma = read_noise(folder / "prepared/noise.csv")
-    source = FullImages(stacks, BREAKS[what](particles), SIDE, FINE_A, scale, sigma, SIDE, FINE_A)
+    prepared = ParticlesFolder(folder / "prepared")
+    scale = np.array([group.image_scale for group in PreparedRecord.read(prepared.record).optics_groups])
+    measured = Calibration(scale, read_noise(prepared.noise), SIDE, FINE_A)
+    source = FullImages(stacks, BREAKS[what](particles), box=SIDE, pixel_size_A=FINE_A, calibration=measured)
     worst = fsc(rigid_map(source, 2), theirs)[BAND].min()
     assert worst > BOUND if what == "nothing" else worst < BOUND - 0.05
 
@@ -322,4 +325,4 @@ def test_ctf_is_relions(tmp_path, optics, columns):
     with mrcfile.open(tmp_path / "images.mrcs", permissive=True) as file:
         theirs = np.fft.rfft2(np.fft.ifftshift(file.data, axes=(1, 2)))
     ours = ctf_images(read_particles(tmp_path / "particles.star"), np.arange(8), SIDE).numpy()
-    assert np.abs(theirs - ours)[:, shell_radius(SIDE).numpy() < SIDE / 2].max() < 4e-5
+    assert np.abs(theirs - ours)[:, plane_radius(SIDE).numpy() < SIDE / 2].max() < 4e-5

@@ -6,6 +6,9 @@ import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +16,26 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from fake_results import CONFIG, NASTY, finished_report, write_fake_results
+import torch
+from fake_results import CONFIG, NASTY, POINT, finished_report, write_fake_results
 from PIL import Image
 
+import flexlib
+from flexlib.layout import RunFolder
+from flexlib.model.flex_model import FlexModel, FlowGenerator
+from flexlib.model.motion import rms_displacement_A
+from flexlib.particles.star import read_tables
+from flexlib.particles.star_write import write_star
+from flexlib.records import PreparedRecord, ResolutionRecord, ValidationRecord
 from flexlib.render.surface import isosurface, quarter_turn, render_surface
-from flexlib.report import facts, plots, sections, write_report, write_summary_figure
+from flexlib.report import facts, morph, sections, sentences, sweep_plots, write_report, write_summary_figure
 from flexlib.report.facts import neighbour_r2
 from flexlib.report.morph import Gallery
 from flexlib.report.packing import pack_column, pack_rows
 from flexlib.report.pictures import cell_sections
 from flexlib.report.results import Results
+from flexlib.tetra.voxels import voxelise
+from flexlib.workflow_support.scores import SIGNIFICANT_ERRORS, SIGNIFICANT_NATS
 
 SECTIONS = ("input", "mesh", "sweep", "training", "latents", "motion", "resolution", "settings")
 NOTHING = Gallery([], None, [])
@@ -81,6 +94,12 @@ def _parse(path: Path) -> _Page:
     return page
 
 
+def change_scores(root: Path, **scores: float) -> None:
+    """Write other scores into the chosen sweep point's validation record."""
+    path = Results(root, CONFIG).train_folder.validation
+    replace(ValidationRecord.read(path), **scores).write(path)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_report(tmp_path_factory.getbasetemp())
@@ -112,7 +131,7 @@ def test_report_has_all_sections_and_plots(results: Path) -> None:
 def test_user_text_is_escaped(results: Path) -> None:
     html = (results / "report.html").read_text()
     assert NASTY not in html
-    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; co" in html
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; co" in html
 
 
 def test_truth_follows_the_rows_of_the_input(results: Path) -> None:
@@ -132,19 +151,19 @@ def test_resolution_in_the_table_is_the_crossing(results: Path) -> None:
     assert float(row[2]) < float(row[1])
 
 
-def test_choice_is_told_by_the_errors_of_differences(results: Path, tmp_path: Path) -> None:
-    told = facts.choice_sentence(Results(results, CONFIG))
-    assert "simplest within one standard error" in told and "particle by particle, it gains 0.5 ± 0.7 nats less" in told
+def test_choice_is_reported_with_the_errors_of_differences(results: Path, tmp_path: Path) -> None:
+    said = sentences.choice_sentence(Results(results, CONFIG))
+    assert "simplest within one standard error" in said and "particle by particle, it gains 0.5 ± 0.7 nats less" in said
     sweep = Results(results, CONFIG).sweep
     assert sweep is not None
-    groups = {trace.name: list(trace.y) for trace in plots.sweep_gains(sweep).data}
+    groups = {trace.name: list(trace.y) for trace in sweep_plots.sweep_gains(sweep).data}
     assert groups == {
         "chosen": ["K 2, λ 2"],
         "within one standard error of the best": ["K 3, λ 2"],
         "worse": ["K 3, λ 0.5", "K 2, λ 0.5", "K 1, λ 2", "K 1, λ 0.5"],
     }
     alone = sweep.drop(columns=["difference_to_best", "difference_to_best_se"])
-    assert set(plots.gain_errors(alone)) == {1.2} and set(plots.gain_errors(sweep)) == {0.0, 0.7}
+    assert set(facts.gain_errors(alone)) == {1.2} and set(facts.gain_errors(sweep)) == {0.0, 0.7}
 
 
 def test_heat_map_has_a_panel_for_each_value_of_a_third_setting() -> None:
@@ -152,7 +171,7 @@ def test_heat_map_has_a_panel_for_each_value_of_a_third_setting() -> None:
     sweep = pd.DataFrame(points, columns=["cells", "latent_dims", "rigidity"]).assign(seed=0, chosen=False)
     sweep["validation_gain"] = sweep["cells"] + 10 * sweep["latent_dims"] + 100 * sweep["rigidity"]
     sweep.loc[7, "chosen"] = True  # cells 14, dims 2, rigidity 2
-    figure = plots.sweep_heat_map(sweep)
+    figure = sweep_plots.sweep_heat_map(sweep)
     assert figure is not None
     *panels, frame = figure.data
     # cells across, dims up, a panel for each rigidity
@@ -161,7 +180,7 @@ def test_heat_map_has_a_panel_for_each_value_of_a_third_setting() -> None:
         [[220.0, 224.0, 230.0], [230.0, 234.0, 240.0]],
     ]
     assert (list(frame.x), list(frame.y), frame.xaxis) == (["14"], ["2"], "x2")
-    assert plots.sweep_heat_map(sweep.query("rigidity == 2 and cells == 10")) is None
+    assert sweep_plots.sweep_heat_map(sweep.query("rigidity == 2 and cells == 10")) is None
 
 
 def test_summary_figure(results: Path) -> None:
@@ -190,26 +209,25 @@ def test_missing_input_becomes_a_sentence(results: Path, tmp_path: Path, gone: s
     assert sentence in section(Results(root, CONFIG))
 
 
-def test_moving_part_and_maps_that_did_not_converge_are_told(results: Path, tmp_path: Path) -> None:
+def test_moving_part_and_maps_that_did_not_converge_are_reported(results: Path, tmp_path: Path) -> None:
     shutil.copytree(results, tmp_path / "results")
-    folder = next((tmp_path / "results").rglob("fsc.csv")).parent
-    table = pd.read_csv(folder / "fsc.csv")
+    folder = Results(tmp_path / "results", CONFIG).reconstruct_folder
+    table = pd.read_csv(folder.fsc)
     table["fsc_flex_moving"] = np.linspace(1.0, 0.0, len(table))
-    table.to_csv(folder / "fsc.csv", index=False)
+    table.to_csv(folder.fsc, index=False)
     converged = {"flex_half1": True, "flex_half2": True, "rigid_half1": True, "rigid_half2": False}
-    (folder / "resolution.json").write_text(json.dumps({"converged": converged}))
+    replace(ResolutionRecord.read(folder.resolution), converged=converged).write(folder.resolution)
     html = sections.resolution_section(Results(tmp_path / "results", CONFIG), NOTHING)
     assert "Not converged: rigid half 2. Raise reconstruct.max_bfgs_iterations" in html
     half_A = 2 / table["frequency_1_per_A"].max()  # a straight line is at 0.5 in the middle
     assert re.search(rf"<td>corrected, where it moves</td>.*<td>{half_A:.1f}", html)
 
 
-def test_a_model_set_to_rest_is_told(results: Path, tmp_path: Path) -> None:
+def test_a_model_set_to_rest_is_reported(results: Path, tmp_path: Path) -> None:
     shutil.copytree(results, tmp_path / "results")
-    for path in (tmp_path / "results").rglob("validation.json"):
-        scores = json.loads(path.read_text()) | {"validation_gain": 0.0, "validation_gain_se": 0.0}
-        path.write_text(json.dumps(scores | {"rejected_gain": 0.123, "rejected_gain_se": 0.05}))
-    text = facts.verdict(Results(tmp_path / "results", CONFIG))
+    change_scores(tmp_path / "results", validation_gain=0.0, validation_gain_se=0.0, rejected_gain=0.123)
+    change_scores(tmp_path / "results", rejected_gain_se=0.05)
+    text = sentences.verdict(Results(tmp_path / "results", CONFIG))
     assert "No motion was found" in text and "0.123 ± 0.05 nats" in text and "Motion is doubtful" not in text
 
 
@@ -321,11 +339,11 @@ def test_packed_columns_and_rows_come_back() -> None:
         assert np.isnan(back[1000]) and np.nanmax(np.abs(back - values)) <= 0.5001 * step
     assert np.array_equal(unpack(pack_column(np.full(3, 7.0), 8)), [7.0, 7.0, 7.0])
     rows = np.array([0, 1, 1, 5, 260, 515, 516, 100_000])
-    place, back = -1, []
+    row, back = -1, []
     for gap in base64.b64decode(pack_rows(rows)):
-        place += gap
+        row += gap
         if gap < 255:
-            back.append(place)
+            back.append(row)
     assert back == rows.tolist()
 
 
@@ -344,10 +362,149 @@ def test_many_particles_fit_into_the_page(tmp_path: Path) -> None:
     assert f"{drawn:,} of {content['total']:,} particles are drawn, picked at random" in part
 
 
-def test_symmetry_copies_are_not_counted_as_particles():
+def test_symmetry_copies_are_not_counted_as_particles(results: Path) -> None:
     particles = pd.DataFrame({"RandomSubset": [1] * 12 + [2] * 24})
-    prepared = {"symmetry": "T", "symmetry_copies": 12, "num_input": 5}
-    results = SimpleNamespace(particles=particles, prepared=prepared, all_latents_count=60, consensus=None)
-    assert facts.particle_count(results) == (3, 5, "each in 12 poses of symmetry T")
-    sentence = facts.particle_sentence(results)
-    assert "3 particles, kept out of 5, each in 12 poses of symmetry T, in half-sets of 1 and 2" in sentence
+    prepared = replace(
+        PreparedRecord.read(RunFolder(results).particles.record),
+        symmetry="T",
+        symmetry_copies=12,
+        num_input=5,
+        num_particles=3,
+        num_rows=36,
+    )
+    copies = SimpleNamespace(particles=particles, prepared=prepared, consensus=None)
+    assert facts.particle_count(copies) == (3, 5, "each in 12 poses of symmetry T (36 rows)")
+    sentence = sentences.particle_sentence(copies)
+    assert "3 particles, kept out of 5, each in 12 poses of symmetry T (36 rows), in half-sets of 1 and 2" in sentence
+    latents = pd.DataFrame({"row": np.repeat([0, 2, 4], 12), "z1": 0.0})
+    sentence = sentences.latent_sentence(SimpleNamespace(latents=latents, latent_dims=1))
+    assert sentence == "3 particles in 36 rows, one for each symmetry copy, each with 1 latent coordinate."
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "sentence"),
+    [
+        (0.7, 0.2, "The particles move"),
+        (0.5, 0.1, "The particles move"),
+        (0.49, 0.01, "Motion is doubtful"),  # forty-nine standard errors, but less than half a nat
+        (5.0, 1.7, "Motion is doubtful"),  # many nats, but less than three standard errors
+        (-0.2, 0.1, "No motion was found"),
+    ],
+)
+def test_verdict_claims_motion_where_the_score_confirms_it(
+    results: Path, tmp_path: Path, gain: float, error: float, sentence: str
+) -> None:
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    change_scores(root, validation_gain=gain, validation_gain_se=error)
+    said = sentences.verdict(Results(root, CONFIG))
+    assert said.startswith(sentence)
+    assert ("it takes three standard errors and half a nat" in said) == (sentence == "Motion is doubtful")
+    assert (SIGNIFICANT_ERRORS, SIGNIFICANT_NATS) == (3.0, 0.5)  # the sentence's words
+
+
+def test_names_and_labels_are_escaped_everywhere(results: Path, tmp_path: Path) -> None:
+    root = tmp_path / "a<b>c"
+    shutil.copytree(results, root, ignore=shutil.ignore_patterns("report.html"))
+    point = Results(root, CONFIG).generate_folder
+    point.series("axis_1").rename(point.series("<b>axis"))
+    table = pd.read_csv(point.table)
+    table.assign(series=table["series"].replace("axis_1", "<b>axis")).to_csv(point.table, index=False)
+    latents = Results(root, CONFIG).train_folder.latents
+    star = read_tables(latents).particles
+    write_star({"particles": star.assign(**{"my<b>column": np.arange(len(star)) % 7})}, latents)
+    write_report(root, tmp_path / "report.html", {"name": "run<b>name", "particles": "x<b>y.star"})
+    html = (tmp_path / "report.html").read_text()
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
+    assert not any(raw in body for raw in ("a<b>c", "<b>axis", "my<b>column", "run<b>name", "x<b>y.star"))
+    for text in ("a&lt;b&gt;c/train", "&lt;b&gt;axis", "my&lt;b&gt;column", "run&lt;b&gt;name", "x&lt;b&gt;y.star"):
+        assert text in body, text
+
+
+def test_report_needs_no_installation(results: Path, tmp_path: Path) -> None:
+    """flexlib on the path but not installed: its version is the package's own."""
+    script = """
+import sys
+from importlib import metadata
+from pathlib import Path
+
+def version(name, found=metadata.version):
+    if name == "flexlib":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+
+metadata.version = version
+from flexlib.report import write_report
+write_report(Path(sys.argv[1]), Path(sys.argv[2]), {})
+"""
+    out = tmp_path / "report.html"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(out)], check=True)
+    text = " ".join(_parse(out).text)
+    assert f"Written by flexlib {flexlib.__version__} on" in text
+    assert f"<td>flexlib</td><td>{flexlib.__version__}</td>" in out.read_text()
+
+
+def test_a_record_of_an_older_version_is_passed_over(
+    results: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    path = Results(root, CONFIG).train_folder.validation
+    path.write_text(json.dumps({"validation_gain": 1.0}))
+    old = Results(root, CONFIG)
+    assert old.validation is None and facts.gain(old) == (30.1, 1.2)  # the sweep table's
+    assert str(path) in caplog.text
+    assert "The particles move" in sentences.verdict(old)
+    assert "eigenvalue" in sections.training_section(old)
+
+
+def test_the_point_is_found_without_a_sweep_table(results: Path, tmp_path: Path) -> None:
+    root = tmp_path / "results"
+    shutil.copytree(results, root, ignore=shutil.ignore_patterns("sweep.csv"))
+    assert Results(root, CONFIG).chosen == POINT
+
+
+def test_displacement_is_that_of_all_particles(results: Path, tmp_path: Path) -> None:
+    """The map's values are those of ``model.motion``, which other stages report too."""
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    run = Results(root, CONFIG)
+    mesh, mask, consensus = run.mesh, run.mask, run.consensus
+    assert mesh is not None and mask is not None and consensus is not None
+    rng = np.random.default_rng(0)
+    flow = FlowGenerator(torch.from_numpy(rng.standard_normal((4, len(mesh.vertices_A), 3))).float(), 2, 1, 4)
+    with torch.no_grad():
+        flow.linear.normal_(generator=torch.Generator().manual_seed(0))
+    latents = rng.standard_normal((300, 2)).astype(np.float32)
+    FlexModel(
+        mesh=mesh,
+        flow=flow,
+        latents=latents,
+        canonical=consensus.data,
+        box=consensus.box,
+        pixel_size_A=mask.pixel_size_A,
+    ).save(run.train_folder.model)
+    found = morph.displacement_map(run)
+    assert found is not None
+    values, _ = found
+    loaded = FlexModel.load(run.train_folder.model)
+    voxels = voxelise(loaded.mesh, mask.data > 0.5, loaded.pixel_size_A)
+    assert np.array_equal(values.ravel()[voxels.index], rms_displacement_A(loaded, voxels))
+    assert np.count_nonzero(values) == len(voxels.index) and values.max() > 0.5
+
+
+def test_latent_section_counts_particles_and_rows(results: Path, tmp_path: Path) -> None:
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    path = Results(root, CONFIG).train_folder.latents
+    table = read_tables(path).particles
+    rows = np.repeat(np.arange(len(table)), 2)
+    copies = table.iloc[rows].assign(flexInputRow=rows, flexSymmetryCopy=np.arange(len(rows)) % 2)
+    write_star({"particles": copies}, path)
+    kept = int(table["flexLatent1"].notna().sum())
+    html = sections.latent_section(Results(root, CONFIG), room_bytes=8000)
+    assert f"{kept:,} particles in {2 * kept:,} rows, one for each symmetry copy, each with 2 latent" in html
+    assert "<b>Each dot is a particle</b> in one of its equivalent poses" in html
+    assert re.search(rf"[\d,]+ of {2 * kept:,} rows are drawn, picked at random", html)
+    once = sections.latent_section(Results(results, CONFIG))
+    assert f"{kept:,} particles, each with" in once and "equivalent poses" not in once

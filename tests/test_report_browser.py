@@ -77,7 +77,7 @@ def page(results: Path, downloads: Path) -> Iterator[Chrome]:
 
 @pytest.fixture
 def latents(results: Path, page: Chrome) -> Chrome:
-    """The page, loaded anew, at its latent plot with every point drawn."""
+    """The page, loaded anew, at its latent plot with every particle drawn."""
     page.get((results / "report.html").as_uri())
     wait_for(lambda: page.execute_script("return Boolean(document.querySelector('#latent-scatter')._fullData)"), "plot")
     scroll_to(page, "#latent-scatter")
@@ -99,8 +99,8 @@ def drag(page: Chrome, path: np.ndarray) -> None:
     mouse = actions.pointer_action
     mouse.move_to_location(*(int(v) for v in path[0]))
     mouse.pointer_down()
-    for place in path[1:]:
-        mouse.move_to_location(*(int(v) for v in place))
+    for position in path[1:]:
+        mouse.move_to_location(*(int(v) for v in position))
     mouse.pointer_up()
     actions.perform()
 
@@ -349,14 +349,14 @@ def test_axes_and_colours_are_any_column(latents: Chrome) -> None:
 def test_hover_names_the_row_of_the_input(results: Path, latents: Chrome) -> None:
     z = read_tables(next(results.rglob("latents.star"))).particles[["flexLatent1", "flexLatent2"]].to_numpy(float)
     window, units = plot_area(latents)
-    places = window[0] + (z - units[0]) * (window[1] - window[0]) / (units[1] - units[0])
+    positions = window[0] + (z - units[0]) * (window[1] - window[0]) / (units[1] - units[0])
     known = np.flatnonzero(np.isfinite(z).all(1))
-    apart = np.linalg.norm(places[known, None] - places[None, known], axis=2)
+    apart = np.linalg.norm(positions[known, None] - positions[None, known], axis=2)
     np.fill_diagonal(apart, np.inf)
-    row = known[np.argmax(apart.min(1))]  # the loneliest point
-    ActionBuilder(latents).pointer_action.move_to_location(*(int(v) for v in places[row].round()))
+    row = known[np.argmax(apart.min(1))]  # the loneliest particle
+    ActionBuilder(latents).pointer_action.move_to_location(*(int(v) for v in positions[row].round()))
     actions = ActionBuilder(latents)
-    actions.pointer_action.move_to_location(*(int(v) for v in places[row].round()))
+    actions.pointer_action.move_to_location(*(int(v) for v in positions[row].round()))
     actions.perform()
     wait_for(
         lambda: (

@@ -24,7 +24,8 @@ from particle_files import (
 from flexlib.errors import InputError
 from flexlib.particles import read_particles
 from flexlib.particles.cs_file import CsFile, read_cs_file
-from flexlib.particles.latents_io import read_latents, write_latents_cs, write_latents_star
+from flexlib.particles.latents_read import read_latents
+from flexlib.particles.latents_write import write_latents_cs, write_latents_star
 from flexlib.particles.star import read_tables
 from flexlib.particles.star_text import read_star_text
 

@@ -19,9 +19,10 @@ from particle_files import (
 
 from flexlib.errors import InputError
 from flexlib.particles.cs_file import read_cs_file
-from flexlib.particles.latents_io import write_latents_star
+from flexlib.particles.latents_table import read_latent_table
+from flexlib.particles.latents_write import write_latents_star
 from flexlib.particles.star import read_tables
-from flexlib.select import in_box, in_cluster, in_polygon, main, nearest, read_latent_table
+from flexlib.select import in_box, in_cluster, in_polygon, main, nearest
 
 KEPT = np.array([0, 2, 3, 5, 6, 9, 11])
 # Two heaps: input rows 0, 2, 3, 5 at the left, 6, 9, 11 at the right

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from flexlib.errors import InputError
-from flexlib.generate.series import Neighbourhood, axis_points, cluster_points, line_points, principal_curve
-from flexlib.particles.latents_io import components, read_latent_points
+from flexlib.generate.curve import principal_curve
+from flexlib.generate.neighbourhood import Neighbourhood
+from flexlib.generate.series import axis_points, line_points
+from flexlib.particles.clusters import cluster_latents
+from flexlib.particles.latents_read import read_frame_latents
+from flexlib.particles.latents_write import components
 from flexlib.workflow_support.series import SeriesRequest, check_series, parse_series, series_files
 
 
@@ -102,16 +106,29 @@ def test_principal_curve_of_one_dimension_is_its_range():
     )
 
 
-def test_cluster_points_are_particles_of_each_cluster_in_order():
+def test_clusters_are_shown_by_a_particle_of_each_in_order():
     generator = np.random.default_rng(3)
     centres = np.array([[0, 0], [5, 0], [10, 0], [10, 5]])
     latents = (centres[:, None] + 0.3 * generator.standard_normal((4, 200, 2))).reshape(-1, 2)
-    points = cluster_points(generator.permutation(latents), 4)
+
+    def shown(of: np.ndarray, count: int = 4) -> np.ndarray:
+        return of[cluster_latents(of, count, f"generate.series: kmeans {count}").nearest]
+
+    points = shown(generator.permutation(latents))
     np.testing.assert_allclose(points, centres, atol=0.25)  # the path 0, 1, 2, 3 is the shortest
     assert all((np.abs(latents - point).max(1) < 1e-12).any() for point in points)
-    np.testing.assert_array_equal(cluster_points(latents, 4), cluster_points(latents, 4))
+    np.testing.assert_array_equal(shown(latents), shown(latents))
     with pytest.raises(InputError, match=r"kmeans 5: 4 particles do not fall into so many clusters"):
-        cluster_points(latents[:4], 5)
+        shown(latents[:4], 5)
+
+
+def test_a_cluster_is_shown_by_one_of_its_own():
+    """Also where a neighbour's particle lies nearer to a small cluster's centre."""
+    for seed in (321, *range(30)):
+        latents = np.random.default_rng(seed).standard_normal((60, 2))
+        clusters = cluster_latents(latents, 8, "kmeans 8")
+        np.testing.assert_array_equal(clusters.label[clusters.nearest], np.arange(8))
+        assert [clusters.size(number) for number in range(8)] == np.bincount(clusters.label).tolist()
 
 
 def test_line_between_points():
@@ -158,13 +175,13 @@ def test_points_of_a_file(tmp_path, kind):
     else:
         head = {"csv": "# from nowhere\n", "named.csv": "z1,z2\n", "txt": ""}[kind]
         path.write_text(head + (rows.replace(",", " ") if kind == "txt" else rows) + "\n")
-    np.testing.assert_allclose(read_latent_points(path), POINTS)
+    np.testing.assert_allclose(read_frame_latents(path), POINTS)
 
 
 def test_points_that_are_no_numbers_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("1,2\n3,nan\n")
     with pytest.raises(InputError, match=r"a\.csv: no points of latent space: row 2 is not finite"):
-        read_latent_points(tmp_path / "a.csv")
+        read_frame_latents(tmp_path / "a.csv")
     (tmp_path / "b.star").write_text("data_\n\nloop_\n_rlnAngleRot #1\n1.0\n")
     with pytest.raises(InputError, match=r"b\.star: no latents: column flexLatent1 is missing"):
-        read_latent_points(tmp_path / "b.star")
+        read_frame_latents(tmp_path / "b.star")

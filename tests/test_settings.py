@@ -1,6 +1,5 @@
-"""The config: schema and settings say the same, mistakes are told in one line, numbers are numbers."""
+"""The config: schema and settings say the same, mistakes are reported in one line, numbers are numbers."""
 
-import inspect
 import json
 import re
 import tomllib
@@ -14,17 +13,17 @@ import yaml
 
 from flexlib.errors import InputError
 from flexlib.imaging.maps import write_map
-from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
+from flexlib.workflow_support.checks import check_config, check_maps, check_paths
+from flexlib.workflow_support.gpus import gpu_complaint
+from flexlib.workflow_support.schema import made_files
 from flexlib.workflow_support.settings import (
     SECTIONS,
+    MaskSettings,
     MeshSettings,
     ReconstructSettings,
     SimulateSettings,
     TrainSettings,
-    check_config,
-    check_maps,
-    check_paths,
-    gpu_complaint,
     make_settings,
 )
 
@@ -34,7 +33,7 @@ MINIMAL = {"name": "run", "particles": "p.star", "consensus": "c.mrc"}
 
 
 def check(text: str) -> dict:
-    return check_config({**MINIMAL, **yaml.safe_load(text)}, SCHEMA)
+    return check_config({**MINIMAL, **yaml.safe_load(text)})
 
 
 def schema_keys() -> dict[str, dict]:
@@ -62,7 +61,7 @@ def test_schema_and_dataclass_have_the_same_keys_and_defaults(section):
 
 
 def test_filled_defaults_make_the_default_settings():
-    config = check_config(MINIMAL, SCHEMA)
+    config = check_config(MINIMAL)
     for section, kind in SECTIONS.items():
         if section != "simulate":
             assert make_settings(kind, config[section]) == kind()
@@ -70,8 +69,8 @@ def test_filled_defaults_make_the_default_settings():
 
 
 def test_simulation_defaults_are_the_simulators():
-    parameters = inspect.signature(simulate_particles).parameters
-    assert {item.name: parameters[item.name].default for item in fields(SimulateSettings)} == asdict(SimulateSettings())
+    everything = asdict(Simulation())
+    assert {item.name: everything[item.name] for item in fields(SimulateSettings)} == asdict(SimulateSettings())
 
 
 def test_every_key_is_documented_as_the_schema_says():
@@ -86,9 +85,20 @@ def test_every_key_is_documented_as_the_schema_says():
         assert f"| `{key}` | {cell} | {subschema['description']} |" in reference
 
 
+@pytest.mark.parametrize("path", made_files(), ids=lambda path: path.name)
+def test_schema_and_reference_are_what_the_settings_make(path):
+    assert path.read_text() == made_files()[path], "make docs"
+
+
+def test_mask_keys_are_mesh_keys():
+    shared = [item.name for item in fields(MaskSettings)]
+    assert shared == ["lowpass_A", "threshold", "dilate_A", "pad_A"]
+    assert [item.name for item in fields(MeshSettings)][:5] == ["cells", *shared]
+
+
 def test_demo_config_is_valid():
     demo = yaml.safe_load((ROOT / "config/config.yaml").read_text())
-    assert check_config(demo, SCHEMA)["simulate"]["phantom"] == "antibody"
+    assert check_config(demo)["simulate"]["phantom"] == "antibody"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +125,7 @@ def test_demo_config_is_valid():
         ("particles: null", "particles: None is not of type 'string'"),
     ],
 )
-def test_mistakes_are_told_in_one_line(text, message):
+def test_mistakes_are_reported_in_one_line(text, message):
     with pytest.raises(InputError) as caught:
         check(text)
     assert str(caught.value).startswith(f"config: {message}")
@@ -124,7 +134,7 @@ def test_mistakes_are_told_in_one_line(text, message):
 
 def test_missing_key_is_named():
     with pytest.raises(InputError, match="config: the key 'consensus' is missing"):
-        check_config({"name": "run", "particles": "p.star"}, SCHEMA)
+        check_config({"name": "run", "particles": "p.star"})
 
 
 def test_yaml_text_that_is_a_number_is_read_as_one():
@@ -136,7 +146,7 @@ def test_yaml_text_that_is_a_number_is_read_as_one():
 
 def test_empty_sections_and_the_given_config_stay_as_they_are():
     given = {**MINIMAL, "mesh": None, "train": {"seed": 3}}
-    config = check_config(given, SCHEMA)
+    config = check_config(given)
     assert config["mesh"]["cells"] == 20
     assert given["mesh"] is None
     assert given["train"] == {"seed": 3}
@@ -231,7 +241,7 @@ def test_several_processes_need_a_gpu_each_where_there_are_gpus(monkeypatch):
     assert gpu_complaint("cuda", False, {"train": 2, "reconstruct": "2"}, 2) is None
     assert gpu_complaint("auto", False, {"train": 0, "reconstruct": 0}, 2) is None
     assert gpu_complaint("cpu", False, asked_for, 2) is None
-    monkeypatch.setattr("flexlib.workflow_support.settings._count_gpus", lambda: 2)
+    monkeypatch.setattr("flexlib.workflow_support.gpus.count_gpus", lambda: 2)
     assert gpu_complaint("cuda", True, {}, 2) is None
     assert "processes: 3, one a GPU, but this machine shows 2: lower it" in gpu_complaint("auto", True, {}, 3)
 
@@ -240,7 +250,7 @@ def test_examples_are_valid():
     examples = sorted((ROOT / "config/examples").glob("*.yaml"))
     assert [path.stem for path in examples] == ["cryosparc", "empiar-10180", "relion"]
     for path in examples:
-        assert check_config(yaml.safe_load(path.read_text()), SCHEMA)["particles"]
+        assert check_config(yaml.safe_load(path.read_text()))["particles"]
 
 
 def test_what_simulate_makes_is_not_missed(tmp_path, monkeypatch):

@@ -19,9 +19,11 @@ from flexlib.imaging.fourier import shell_radius
 from flexlib.imaging.maps import read_map
 from flexlib.particles.read import read_particles
 from flexlib.projection.op import VoxelTensors, project, view_vertices
-from flexlib.simulate import run as simulate
+from flexlib.simulate import particle_set
 from flexlib.simulate.phantoms import PHANTOMS, make_phantom, phantom_from_pdb
-from flexlib.simulate.run import SimulationTruth, atoms_to_map, project_atoms, simulate_particles
+from flexlib.simulate.run import SimulationTruth, simulate_particles
+from flexlib.simulate.settings import Simulation
+from flexlib.simulate.signal import atoms_to_map, project_atoms
 from flexlib.tetra.tetmesh import single_cell_mesh
 from flexlib.tetra.voxels import voxelise
 
@@ -32,7 +34,7 @@ BOX, PIXEL_A = 48, 5.0
 def flexible(tmp_path_factory) -> SimulationTruth:
     """200 particles of the antibody at the default signal/noise ratio."""
     return simulate_particles(
-        tmp_path_factory.mktemp("flexible"), num_particles=200, box=BOX, pixel_size_A=PIXEL_A, seed=3
+        tmp_path_factory.mktemp("flexible"), Simulation(num_particles=200, box=BOX, pixel_size_A=PIXEL_A, seed=3)
     )
 
 
@@ -40,7 +42,8 @@ def flexible(tmp_path_factory) -> SimulationTruth:
 def still(tmp_path_factory) -> SimulationTruth:
     """150 particles without motion, so that one truth map predicts every image."""
     return simulate_particles(
-        tmp_path_factory.mktemp("still"), phantom="rigid", num_particles=150, box=BOX, pixel_size_A=PIXEL_A, seed=5
+        tmp_path_factory.mktemp("still"),
+        Simulation(phantom="rigid", num_particles=150, box=BOX, pixel_size_A=PIXEL_A, seed=5),
     )
 
 
@@ -113,7 +116,7 @@ def test_map_axes_and_centre(axis):
 def test_images_agree_with_reader_ctf_and_operator(tmp_path, metadata):
     settings = {"box": BOX, "pixel_size_A": PIXEL_A, "snr": 1e8, "shift_sd_A": 8.0}
     smooth = {"gaussian_sigma_A": 5.0}  # nothing left at Nyquist, so the truth map does not ring across the box edge
-    truth = simulate_particles(tmp_path, phantom="rigid", num_particles=6, seed=1, **settings, **smooth)
+    truth = simulate_particles(tmp_path, Simulation(phantom="rigid", num_particles=6, seed=1, **settings, **smooth))
     found = transforms_of(images_of(truth))
     expected = predicted(truth, getattr(truth, metadata))
     band = (frequency(BOX) < 0.3) & (frequency(BOX) > 0)
@@ -135,7 +138,8 @@ def test_noise_and_signal_have_the_variances_asked_for(still):
 
 def test_coloured_noise_follows_its_power_law(tmp_path):
     truth = simulate_particles(
-        tmp_path, phantom="rigid", num_particles=150, box=BOX, pixel_size_A=PIXEL_A, snr=1e-6, noise_power_law=1.5
+        tmp_path,
+        Simulation(phantom="rigid", num_particles=150, box=BOX, pixel_size_A=PIXEL_A, snr=1e-6, noise_power_law=1.5),
     )
     images = images_of(truth)
     assert images.var() == pytest.approx(1.0, rel=0.03)
@@ -186,10 +190,10 @@ def test_states_move_the_arm_by_the_expected_arc(flexible):
 
 
 def test_mean_map_is_the_mean_over_particles(tmp_path):
-    truth = simulate_particles(tmp_path, num_particles=100, box=24, pixel_size_A=9.0)
+    truth = simulate_particles(tmp_path, Simulation(num_particles=100, box=24, pixel_size_A=9.0))
     phantom = make_phantom("antibody")
     maps = [
-        atoms_to_map(atoms / 9.0, phantom.mass, 24, simulate._GAUSSIAN_SIGMA_A / 9.0)
+        atoms_to_map(atoms / 9.0, phantom.mass, 24, Simulation().gaussian_sigma_A / 9.0)
         for atoms in phantom.positions_A(truth.angles_rad)
     ]
     expected = truth.density_scale * np.mean(maps, axis=0)
@@ -215,10 +219,10 @@ def test_consensus_is_a_noisy_reconstruction_in_the_truths_units(still):
 
 def test_the_seed_and_nothing_else_decides_the_files(tmp_path, monkeypatch):
     settings = {"num_particles": 20, "box": 32, "pixel_size_A": 8.0}
-    first = simulate_particles(tmp_path / "a", seed=1, **settings)
-    monkeypatch.setattr(simulate, "_BATCH", 7)
-    again = simulate_particles(tmp_path / "b", seed=1, **settings)
-    other = simulate_particles(tmp_path / "c", seed=2, **settings)
+    first = simulate_particles(tmp_path / "a", Simulation(seed=1, **settings))
+    monkeypatch.setattr(particle_set, "BATCH", 7)
+    again = simulate_particles(tmp_path / "b", Simulation(seed=1, **settings))
+    other = simulate_particles(tmp_path / "c", Simulation(seed=2, **settings))
     assert first.particles_cs.read_bytes() == again.particles_cs.read_bytes()
     tables = [path.read_text().splitlines() for path in (first.particles_star, again.particles_star)]
     assert [line for line in tables[0] if line[:1] != "#"] == [line for line in tables[1] if line[:1] != "#"]
@@ -230,7 +234,8 @@ def test_views_are_uniform_or_preferred(tmp_path):
     generator = np.random.default_rng(0)
     tilts = []
     for preference in (0.0, 3.0):
-        drawn = simulate._draw_metadata(make_phantom("rigid"), 4000, generator, (1e4, 2e4), 300.0, 4.0, preference)
+        settings = Simulation(num_particles=4000, defocus_range_A=(1e4, 2e4), view_preference=preference)
+        drawn = particle_set.draw_metadata(make_phantom("rigid"), settings, generator)
         tilts.append(np.cos(np.deg2rad(drawn.euler_deg[:, 1])))
     assert np.mean(tilts[0] ** 2) == pytest.approx(1 / 3, abs=0.02)
     assert np.mean(tilts[1] ** 2) == pytest.approx((1 / 3 + 3 / 5) / (1 + 3 / 3), abs=0.02)
@@ -265,7 +270,8 @@ def test_exact_limit_is_the_cramer_rao_bound_where_the_signal_is_strong(tmp_path
     limits = []
     for snr in (2.0, 0.1):
         clamp = simulate_particles(
-            tmp_path, phantom="clamp", num_particles=100, box=24, pixel_size_A=8.0, snr=snr, seed=2, exact_limit=True
+            tmp_path,
+            Simulation(phantom="clamp", num_particles=100, box=24, pixel_size_A=8.0, snr=snr, seed=2, exact_limit=True),
         )
         truth = np.load(clamp.truth_npz)
         limits.append((float(truth["information_limit_r2"][0]), float(truth["posterior_limit_r2"])))
@@ -273,7 +279,7 @@ def test_exact_limit_is_the_cramer_rao_bound_where_the_signal_is_strong(tmp_path
     assert strong_bound > 0.99 and abs(strong - strong_bound) < 0.25 * (1 - strong_bound), limits
     assert 0.5 < weak < strong - 0.05, limits
     with pytest.raises(InputError, match="one hinge"):
-        simulate_particles(tmp_path, num_particles=4, exact_limit=True)
+        simulate_particles(tmp_path, Simulation(num_particles=4, exact_limit=True))
 
 
 def test_slider_slides_in_its_plane_of_contact():
@@ -316,5 +322,5 @@ def test_phantom_from_pdb_moves_the_named_chain(tmp_path):
 )
 def test_settings_out_of_range_raise_one_line(tmp_path, settings, message):
     with pytest.raises(InputError, match=message) as caught:
-        simulate_particles(tmp_path, **settings)
+        simulate_particles(tmp_path, Simulation(**settings))
     assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from flexlib.images.batch import read_ahead, split_batches
+from flexlib.images.noise import Calibration
 from flexlib.images.sources import TrainingImages
 from flexlib.images.stack import read_stack_header
 from flexlib.particles.table import OpticsGroup, Particles
@@ -32,7 +33,9 @@ particles = Particles(
     stack_index=zeros.astype(np.int32), image_index=np.arange(n), source_path=path, source_row=np.arange(n),
 )
 sigma = np.ones((1, box // 2))
-source = TrainingImages(header, particles, box, 2.0, np.array([box]), np.ones(1), sigma, box, 2.0)
+source = TrainingImages(
+    header, particles, pixel_size_A=2.0, sides_px=np.array([box]), calibration=Calibration(np.ones(1), sigma, box, 2.0)
+)
 batches = split_batches(np.random.default_rng(0).permutation(n), 50)
 for batch in read_ahead(source, batches[:3]):
     pass

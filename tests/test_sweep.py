@@ -5,9 +5,11 @@ import math
 from statistics import fmean, stdev
 
 import pytest
+from json_records import resolution_record, validation_record
 
 from flexlib.errors import InputError
-from flexlib.files import read_json, write_json
+from flexlib.files import read_json
+from flexlib.layout import RunFolder
 from flexlib.workflow_support.points import SweepPoint, select_points, sweep_points
 from flexlib.workflow_support.scores import Score, choose_point
 from flexlib.workflow_support.sweep import COLUMNS, choose_from_files, summarise_sweep
@@ -29,10 +31,10 @@ def write_training(folder, point, gains, wall_s=12.5):
     """validation.json and held_out.csv of a point with these gains of its held-out particles."""
     error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
     gain = fmean(gains) if gains else None
-    record = {"validation_gain": gain, "validation_gain_se": error, "wall_s": wall_s}
-    write_json(folder / "train" / point.path / "validation.json", record)
+    train = RunFolder(folder).train(point.path)
+    validation_record(gain, error, wall_s).write(train.validation)
     lines = ["row,gain", *(f"{7 * row},{value}" for row, value in enumerate(gains))]
-    (folder / "train" / point.path / "held_out.csv").write_text("\n".join(lines) + "\n")
+    train.held_out.write_text("\n".join(lines) + "\n")
 
 
 def test_sweep_is_the_product_of_the_lists():
@@ -135,12 +137,11 @@ def test_table_and_choice_from_files(tmp_path):
     points = sweep_points(config([10, 20]))
     write_training(tmp_path, points[0], [8.5, 9.5, 10.5])
     write_training(tmp_path, points[1], [9.0, 9.0, 12.0])
-    resolutions = {"flex_0.143_A": 5.0, "flex_0.5_A": 7.0, "rigid_0.143_A": 6.5}
-    write_json(tmp_path / "reconstruct" / points[0].path / "resolution.json", resolutions)
+    run = RunFolder(tmp_path)
+    resolutions_A = {"flex_0.143": 5.0, "flex_0.5": 7.0, "rigid_0.143": 6.5}
+    resolution_record(resolutions_A).write(run.reconstruct(points[0].path).resolution)
 
-    choose_from_files(
-        points, [tmp_path / "train" / point.path / "validation.json" for point in points], tmp_path / "b.json"
-    )
+    choose_from_files(points, [run.train(point.path).validation for point in points], tmp_path / "b.json")
     best = read_json(tmp_path / "b.json")
     assert best["path"] == points[0].path
     assert best["highest_validation_gain"] == 10.0
@@ -164,7 +165,7 @@ def test_chosen_is_among_the_reconstructed(tmp_path):
     points = sweep_points(config([10, 20, 30]))
     for point, gain in zip(points, (9.0, 10.0, 7.0), strict=True):
         write_training(tmp_path, point, [gain - 1, gain, gain + 1] if gain == 10 else [gain, gain - 1, gain + 1])
-        write_json(tmp_path / "reconstruct" / point.path / "resolution.json", {"flex_0.143_A": 5.0})
+        resolution_record({"flex_0.143": 5.0}).write(RunFolder(tmp_path).reconstruct(point.path).resolution)
     for reconstructed, chosen in ((points, 1), (points[2:], 2), ([points[0], points[2]], 0)):
         summarise_sweep(points, tmp_path, reconstructed, tmp_path / "sweep.csv")
         with (tmp_path / "sweep.csv").open() as file:

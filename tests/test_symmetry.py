@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from flexlib.errors import InputError
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.particles import read_particles
-from flexlib.particles.star import write_star
+from flexlib.particles.star_write import write_star
 
 GROUPS = {"C1": 1, "C3": 3, "D2": 4, "D7": 14, "T": 12, "O": 24, "I": 60, "I1": 60, "I2": 60, "I3": 60, "I4": 60}
 

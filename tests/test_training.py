@@ -20,10 +20,14 @@ from training_sets import latents_of, neighbour_r2, prepared
 from flexlib import train as training
 from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.build import build_mesh
-from flexlib.model.flex_model import FlexModel, FlowGenerator
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator
 from flexlib.train import epoch
-from flexlib.train.state import set_up
+from flexlib.train.schedule import FLOW_RATE, Schedule
+from flexlib.train.score import HeldOutScore, mean_by_particle
+from flexlib.train.setup import set_up
 from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 QUICK = TrainSettings(latent_dims=1, epochs=3, validation_fraction=0.1)
@@ -87,7 +91,7 @@ def test_interrupted_run_ends_like_an_undisturbed_one(clamp, tmp_path, monkeypat
     training.train(*arguments, tmp_path / "whole", settings)
 
     steps = {"done": 0}
-    take_step = epoch._step
+    take_step = epoch.take_step
 
     def step_then_sigterm(*args):
         steps["done"] += 1
@@ -95,7 +99,7 @@ def test_interrupted_run_ends_like_an_undisturbed_one(clamp, tmp_path, monkeypat
             signal.raise_signal(signal.SIGTERM)
         return take_step(*args)
 
-    monkeypatch.setattr(epoch, "_step", step_then_sigterm)
+    monkeypatch.setattr(epoch, "take_step", step_then_sigterm)
     with pytest.raises(SystemExit) as stopped:
         training.train(*arguments, tmp_path / "parts", settings)
     assert stopped.value.code == training.EXIT_INTERRUPTED
@@ -145,7 +149,7 @@ def scores_of(train_dir: Path) -> dict:
 def test_mean_motion_of_the_molecule_is_taken_out(trained, clamp):
     """The gauge: no mean translation or rotation of the density, and no bend at the mean latents."""
     model = FlexModel.load(trained)
-    setup = set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
+    setup = set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), QUICK, "cpu")
     share = setup.density_share.numpy()[:, None]
     at = model.mesh.vertices_A - (share * model.mesh.vertices_A).sum(0)
 
@@ -165,7 +169,7 @@ def test_mean_motion_of_the_molecule_is_taken_out(trained, clamp):
 def test_motion_coordinates_are_angstrom(trained, clamp):
     """Distances between particles in flexMotion1Angst are rms displacements of density between their states."""
     model = FlexModel.load(trained)
-    setup = set_up(clamp / "particles", clamp / "mesh", QUICK, "cpu")
+    setup = set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), QUICK, "cpu")
     share = setup.density_share.numpy()
     motion = latents_of(trained, r"^flexMotion\d+Angst$")
     assert motion.shape == model.latents.shape
@@ -173,11 +177,11 @@ def test_motion_coordinates_are_angstrom(trained, clamp):
     generator = np.random.default_rng(0)
     first, second = generator.integers(0, len(motion), (2, 200))
     true = np.sqrt((((moved[first] - moved[second]) ** 2).sum(2) * share).sum(1))
-    told = np.linalg.norm(motion[first] - motion[second], axis=1)
+    stated = np.linalg.norm(motion[first] - motion[second], axis=1)
     large = true > 1.0
     assert large.sum() > 50
-    assert (told <= true * 1.01).all()  # one axis cannot hold more than the whole
-    assert np.median(told[large] / true[large]) > 0.9
+    assert (stated <= true * 1.01).all()  # one axis cannot hold more than the whole
+    assert np.median(stated[large] / true[large]) > 0.9
     scores = scores_of(trained)
     assert scores["motion_share"][0] > 0.9
     per_unit = scores["rms_displacement_per_unit_A"][0]
@@ -216,7 +220,7 @@ def test_overfitting_lowers_the_held_out_score(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(clamp, tmp_path, monkeypatch):
-    monkeypatch.setattr(epoch, "_step", lambda *arguments: torch.tensor([torch.nan, 0.0]))
+    monkeypatch.setattr(epoch, "take_step", lambda *arguments: torch.tensor([torch.nan, 0.0]))
     with pytest.raises(FloatingPointError, match="epoch 1: the loss is nan"):
         training.train(clamp / "particles", clamp / "mesh", tmp_path, QUICK)
 
@@ -237,16 +241,16 @@ class _NoWaiting(TorchDispatchMode):
 
 def test_no_batch_makes_the_host_wait_for_a_gpu(clamp, tmp_path, monkeypatch):
     """All operations of a step, also when it measures the information, but an epoch's first batch."""
-    step, watched = epoch._step, []
+    step, watched = epoch.take_step, []
 
-    def watching(setup, state, *arguments):
+    def watching(setup, state, batch):
         if state.step == 0:
-            return step(setup, state, *arguments)
-        watched.append(arguments[-1])
+            return step(setup, state, batch)
+        watched.append(batch.measures_information)
         with _NoWaiting():
-            return step(setup, state, *arguments)
+            return step(setup, state, batch)
 
-    monkeypatch.setattr(epoch, "_step", watching)
+    monkeypatch.setattr(epoch, "take_step", watching)
     training.train(clamp / "particles", clamp / "mesh", tmp_path, QUICK)
     assert True in watched and False in watched
     with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoWaiting():
@@ -257,14 +261,14 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp,
     """SIGKILL, which nothing can catch: the next run continues from the last checkpoint, to the same latents."""
     program = (
         "import sys; from flexlib.train import train; from flexlib.workflow_support.settings import TrainSettings;"
-        "import flexlib.train.epoch as t; from pathlib import Path; step = t._step;"
+        "import flexlib.train.epoch as t; from pathlib import Path; step = t.take_step;"
         "done = [0]\n"
         "def counted(*a):\n"
         "    done[0] += 1\n"
         "    if done[0] == 30: Path(sys.argv[4]).touch()\n"
         "    if done[0] >= 30: import time; time.sleep(float(sys.argv[5]))\n"
         "    return step(*a)\n"
-        "t._step = counted\n"
+        "t.take_step = counted\n"
         "train(*sys.argv[1:4], TrainSettings(latent_dims=2, epochs=3, validation_fraction=0.1), 'cpu')"
     )
     arguments = [str(clamp / "particles"), str(clamp / "mesh")]
@@ -289,10 +293,10 @@ def test_killed_in_the_middle_of_an_epoch_it_ends_like_an_undisturbed_run(clamp,
 
 
 def test_checkpoints_are_written_within_long_epochs(clamp, tmp_path, monkeypatch):
-    """With every batch checkpointed, the middle of an epoch is a place to continue from."""
+    """With every batch checkpointed, a run continues from the middle of an epoch."""
     monkeypatch.setattr("flexlib.train.run.CHECKPOINT_EVERY_S", 0.0)
     settings = replace(QUICK, epochs=2)
-    take_step, done = epoch._step, [0]
+    take_step, done = epoch.take_step, [0]
 
     def step_then_fail(*arguments):
         done[0] += 1
@@ -300,26 +304,26 @@ def test_checkpoints_are_written_within_long_epochs(clamp, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return take_step(*arguments)
 
-    monkeypatch.setattr(epoch, "_step", step_then_fail)
+    monkeypatch.setattr(epoch, "take_step", step_then_fail)
     with pytest.raises(KeyboardInterrupt):
         training.train(clamp / "particles", clamp / "mesh", tmp_path / "parts", settings)
     saved = torch.load(tmp_path / "parts/checkpoints/checkpoint.pt", weights_only=True)
     assert (saved["epoch"], saved["step"]) == (1, 6)  # 20 batches an epoch
-    monkeypatch.setattr(epoch, "_step", take_step)
+    monkeypatch.setattr(epoch, "take_step", take_step)
     training.train(clamp / "particles", clamp / "mesh", tmp_path / "parts", settings)
     training.train(clamp / "particles", clamp / "mesh", tmp_path / "whole", settings)
     assert np.abs(latents_of(tmp_path / "whole") - latents_of(tmp_path / "parts")).max() < 1e-6
 
 
 @pytest.mark.parametrize("change", ["threads", "batch size"])
-def test_score_does_not_depend_on_threads_or_batch_size(trained, clamp, tmp_path, monkeypatch, change):
-    threads = torch.get_num_threads()
+def test_score_does_not_depend_on_threads_or_batch_size(trained, clamp, tmp_path, change):
+    threads, batch_size = torch.get_num_threads(), None
     try:
         if change == "threads":
             torch.set_num_threads(3 - min(threads, 2))
         else:
-            monkeypatch.setattr("flexlib.train.state.BATCH_SIZE", 13)
-        training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=6))
+            batch_size = 13
+        training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=6), batch_size=batch_size)
     finally:
         torch.set_num_threads(threads)
     one, other = scores_of(trained), scores_of(tmp_path)
@@ -370,3 +374,36 @@ def test_random_start_finds_the_motion(clamp, tmp_path):
     training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=12, latent_init="random"))
     truth = np.load(clamp / "sim/truth.npz")["angles_rad"][:, 0]
     assert neighbour_r2(latents_of(tmp_path), truth) > 0.5
+
+
+def test_symmetry_copies_of_a_particle_count_once():
+    """A particle that is there three times says no more than once: neither the mean nor its error may change."""
+    values = np.random.default_rng(0).normal(1.0, 2.0, (50, 4))
+    rows, copies = np.arange(50), 3
+    once, first = mean_by_particle(values, rows, rows)
+    thrice, first_of_copies = mean_by_particle(
+        values.repeat(copies, 0), rows.repeat(copies), np.arange(copies * len(rows))
+    )
+    np.testing.assert_array_equal(first, rows)
+    np.testing.assert_array_equal(first_of_copies, copies * rows)
+    np.testing.assert_allclose(thrice, once, rtol=1e-12)
+    scores = [HeldOutScore(gains[:, 0], first, torch.zeros(0)) for gains in (once, thrice)]
+    assert scores[0].standard_error == pytest.approx(scores[1].standard_error)
+    naive = HeldOutScore(values.repeat(copies, 0)[:, 0], rows, torch.zeros(0))
+    assert naive.standard_error < 0.6 * scores[0].standard_error  # BREAKS: rows taken for particles
+
+
+def test_rates_of_a_schedule():
+    """The first epoch warms up, the last ones anneal to a tenth; the band ends at 0.8 of Nyquist."""
+    schedule = Schedule(epochs=8, box=64, pixel_size_A=3.0, batch_size=50, num_training_rows=1000)
+    assert schedule.num_batches == 20
+    rates = [schedule.flow_rate(0, step, 1.0) for step in range(20)]
+    np.testing.assert_allclose(np.diff(rates), FLOW_RATE / 20)
+    assert rates[-1] == FLOW_RATE == schedule.flow_rate(3, 0, 1.0)
+    anneals = [schedule.anneal(epoch, None) for epoch in range(8)]
+    assert anneals[:6] == [1.0] * 6 and anneals[-1] == pytest.approx(0.1)
+    assert schedule.full_band == pytest.approx(0.8 * 32) and schedule.band(0) < schedule.band(2) < schedule.full_band
+    automatic = replace(schedule, epochs="auto")
+    assert automatic.planned_epochs(None) == 20 and automatic.planned_epochs(9) == 13
+    rising = [float(gain) for gain in range(12)]
+    assert not automatic.has_learnt(rising, 0.1) and automatic.has_learnt([*rising[:9], 8.0, 8.0, 8.0], 0.1)

@@ -18,6 +18,7 @@ from operator_cases import (
     twisted_bodies,
 )
 
+from flexlib import runtime
 from flexlib.projection import op, reference
 
 WORKER = Path(__file__).with_name("triton_worker.py")
@@ -86,20 +87,20 @@ def test_rigidity_energy_and_gradient_match_reference(interpreted):
     ("kernel", "sums"), [("splat 2", 4), ("splat 4", 16), ("adjoint 2", 9), ("adjoint 4", 9), ("rigidity", 13)]
 )
 def test_kernels_compile_for_a_gpu(compiled, kernel, sums):
-    """With one hardware atomic for each number that is added up, no loop of compare-and-swap in its place."""
+    """With one hardware atomic for each number that is added up, no loop of compare-and-swap instead."""
     ptx = compiled[kernel]
     assert ".target sm_90" in ptx and "cas" not in ptx
     assert len(re.findall(r"(?:atom|red)\.global\S*\.add\.f32", ptx)) == sums
 
 
 def test_what_triton_cannot_do_plain_torch_does(monkeypatch, caplog):
-    assert op._backend("cuda", torch.float32).__name__ == "flexlib.projection.cuda"
-    assert op._backend("cuda", torch.float64) is reference
-    op.has_triton.cache_clear()
-    monkeypatch.setattr(op, "find_spec", lambda name: None)
+    assert op.backend("cuda", torch.float32).__name__ == "flexlib.projection.cuda"
+    assert op.backend("cuda", torch.float64) is reference
+    runtime.has_triton.cache_clear()
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
     try:
-        assert op._backend("cuda", torch.float32) is reference
-        assert op._backend("cuda", torch.float32) is reference
+        assert op.backend("cuda", torch.float32) is reference
+        assert op.backend("cuda", torch.float32) is reference
     finally:
-        op.has_triton.cache_clear()
+        runtime.has_triton.cache_clear()
     assert [record.message.split(":")[0] for record in caplog.records] == ["triton is not installed"]

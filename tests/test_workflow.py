@@ -1,13 +1,19 @@
 """The workflow as a user meets it, by dry runs: how many jobs of which rule, what a mistake in the config says."""
 
-import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import numpy as np
 import pytest
 import yaml
-from run_snakemake import ROOT, snakemake
+from json_records import prepared_record
+from run_snakemake import ROOT, snakemake, start_snakemake
 
 from flexlib.imaging.maps import write_map
 
@@ -118,8 +124,7 @@ def make_outputs(folder: Path) -> None:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    record = json.dumps({"num_rows": 100, "crop_box": 32, "train_box": 32})
-    (folder / "results/tiny/particles/prepared.json").write_text(record)
+    prepared_record(num_rows=100, crop_box=32, train_box=32).write(folder / "results/tiny/particles/prepared.json")
 
 
 def test_users_config_does_not_inherit_the_demo(dry_run):
@@ -127,11 +132,23 @@ def test_users_config_does_not_inherit_the_demo(dry_run):
     assert not list(dry_run.folder.glob("resources"))
 
 
-def test_demo_is_the_default():
-    result = snakemake(ROOT, "--dry-run", "--forceall", "--nolock")
+@pytest.mark.parametrize("snakefile", [None, ROOT / "workflow/Snakefile"])
+def test_demo_is_the_default_in_a_clone(snakefile):
+    result = snakemake(ROOT, "--dry-run", "--forceall", "--nolock", snakefile=snakefile)
     assert result.returncode == 0, result.stderr
+    assert "Using workflow specific profile profiles/default" in result.stderr
     counts = dict(re.findall(r"^(\w+) +(\d+)$", result.stdout, re.M))
     assert (counts["simulate"], counts["mesh"], counts["train"]) == ("1", "2", "4")
+
+
+@pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
+def test_another_working_folder(dry_run, tmp_path_factory, snakefile):
+    dry_run()
+    arguments = ("--directory", str(dry_run.folder), "--configfile", str(dry_run.folder / "my.yaml"), "--dry-run")
+    result = snakemake(tmp_path_factory.mktemp("elsewhere"), *arguments, snakefile=ROOT / snakefile)
+    assert result.returncode == 0, result.stderr
+    assert f"Using workflow specific profile {(ROOT / snakefile).parent}/profiles/default" in result.stderr
+    assert dict(re.findall(r"^(\w+) +(\d+)$", result.stdout, re.M))["total"] == str(jobs(reconstruct=1)["total"])
 
 
 @pytest.mark.parametrize(
@@ -210,13 +227,105 @@ def test_slurm_profile_is_found_and_understood(dry_run):
     (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
     assert dry_run("{}", "--profile", "slurm") == jobs(reconstruct=1)
     profile = yaml.safe_load((ROOT / "slurm/config.yaml").read_text())
-    default = yaml.safe_load((ROOT / "workflow/profiles/default/config.yaml").read_text())
+    default = yaml.safe_load((ROOT / "profiles/default/config.yaml").read_text())
     assert profile["executor"] == "slurm"
     assert profile["retries"] >= 1
     assert profile["set-resources"]["train"]["gpu"] == profile["set-resources"]["reconstruct"]["gpu"] == 1
     assert "--signal=TERM@120" in profile["set-resources"]["train"]["slurm_extra"]
-    assert not set(profile) & set(default)  # the default profile would win
+    assert not [key for key in set(profile) & set(default) if profile[key] != default[key]]  # the default would win
+    assert profile["rerun-incomplete"] is default["rerun-incomplete"] is True
     assert [path.name for path in (ROOT / "slurm").iterdir()] == ["config.yaml"]  # names beside it would be paths
+
+
+HEAVY = ("numpy", "scipy", "pandas", "torch", "numba", "mrcfile", "h5py", "matplotlib", "skimage", "plotly", "PIL")
+
+# Imports what is named, where HEAVY packages are not installed
+LIGHT = """
+import importlib, sys
+heavy, *modules = sys.argv[1:]
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in heavy.split(","):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+for name in modules:
+    importlib.import_module(name)
+"""
+
+
+def test_parsing_needs_nothing_that_snakemake_does_not_bring():
+    text = "".join(path.read_text() for path in [*(ROOT / "workflow").rglob("*.smk"), ROOT / "workflow/Snakefile"])
+    asked_for = re.findall(r"^from (flexlib\S*) import", text, re.M)
+    support = [
+        f"flexlib.workflow_support.{path.stem}" for path in (ROOT / "flexlib/workflow_support").glob("[a-z]*.py")
+    ]
+    assert "flexlib.workflow_support.checks" in asked_for
+    command = [sys.executable, "-c", LIGHT, ",".join(HEAVY), *asked_for, *support]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_after_a_kill_the_same_command_goes_on(tmp_path):
+    """A driver and its jobs are killed in the middle of a job: neither a lock nor half-made files ask for a flag."""
+    simulate = {"num_particles": 60, "box": 32, "pixel_size_A": 8.0, "snr": 1.0}
+    config = {**CONFIG, "particles": "sim/particles.star", "consensus": "sim/consensus.mrc", "simulate": simulate}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    arguments = ("--configfile", "my.yaml", "--cores", "1", "--", "sim/particles.star")
+    first = start_snakemake(tmp_path, tmp_path / "first.log", *arguments)
+    job_log = tmp_path / "logs/tiny/simulate.log"  # opened by the job as it starts; its imports alone last a second
+    while not job_log.exists():
+        assert first.poll() is None, (tmp_path / "first.log").read_text()
+        time.sleep(0.01)
+    half_made = tmp_path / "sim/consensus.mrc"
+    half_made.parent.mkdir(exist_ok=True)
+    half_made.write_bytes(b"half")
+    second = snakemake(tmp_path, *arguments)
+    assert "LockException" in second.stderr  # the first lives
+    assert first.poll() is None, "the job was too short to be killed"
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert list((tmp_path / ".snakemake/locks").iterdir())
+    assert list((tmp_path / ".snakemake/incomplete").iterdir())
+    again = snakemake(tmp_path, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert half_made.stat().st_size > 4
+    assert "Nothing to be done" in snakemake(tmp_path, *arguments).stderr
+
+
+def test_only_dead_locks_of_the_run_are_removed(tmp_path):
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    (locks / "0.output.lock").write_text("results/tiny/report.html\n")
+    (locks / "1.output.lock").write_text("results/tiny2/report.html\nother.txt\n")
+    code = (
+        "import sys; from flexlib.workflow_support.locks import remove_dead_locks;"
+        f"remove_dead_locks('tiny', ['results/tiny/'], {str(tmp_path)!r}); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE) as living:
+        living.stdout.readline()
+        assert [path.name for path in locks.iterdir()] == ["1.output.lock"]
+        (locks / "0.output.lock").write_text("results/tiny/report.html\n")
+        subprocess.run([sys.executable, "-c", code], stdin=DEVNULL, check=True)
+        assert len(list(locks.iterdir())) == 2
+    subprocess.run([sys.executable, "-c", code], stdin=DEVNULL, check=True)
+    assert [path.name for path in locks.iterdir()] == ["1.output.lock"]
+
+
+def test_a_job_waits_for_its_orphan(tmp_path):
+    code = (
+        "import sys; from flexlib.workflow_support.locks import wait_for_orphan;"
+        f"wait_for_orphan('logs/train.log', {str(tmp_path)!r}); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code]
+    orphan = subprocess.Popen(command, stdin=PIPE, stdout=PIPE)
+    orphan.stdout.readline()
+    again = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+    assert "this job still runs" in again.stderr.readline()
+    assert again.poll() is None
+    orphan.kill()
+    orphan.wait()
+    again.communicate(timeout=60)
+    assert again.returncode == 0
 
 
 def test_rules_leave_retries_to_profiles_and_have_their_script():

@@ -9,6 +9,7 @@ from scipy.spatial import cKDTree
 from flexlib.mesh.build import build_mesh
 from flexlib.prepare.run import prepare_particles
 from flexlib.simulate.run import simulate_particles
+from flexlib.simulate.settings import Simulation
 from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
 
 
@@ -25,13 +26,15 @@ def prepared(
     """``folder`` with sim/, particles/ and mesh/ of a simulated set."""
     simulate_particles(
         folder / "sim",
-        phantom=phantom,
-        num_particles=num_particles,
-        box=box,
-        pixel_size_A=field_of_view_A / box,
-        snr=snr,
-        seed=3,
-        exact_limit=exact_limit,
+        Simulation(
+            phantom=phantom,
+            num_particles=num_particles,
+            box=box,
+            pixel_size_A=field_of_view_A / box,
+            snr=snr,
+            seed=3,
+            exact_limit=exact_limit,
+        ),
     )
     prepare_particles(
         folder / "sim/particles.star",

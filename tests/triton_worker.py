@@ -42,20 +42,20 @@ def _rigidity():
     mesh, moved = twisted_bodies()
     tensors = rigidity.RigidityTensors.from_mesh(mesh)
     return rigidity_cuda.energy_and_gradient(
-        moved, tensors.cells, tensors.gradients_1_per_A, tensors.weight, rigidity._NEWTON_STEPS, rigidity._DEGENERATE
+        moved, tensors.cells, tensors.gradients_1_per_A, tensors.weight, rigidity.NEWTON_STEPS, rigidity.DEGENERATE
     )
 
 
 def _both_ways(case, taps, need_values, need_vertices):
     images = cuda.splat(case.values, case.vertices, *case.mesh(), case.grid, taps)
     both = cuda.splat_adjoint(
-        case.grad_images, case.values, case.vertices, *case.mesh(), taps, need_values, need_vertices
+        case.grad_images, case.values, case.vertices, *case.mesh(), taps, (need_values, need_vertices)
     )
     return images, *both
 
 
 class _H200:
-    """The driver of a device that is not there: tells the compiler what to compile for."""
+    """The driver of a device that is not there: names to the compiler what to compile for."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -68,7 +68,7 @@ class _H200:
 
 
 class _Compiled:
-    """In place of a kernel: compiles what would be launched, and keeps the PTX in ``texts``."""
+    """Instead of a kernel: compiles what would be launched, and keeps the PTX in ``texts``."""
 
     def __init__(self, kernel, texts: dict[str, str], name: str):
         self.kernel, self.texts, self.name = kernel, texts, name
@@ -83,12 +83,12 @@ def compile_kernels() -> dict[str, str]:
     """PTX of each kernel, as a GPU would get it from the backend's own calls."""
     triton.runtime.driver.set_active(_H200())
     texts: dict[str, str] = {}
-    splat, adjoint = cuda._splat, cuda._adjoint
+    splat, adjoint = cuda.splat_kernel, cuda.adjoint_kernel
     for taps in (2, 4):
-        cuda._splat = _Compiled(splat, texts, f"splat {taps}")
-        cuda._adjoint = _Compiled(adjoint, texts, f"adjoint {taps}")
+        cuda.splat_kernel = _Compiled(splat, texts, f"splat {taps}")
+        cuda.adjoint_kernel = _Compiled(adjoint, texts, f"adjoint {taps}")
         _both_ways(CASES["centred"], taps, True, True)
-    rigidity_cuda._energy_and_gradient = _Compiled(rigidity_cuda._energy_and_gradient, texts, "rigidity")
+    rigidity_cuda.energy_kernel = _Compiled(rigidity_cuda.energy_kernel, texts, "rigidity")
     _rigidity()
     return texts
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from flexlib.generate.run import main
+from flexlib.generate.command import main
 
 sys.exit(main())

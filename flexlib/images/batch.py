@@ -7,7 +7,8 @@ The data model, for particle i and Fourier pixel k of an N x N image (full plane
 ``p_ij`` is voxel j's position in the view in pixels from the box centre, *including* ``-origin``; ``transfer`` holds
 the CTF, the per-group image scale, the whitening filter 1/sigma(|k|), the per-particle scale and the 1/N of the
 orthonormal FFT, and is zero for |k| >= N/2. So the log-likelihood in nats is -1/2 sum over the full plane of the
-squared residual; in the half plane of rfft2 (what is stored) columns 0 < kx < N/2 count twice: ``plane_weight``.
+squared residual; in the half plane of rfft2 (what is stored) columns 0 < kx < N/2 count twice: ``plane_weight`` of
+``imaging/image_transforms.py``.
 
 One map predicts images at every box. A map that is Fourier-cropped keeps its voxel values (densities), so the sum over
 voxels of a map at pixel size a is (p/a)^3 times that of the same map at the images' pixel size p. ``transfer`` takes
@@ -26,7 +27,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -81,20 +81,6 @@ def to_device(array: np.ndarray | torch.Tensor, device: torch.device | str) -> t
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def plane_weight(box: int, max_shell: float | None = None) -> torch.Tensor:
-    """(box, box//2+1) float32 weight of each stored Fourier pixel in a sum over the full plane.
-
-    1 at kx = 0, 2 elsewhere (Friedel mates), 0 for |k| >= box/2 and for |k| > ``max_shell`` (shells, optional).
-    """
-    radius = shell_radius(box)
-    weight = torch.full_like(radius, 2.0)
-    weight[:, 0] = 1.0
-    weight[radius >= box / 2] = 0.0
-    if max_shell is not None:
-        weight[radius > max_shell] = 0.0
-    return weight
-
-
 def read_ahead(
     source: ImageSource, batches: Iterable[np.ndarray], device: torch.device | str = "cpu"
 ) -> Iterator[ImageBatch]:
@@ -113,51 +99,3 @@ def read_ahead(
 def split_batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Cut ``rows`` into consecutive batches of at most ``batch_size``, none dropped, of equal size but for one row."""
     return np.array_split(rows, -(-len(rows) // batch_size)) if len(rows) else []
-
-
-@lru_cache(maxsize=32)
-def _centre_phase(box: int, device: str) -> torch.Tensor:
-    """(box, box//2+1) float32 +-1: moves the phase origin of rfft2 from pixel 0 to pixel box//2 (even boxes)."""
-    ky = torch.arange(box)[:, None]
-    kx = torch.arange(box // 2 + 1)[None, :]
-    return (1.0 - 2.0 * ((ky + kx) % 2)).to(torch.float32).to(device)
-
-
-def centred_rfft2(images: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rfft2 of (b, N, N) images, N even, phase origin at pixel N//2: (b, N, N//2+1) complex."""
-    return torch.fft.rfft2(images, norm="ortho") * _centre_phase(images.shape[-1], str(images.device))
-
-
-def centred_irfft2(spectra: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``centred_rfft2``: (b, N, N) real images."""
-    box = spectra.shape[-2]
-    return torch.fft.irfft2(spectra * _centre_phase(box, str(spectra.device)), s=(box, box), norm="ortho")
-
-
-def fourier_resample(spectra: torch.Tensor, box: int) -> torch.Tensor:
-    """The (b, box, box//2+1) coefficients of images of another even box and the same extent.
-
-    Coefficients are carried over unchanged (of the orthonormal FFT, phase origin at the centre); those at or beyond the
-    Nyquist of the smaller of the two boxes are zero.
-    """
-    old = spectra.shape[-2]
-    half = min(old, box) // 2
-    if old != box:
-        resampled = spectra.new_zeros((len(spectra), box, box // 2 + 1))
-        for rows in (slice(0, half), slice(-half, None)):
-            resampled[:, rows, : half + 1] = spectra[:, rows, : half + 1]
-        spectra = resampled
-    return spectra * _inside(box, half, str(spectra.device))
-
-
-@lru_cache(maxsize=32)
-def _inside(box: int, radius: int, device: str) -> torch.Tensor:
-    """(box, box//2+1) bool: shells below ``radius``."""
-    return (shell_radius(box) < radius).to(device)
-
-
-def shell_radius(box: int) -> torch.Tensor:
-    """(box, box//2+1) float32 |k| of each stored coefficient, in shells (cycles per box)."""
-    ky = torch.fft.fftfreq(box, 1.0 / box)[:, None]
-    kx = torch.arange(box // 2 + 1, dtype=torch.float32)[None, :]
-    return torch.sqrt(ky**2 + kx**2)

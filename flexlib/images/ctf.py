@@ -146,8 +146,14 @@ def _group_tensors(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What the particles of a group share, over the flattened half plane.
 
-    Returns (3, p) float64 (kx^2, ky^2, kx ky); (p,) float64 phases, in turns, without defocus and phase shift;
-    (p,) complex64 odd phase factor or None.
+    Returns
+    -------
+    quadratic
+        (3, p) float64 (kx^2, ky^2, kx ky).
+    constant
+        (p,) float64 phases, in turns, without defocus and phase shift.
+    odd
+        (p,) complex64 phase factor or None.
     """
     kx, ky = physical_frequencies(optics, box, pixel_size_A)
     square = kx**2 + ky**2

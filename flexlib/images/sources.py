@@ -1,41 +1,30 @@
-"""The prepared particles: what ``prepare`` wrote, served as image sources to training and reconstruction.
+"""The prepared particles, as prepare wrote them: sources of images for training and reconstruction.
 
 Files and columns: docs/architecture.md; the data model: ``flexlib/images/batch.py``.
 """
 
 from __future__ import annotations
 
-import csv
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import mrcfile
 import numpy as np
+import pandas as pd
 import torch
 
 from flexlib.errors import InputError
-from flexlib.files import atomic_path, read_json
-from flexlib.images.batch import ImageBatch, centred_rfft2, fourier_resample, shell_radius, to_device
+from flexlib.images.batch import ImageBatch, to_device
 from flexlib.images.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
+from flexlib.images.noise import Calibration, read_noise
 from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
-from flexlib.particles.latents_io import write_latents_star
+from flexlib.imaging.fourier import shell_radius
+from flexlib.imaging.image_transforms import centred_rfft2, fourier_resample
+from flexlib.layout import ParticlesFolder
+from flexlib.particles.star import particles_from_tables, read_tables
 from flexlib.particles.table import OpticsGroup, Particles
-
-__all__ = [
-    "FullImages",
-    "TrainingImages",
-    "open_full_images",
-    "open_training_images",
-    "write_latents_star",
-]
-
-PARTICLES = "particles.star"
-TRAIN_STACK = "train.mrcs"
-NOISE = "noise.csv"
-SUMMARY = "prepared.json"
+from flexlib.records import PreparedRecord
 
 
 class PreparedImages:
@@ -50,26 +39,32 @@ class PreparedImages:
         box: int,
         pixel_size_A: float,
         sides_px: np.ndarray,
-        image_scale: np.ndarray,
-        sigma: np.ndarray,
-        full_box: int,
-        full_pixel_size_A: float,
+        calibration: Calibration,
     ) -> None:
-        """Arrays are per optics group, whose pixel size and box in ``particles`` are those of the images served.
+        """Images of ``box`` pixels of nominally ``pixel_size_A``.
 
-        ``sides_px`` (groups,) side of the real-space crop in the group's original pixels (see ``crop_sides``);
-        ``image_scale`` (groups,); ``sigma`` (groups, full_box//2) by shell of the full box.
+        Parameters
+        ----------
+        particles
+            Their optics groups' pixel sizes and boxes are those of the images given out.
+        box, pixel_size_A
+            Of the images.
+        sides_px
+            (groups,) side of the real-space crop in the group's original pixels (see ``crop_sides``).
+        calibration
+            Noise and scale of the optics groups.
         """
         self.particles = particles
         self.box = box
         self.pixel_size_A = pixel_size_A
         self.half_set = particles.half_set
-        self._sigma, self._full = sigma, (full_box, full_pixel_size_A)
+        self._calibration = calibration
         self._band_px = np.minimum(sides_px, box)  # images hold nothing beyond the Nyquist of a box so large
-        gain = (image_scale / sides_px)[particles.optics_index] * (pixel_size_A / full_pixel_size_A) ** 3
+        amplitude = (calibration.image_scale / sides_px)[particles.optics_index]
+        amplitude = amplitude * (pixel_size_A / calibration.full_pixel_size_A) ** 3
         if particles.particle_scale is not None:
-            gain = gain * particles.particle_scale
-        self._gain = gain.astype(np.float32)
+            amplitude = amplitude * particles.particle_scale
+        self._amplitude = amplitude.astype(np.float32)
         # a group's own pixel size may differ from the nominal one: its images are then seen at another magnification
         magnification = np.array([pixel_size_A / group.pixel_size_A for group in particles.optics])
         enlarged = magnification[particles.optics_index]
@@ -82,10 +77,10 @@ class PreparedImages:
 
     def _make_filters(self, device: str) -> torch.Tensor:
         """(groups, box, box//2+1) float32: 1 / sigma, 0 beyond Nyquist."""
-        full_box, full_pixel_size_A = self._full
-        radius = shell_radius(self.box).numpy()
-        shell = radius * (full_box * full_pixel_size_A) / (self.box * self.pixel_size_A)
-        sigma = np.stack([np.interp(shell, np.arange(len(line)), line) for line in self._sigma])
+        full_extent_A = self._calibration.full_box * self._calibration.full_pixel_size_A
+        radius = shell_radius(self.box, 2)
+        shell = radius * full_extent_A / (self.box * self.pixel_size_A)
+        sigma = np.stack([np.interp(shell, np.arange(len(line)), line) for line in self._calibration.sigma])
         inside = radius < self._band_px[:, None, None] / 2
         return torch.as_tensor(inside / sigma, dtype=torch.float32, device=device)
 
@@ -101,14 +96,14 @@ class PreparedImages:
         raise NotImplementedError
 
     def transfer(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(b, box, box//2+1): what a projection of the map is multiplied with; see ``images.py``."""
+        """(b, box, box//2+1): what a projection of the map is multiplied with; see ``batch.py``."""
         transfer = ctf_images(self.particles, rows, self.box, None, device)
-        transfer *= to_device(self._gain[rows], device)[:, None, None]
+        transfer *= to_device(self._amplitude[rows], device)[:, None, None]
         transfer *= self._filter_of(rows, device)
         return transfer
 
     def batch(self, rows: np.ndarray, device: torch.device | str = "cpu") -> ImageBatch:
-        """See ``images.ImageSource``."""
+        """See ``batch.ImageSource``."""
         return replace(self.geometry(rows, device), images=self.whitened(np.asarray(rows), device))
 
     def geometry(self, rows: np.ndarray, device: torch.device | str = "cpu") -> ImageBatch:
@@ -126,11 +121,20 @@ class PreparedImages:
 class TrainingImages(PreparedImages):
     """Images that prepare has already whitened and Fourier-cropped, read from its stack."""
 
-    def __init__(self, header: StackHeader, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self,
+        header: StackHeader,
+        particles: Particles,
+        pixel_size_A: float,
+        sides_px: np.ndarray,
+        calibration: Calibration,
+    ) -> None:
+        """``header`` of the stack that all ``particles`` are in; the rest as in ``PreparedImages``."""
+        super().__init__(particles, header.box, pixel_size_A, sides_px, calibration)
         self._stack = Stacks((header,))
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        """See ``PreparedImages``."""
         images = torch.from_numpy(self._stack.read(self.particles, rows))
         return centred_rfft2(to_device(images, device)) * (self._filter_of(rows, device) > 0)
 
@@ -144,19 +148,14 @@ class FullImages(PreparedImages):
         particles: Particles,
         box: int,
         pixel_size_A: float,
-        image_scale: np.ndarray,
-        sigma: np.ndarray,
-        full_box: int,
-        full_pixel_size_A: float,
+        calibration: Calibration,
     ) -> None:
-        """``particles`` with their original optics groups, ``box`` and ``pixel_size_A`` as wanted; else as above."""
+        """``particles`` with their original optics groups, ``box`` and ``pixel_size_A`` as wanted."""
         self._stacks = stacks
         self._original = without_odd_aberrations(particles)
         self.sides_px = crop_sides(particles.optics, box, pixel_size_A)
-        served = replace(particles, optics=resampled_optics(particles.optics, self.sides_px, box))
-        super().__init__(
-            served, box, pixel_size_A, self.sides_px, image_scale, sigma, full_box, full_pixel_size_A
-        )  # fmt: skip
+        resampled = replace(particles, optics=resampled_optics(particles.optics, self.sides_px, box))
+        super().__init__(resampled, box, pixel_size_A, self.sides_px, calibration)
 
     @property
     def stored(self) -> tuple[Stacks, Particles]:
@@ -164,12 +163,13 @@ class FullImages(PreparedImages):
         return self._stacks, self._original
 
     def reading_from(self, stacks: Stacks, image_index: np.ndarray) -> FullImages:
-        """The same images from copies of their stacks; ``image_index`` (n,) tells where in them each one lies."""
+        """The same images from copies of their stacks; ``image_index`` (n,) is where in them each one lies."""
         copied = copy(self)
         copied._stacks, copied._original = stacks, replace(self._original, image_index=image_index)
         return copied
 
     def whitened(self, rows: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        """See ``PreparedImages``."""
         rows = np.asarray(rows)
         group_of_row = self.particles.optics_index[rows]
         spectra = torch.empty((len(rows), self.box, self.box // 2 + 1), dtype=torch.complex64, device=device)
@@ -240,31 +240,42 @@ def view_rotations(particles: Particles) -> np.ndarray:
 
 
 def open_training_images(particles_dir: str | Path) -> TrainingImages:
-    """The training images of a prepared particle set. Raises InputError where files are missing or don't agree."""
-    folder = Path(particles_dir)
-    summary, particles, _ = _read_prepared(folder)
-    header = read_stack_header(folder / TRAIN_STACK)
-    expected = (summary["num_particles"], summary["train_box"])
-    if (header.num_images, header.box) != expected or len(particles) != summary["num_rows"]:
+    """The training images of a prepared particle set.
+
+    Raises
+    ------
+    InputError
+        Files are missing or do not agree.
+    """
+    folder = ParticlesFolder(Path(particles_dir))
+    record, particles, _ = _read_prepared(folder)
+    header = read_stack_header(folder.images)
+    expected = (record.num_particles, record.train_box)
+    if (header.num_images, header.box) != expected or len(particles) != record.num_rows:
         raise InputError(
-            f"{folder / TRAIN_STACK}: {header.num_images} images of {header.box} px for {len(particles)} rows of "
-            f"{PARTICLES}, but {SUMMARY} tells of {expected[0]} of {expected[1]} px for {summary['num_rows']}: "
-            "run prepare again"
+            f"{folder.images}: {header.num_images} images of {header.box} px for {len(particles)} rows of "
+            f"{folder.particles.name}, but {folder.record.name} has {expected[0]} of {expected[1]} px for "
+            f"{record.num_rows}: run prepare again"
         )
     return TrainingImages(
         header,
         particles,
-        summary["train_box"],
-        summary["train_pixel_size_A"],
-        np.array([group["side_px"] for group in summary["optics_groups"]]),
-        *_noise_and_scale(folder, summary),
+        pixel_size_A=record.train_pixel_size_A,
+        sides_px=np.array([group.side_px for group in record.optics_groups]),
+        calibration=_calibration(folder, record),
     )
 
 
 def open_full_images(particles_dir: str | Path) -> FullImages:
-    """The original images at the reconstruction box (``crop_box``, else the whole). Raises InputError as above."""
-    folder = Path(particles_dir)
-    summary, particles, table = _read_prepared(folder)
+    """The original images at the reconstruction box (``crop_box``, else the whole).
+
+    Raises
+    ------
+    InputError
+        Files are missing or do not agree.
+    """
+    folder = ParticlesFolder(Path(particles_dir))
+    record, particles, table = _read_prepared(folder)
     names = table["flexImageName"].str.partition("@")
     stacks_named, stack_index = np.unique(names[2].to_numpy(str), return_inverse=True)
     particles = replace(
@@ -276,71 +287,35 @@ def open_full_images(particles_dir: str | Path) -> FullImages:
         optics=tuple(
             replace(
                 group,
-                pixel_size_A=original["input_pixel_size_A"],
-                box=original["input_box"],
-                ctf_applied=original["ctf_applied"],
+                pixel_size_A=original.input_pixel_size_A,
+                box=original.input_box,
+                ctf_applied=original.ctf_applied,
             )
-            for group, original in zip(particles.optics, summary["optics_groups"], strict=True)
+            for group, original in zip(particles.optics, record.optics_groups, strict=True)
         ),
         extra={"image_column": "flexImageName"},
     )
     stacks, particles = open_stacks(particles)
     return FullImages(
-        stacks, particles, summary["crop_box"], summary["full_pixel_size_A"], *_noise_and_scale(folder, summary)
+        stacks,
+        particles,
+        box=record.crop_box,
+        pixel_size_A=record.full_pixel_size_A,
+        calibration=_calibration(folder, record),
     )
 
 
-def _noise_and_scale(folder: Path, summary: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int, float]:
-    """What was measured: image_scale, sigma and the full box and pixel size they refer to."""
-    image_scale = np.array([group["image_scale"] for group in summary["optics_groups"]])
-    return image_scale, read_noise(folder / NOISE), summary["full_box"], summary["full_pixel_size_A"]
+def _calibration(folder: ParticlesFolder, record: PreparedRecord) -> Calibration:
+    """What prepare measured."""
+    image_scale = np.array([group.image_scale for group in record.optics_groups])
+    return Calibration(image_scale, read_noise(folder.noise), record.full_box, record.full_pixel_size_A)
 
 
-def _read_prepared(folder: Path) -> tuple[dict[str, Any], Particles, Any]:
+def _read_prepared(folder: ParticlesFolder) -> tuple[PreparedRecord, Particles, pd.DataFrame]:
     """prepared.json, the particles as written, and their table."""
-    from flexlib.particles.star import particles_from_tables, read_tables
-
-    for name in (SUMMARY, PARTICLES, NOISE, TRAIN_STACK):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: not found: is this a folder that prepare has written?")
-    tables = read_tables(folder / PARTICLES)
-    return read_json(folder / SUMMARY), particles_from_tables(tables, folder), tables.particles
-
-
-def write_noise(path: str | Path, sigma: np.ndarray, frequency_1_per_A: np.ndarray) -> None:
-    """Write sigma (groups, shells) as noise.csv; groups count from 1 as rlnOpticsGroup."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["group", "shell", "frequency_1_per_A", "sigma"])
-        for group, line in enumerate(sigma, 1):
-            for shell, value in enumerate(line):
-                writer.writerow([group, shell, f"{frequency_1_per_A[shell]:.8g}", f"{value:.8g}"])
-
-
-def read_noise(path: str | Path) -> np.ndarray:
-    """(groups, shells) float64 sigma from noise.csv."""
-    columns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1, 3), ndmin=2)
-    groups = int(columns[:, 0].max())
-    return columns[:, 2].reshape(groups, -1)
-
-
-class ImageStackWriter:
-    """A float32 image stack on disk, written image by image: no more is in memory than what is appended."""
-
-    def __init__(self, path: str | Path, num_images: int, box: int, pixel_size_A: float) -> None:
-        with mrcfile.new_mmap(path, (num_images, box, box), mrc_mode=2, overwrite=True) as stack:
-            stack.set_image_stack()
-            stack.voxel_size = pixel_size_A
-            offset = stack.header.nbytes
-        self._file = Path(path).open("r+b")  # noqa: SIM115 (closed by __exit__)
-        self._file.seek(offset)
-
-    def append(self, images: np.ndarray) -> None:
-        """Write (b, box, box) images after those written before."""
-        self._file.write(np.ascontiguousarray(images, "<f4").data)
-
-    def __enter__(self) -> ImageStackWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    record = PreparedRecord.read(folder.record)
+    for path in (folder.particles, folder.noise, folder.images):
+        if not path.is_file():
+            raise InputError(f"{path}: not found: is this a folder that prepare has written?")
+    tables = read_tables(folder.particles)
+    return record, particles_from_tables(tables, folder.path), tables.particles

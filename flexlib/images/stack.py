@@ -1,4 +1,4 @@
-"""MRC image stacks, memory-mapped: only the slices asked for are read.
+"""MRC image stacks: only the images asked for are read, by plain reads; written image by image.
 
 Read are .mrc and .mrcs files of square images in modes 0 (int8, or uint8 where IMOD's stamp says so), 1 (int16),
 2 (float32), 6 (uint16) and 12 (float16), of either byte order. RELION and other programs write headers without a
@@ -42,35 +42,18 @@ class StackHeader:
     offset: int
     complaint: str = ""  # what is odd about the header, though readable
 
-    def open(self) -> np.memmap:
-        """(num_images, box, box) read-only map of the file."""
-        shape = (self.num_images, self.box, self.box)
-        return np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=shape)
-
 
 def read_stack_header(path: Path) -> StackHeader:
     """Read and check the header of an MRC stack of square images.
 
-    Raises InputError where the file is compressed, is no MRC file, has a data type other than ``_TYPES``, or ends too
-    early.
+    Raises
+    ------
+    InputError
+        The file is compressed, is no MRC file, has a data type other than ``_TYPES``, or ends too early.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_HEADER.itemsize)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    for magic, name in _COMPRESSED.items():
-        if raw.startswith(magic):
-            raise InputError(f"{path}: compressed with {name}: unpack it first, images are read where they lie")
-    if len(raw) < _HEADER.itemsize:
-        raise InputError(f"{path}: not a readable MRC stack ({len(raw)} bytes, shorter than an MRC header)")
-    for layout in (_HEADER.newbyteorder("<"), _HEADER.newbyteorder(">")):
-        header = np.frombuffer(raw, layout)[0]
-        nx, ny, nz, mode = (int(header[name]) for name in ("nx", "ny", "nz", "mode"))
-        if 0 < nx < _MAX_SIDE and 0 <= mode < _MAX_SIDE:
-            break
-    else:
-        raise InputError(f"{path}: not a readable MRC stack (its header makes no sense in either byte order)")
+    raw = _read_header_bytes(path)
+    header = _parse_header(path, raw)
+    nx, ny, nz, mode = (int(header[name]) for name in ("nx", "ny", "nz", "mode"))
     if mode not in _TYPES:
         known = ", ".join(_TYPES.values())
         data_type = _OTHER_TYPES.get(mode, "unknown")
@@ -85,8 +68,32 @@ def read_stack_header(path: Path) -> StackHeader:
     offset = _HEADER.itemsize + max(0, int(header["nsymbt"]))
     wanted, size = offset + nx * ny * nz * dtype.itemsize, path.stat().st_size
     if size < wanted:
-        raise InputError(f"{path}: truncated: {size} bytes, its header tells of {wanted} ({nz} images of {nx} x {ny})")
+        raise InputError(f"{path}: truncated: {size} bytes, its header promises {wanted} ({nz} images of {nx} x {ny})")
     return StackHeader(path, nz, nx, dtype, offset, _complaint(header))
+
+
+def _read_header_bytes(path: Path) -> bytes:
+    """The first 1024 bytes of a file that is long enough and not compressed."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_HEADER.itemsize)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    for magic, name in _COMPRESSED.items():
+        if raw.startswith(magic):
+            raise InputError(f"{path}: compressed with {name}: unpack it first, images are read where they lie")
+    if len(raw) < _HEADER.itemsize:
+        raise InputError(f"{path}: not a readable MRC stack ({len(raw)} bytes, shorter than an MRC header)")
+    return raw
+
+
+def _parse_header(path: Path, raw: bytes) -> np.void:
+    """The header's fields, in the byte order in which its number of columns and its mode make sense."""
+    for fields in (_HEADER.newbyteorder("<"), _HEADER.newbyteorder(">")):
+        header = np.frombuffer(raw, fields)[0]
+        if 0 < header["nx"] < _MAX_SIDE and 0 <= header["mode"] < _MAX_SIDE:
+            return header
+    raise InputError(f"{path}: not a readable MRC stack (its header makes no sense in either byte order)")
 
 
 def _complaint(header: np.void) -> str:
@@ -108,9 +115,19 @@ class Stacks:
     headers: tuple[StackHeader | None, ...]  # None where no particle is in the stack
 
     def read(self, particles: Particles, rows: np.ndarray, side: int | None = None) -> np.ndarray:
-        """The images of ``particles`` at ``rows``, all of one box: (b, c, c) float32, c = ``side`` or the whole box.
+        """The images of ``particles`` at ``rows``, all of one box.
 
-        A crop keeps the centre: pixel ``box//2`` becomes ``c//2``. Contrast is as stored.
+        Parameters
+        ----------
+        particles, rows
+            (b,) rows of the particles.
+        side
+            Of a crop in pixels that keeps the centre: pixel ``box//2`` becomes ``side//2``. None takes the whole box.
+
+        Returns
+        -------
+        images
+            (b, side, side) float32, contrast as stored.
         """
         stack_of_row, slices = particles.stack_index[rows], particles.image_index[rows]
         if side is None:
@@ -143,8 +160,18 @@ class Stacks:
 def open_stacks(particles: Particles) -> tuple[Stacks, Particles]:
     """Check every stack that the particles name, before any long work.
 
-    Returns the stacks and the particles with the box filled into their optics groups. Raises InputError, naming the
-    first row concerned, where a stack is missing, truncated, too short for its rows, or of another box than stated.
+    Returns
+    -------
+    stacks
+        Every stack's header.
+    particles
+        The same, with the box filled into their optics groups.
+
+    Raises
+    ------
+    InputError
+        A stack is missing, truncated, too short for its rows, or of another box than stated; the message has the first
+        row concerned.
     """
     column = particles.extra.get("image_column", "rlnImageName")
     used, first_row = np.unique(particles.stack_index, return_index=True)
@@ -201,3 +228,25 @@ def _boxes_of_groups(particles: Particles, box_of_row: np.ndarray, column: str) 
                 f"{particles.stack_paths[particles.stack_index[members[0]]]}"
             )
     return result
+
+
+class ImageStackWriter:
+    """A float32 image stack on disk, written image by image: no more is in memory than what is appended."""
+
+    def __init__(self, path: str | Path, num_images: int, box: int, pixel_size_A: float) -> None:
+        with mrcfile.new_mmap(path, (num_images, box, box), mrc_mode=2, overwrite=True) as stack:
+            stack.set_image_stack()
+            stack.voxel_size = pixel_size_A
+            offset = stack.header.nbytes
+        self._file = Path(path).open("r+b")  # noqa: SIM115 (closed by __exit__)
+        self._file.seek(offset)
+
+    def append(self, images: np.ndarray) -> None:
+        """Write (b, box, box) images after those written before."""
+        self._file.write(np.ascontiguousarray(images, "<f4").data)
+
+    def __enter__(self) -> ImageStackWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

@@ -6,7 +6,8 @@ Real fields are stored as half-spaces, as ``rfftn`` and ``rfft2`` give them.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeVar
+from itertools import product
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,9 +30,17 @@ def shell_radius(box: int, ndim: int = 3) -> np.ndarray:
     return np.sqrt(sum(np.ix_(*squares)))
 
 
-def shell_number(box: int, ndim: int = 3) -> np.ndarray:
-    """(N, ..., N//2+1) int64 ``round(|k|)``: the shell of each stored coefficient. Shells from N//2 on are corners."""
-    return np.rint(shell_radius(box, ndim)).astype(np.int64)
+def shell_number(box: int, ndim: int = 3, rim: bool = False) -> np.ndarray:
+    """(N, ..., N//2+1) int64 ``round(|k|)``: the shell of each stored coefficient. Shells from N//2 on are corners.
+
+    Coefficients with N/2 - 1/2 <= |k| < N/2, which round to N/2, count as corners, or with ``rim`` in the last shell:
+    images hold signal and noise up to N/2, and each coefficient of theirs must belong to some shell.
+    """
+    radius = shell_radius(box, ndim)
+    number = np.rint(radius).astype(np.int64)
+    if rim:
+        number[(number == box // 2) & (radius < box / 2)] -= 1
+    return number
 
 
 def friedel_weight(box: int) -> np.ndarray:
@@ -44,13 +53,13 @@ def friedel_weight(box: int) -> np.ndarray:
     return weight
 
 
-def shell_counts(box: int, ndim: int = 3) -> np.ndarray:
-    """(N//2,) float64 number of coefficients of the full transform in each shell."""
+def shell_counts(box: int, ndim: int = 3, rim: bool = False) -> np.ndarray:
+    """(N//2,) float64 number of coefficients of the full transform in each shell; ``rim`` as in ``shell_number``."""
     weight = np.broadcast_to(friedel_weight(box), (box,) * (ndim - 1) + (box // 2 + 1,))
-    return np.bincount(shell_number(box, ndim).ravel(), weight.ravel())[: box // 2].astype(np.float64)
+    return np.bincount(shell_number(box, ndim, rim).ravel(), weight.ravel())[: box // 2].astype(np.float64)
 
 
-def shell_sums(values: Values, ndim: int = 3) -> Values:
+def shell_sums(values: Values, ndim: int = 3, rim: bool = False) -> Values:
     """Sum over each shell of the full transform, of a real quantity that Friedel mates share.
 
     Parameters
@@ -60,39 +69,69 @@ def shell_sums(values: Values, ndim: int = 3) -> Values:
         real transform; any leading dimensions.
     ndim
         2 for images, 3 for maps.
+    rim
+        As in ``shell_number``.
 
     Returns
     -------
     sums
-        (..., N//2) float64, of the kind (and on the device) of ``values``; corners (shells from N//2 on) are left out.
+        (..., N//2) float64, of the kind (and on the device) of ``values``; corners are left out.
     """
     tensor = torch.as_tensor(values)
     box = tensor.shape[-2]
     leading = tensor.shape[: tensor.ndim - ndim]
-    shell, weight = _image_shells(box, str(tensor.device)) if ndim == 2 else _shells(box, ndim, str(tensor.device))
-    weighted = (tensor.double() * weight).reshape(-1, shell.numel())
-    corners = int(np.ceil(box / 2 * np.sqrt(ndim))) + 1
-    sums = weighted.new_zeros((len(weighted), corners)).index_add_(1, shell, weighted)
+    shells = _image_shells if ndim == 2 else _shells
+    shell, weight, length = shells(box, ndim, rim, str(tensor.device))
+    weighted = (tensor.double() * weight).reshape(-1, len(shell))
+    sums = weighted.new_zeros((len(weighted), length)).index_add_(1, shell, weighted)
     sums = sums[:, : box // 2].reshape(*leading, box // 2)
     return sums if isinstance(values, torch.Tensor) else sums.numpy()  # type: ignore[return-value]
 
 
-def shell_means(values: Values, ndim: int = 3) -> Values:
+def shell_means(values: Values, ndim: int = 3, rim: bool = False) -> Values:
     """As ``shell_sums``, the mean instead of the sum."""
-    sums = shell_sums(values, ndim)
-    counts = shell_counts(values.shape[-2], ndim)
+    sums = shell_sums(values, ndim, rim)
+    counts = shell_counts(values.shape[-2], ndim, rim)
     return sums / (torch.as_tensor(counts, device=sums.device) if isinstance(sums, torch.Tensor) else counts)
 
 
-def _shells(box: int, ndim: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat shell numbers, and Friedel weights to be broadcast along the last axis."""
-    shell = torch.as_tensor(shell_number(box, ndim).ravel(), device=device)
-    return shell, torch.as_tensor(friedel_weight(box), device=device).double()
+def _shells(box: int, ndim: int, rim: bool, device: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Flat shell numbers, Friedel weights to be broadcast along the last axis, and how many shells there are."""
+    number = shell_number(box, ndim, rim)
+    weight = torch.as_tensor(friedel_weight(box), device=device).double()
+    return torch.as_tensor(number.ravel(), device=device), weight, int(number.max()) + 1
 
 
-@lru_cache(maxsize=8)
-def _image_shells(box: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return _shells(box, 2, device)
+_image_shells = lru_cache(maxsize=8)(_shells)
+
+
+def resample_spectrum(spectrum: Values, box: int, ndim: int = 3) -> Values:
+    """The coefficients of real fields of another even ``box`` and the same extent.
+
+    Along each axis, frequencies below the Nyquist of the smaller of the two boxes are carried over unchanged; all
+    others are zero.
+
+    Parameters
+    ----------
+    spectrum
+        (..., N, ..., N//2+1) array or tensor of ``ndim``-dimensional real transforms; any leading dimensions.
+    box
+        N of the result.
+    ndim
+        2 for images, 3 for maps.
+    """
+    half = min(spectrum.shape[-2], box) // 2
+    shape = (*spectrum.shape[: spectrum.ndim - ndim], *(box,) * (ndim - 1), box // 2 + 1)
+    result = spectrum.new_zeros(shape) if isinstance(spectrum, torch.Tensor) else np.zeros(shape, spectrum.dtype)
+    for kept in _low_corners(half, ndim):
+        result[kept] = spectrum[kept]
+    return result
+
+
+def _low_corners(half: int, ndim: int) -> list[tuple[Any, ...]]:
+    """Indices of the coefficients with frequencies below ``half`` along each axis: a block for each choice of signs."""
+    signs = product((slice(0, half), slice(-half + 1, None)), repeat=ndim - 1)
+    return [(..., *corner, slice(0, half)) for corner in signs]
 
 
 def fourier_crop_map(volume: np.ndarray, box: int) -> np.ndarray:
@@ -117,13 +156,8 @@ def _fourier_resample(volume: np.ndarray, box: int) -> np.ndarray:
     old = volume.shape[0]
     if old == box:
         return np.array(volume, dtype=np.float32)
-    half = min(old, box) // 2  # frequencies -half < k < half are kept
     spectrum = fft.rfftn(fft.ifftshift(np.asarray(volume, dtype=np.float32)), workers=fft_workers())
-    resampled = np.zeros((box, box, box // 2 + 1), dtype=spectrum.dtype)
-    low, high = slice(0, half), slice(-half + 1, None)
-    for z in (low, high):
-        for y in (low, high):
-            resampled[z, y, :half] = spectrum[z, y, :half]
+    resampled = resample_spectrum(spectrum, box)
     volume = fft.fftshift(fft.irfftn(resampled, s=(box,) * 3, workers=fft_workers()))
     return (volume * (box / old) ** 3).astype(np.float32)
 
@@ -138,9 +172,9 @@ def lowpass_map(volume: np.ndarray, pixel_size_A: float, resolution_A: float, ed
     if cut >= box / 2:
         return np.array(volume, dtype=np.float32)
     ramp = np.clip((shell_radius(box) - cut) / edge_shells + 0.5, 0.0, 1.0)
-    gain = (0.5 + 0.5 * np.cos(np.pi * ramp)).astype(np.float32)
+    weight = (0.5 + 0.5 * np.cos(np.pi * ramp)).astype(np.float32)
     spectrum = fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
-    return fft.irfftn(spectrum * gain, s=volume.shape, workers=fft_workers()).astype(np.float32)
+    return fft.irfftn(spectrum * weight, s=volume.shape, workers=fft_workers()).astype(np.float32)
 
 
 def sharpen_map(volume: np.ndarray, pixel_size_A: float, bfactor_A2: float) -> np.ndarray:
@@ -150,9 +184,9 @@ def sharpen_map(volume: np.ndarray, pixel_size_A: float, bfactor_A2: float) -> n
     """
     box = volume.shape[0]
     frequency = shell_radius(box) / (box * pixel_size_A)
-    gain = np.exp(-0.25 * bfactor_A2 * frequency**2).astype(np.float32)
+    weight = np.exp(-0.25 * bfactor_A2 * frequency**2).astype(np.float32)
     spectrum = fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
-    return fft.irfftn(spectrum * gain, s=volume.shape, workers=fft_workers()).astype(np.float32)
+    return fft.irfftn(spectrum * weight, s=volume.shape, workers=fft_workers()).astype(np.float32)
 
 
 def fft_workers() -> int:

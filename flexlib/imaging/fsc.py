@@ -5,31 +5,41 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft
 
-from flexlib.imaging.fourier import fft_workers, shell_radius
+from flexlib.imaging.fourier import fft_workers, shell_number, shell_sums
 
 
 def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Fourier shell correlation of two (N, N, N) maps, each times ``mask`` if given.
+    """Fourier shell correlation of two maps.
 
-    Shell k holds the coefficients with ``round(|k|) = k``. Returns (N//2,) float64, 1 at shell 0; a shell without
-    power has 0.
+    Shell k holds the coefficients with ``round(|k|) = k``.
+
+    Parameters
+    ----------
+    map1, map2
+        (N, N, N).
+    mask
+        (N, N, N) to multiply both with.
+
+    Returns
+    -------
+    curve
+        (N//2,) float64, 1 at shell 0; a shell without power has 0.
     """
     if mask is not None:
         map1, map2 = map1 * mask, map2 * mask
-    return _shell_correlation(_spectrum(map1), _spectrum(map2), map1.shape[0])
+    return _shell_correlation(_spectrum(map1), _spectrum(map2))
 
 
 def phase_randomise(volume: np.ndarray, from_shell: int, seed: int = 0) -> np.ndarray:
-    """Replace the phases of (N, N, N) by random ones in all shells >= ``from_shell``, amplitudes kept.
+    """Replace the phases of (N, N, N) by random ones in all shells >= ``from_shell``, amplitudes kept; float32.
 
-    The phases are those of white noise, so the result is real. Returns float32.
+    The phases are those of white noise, so the result is real.
     """
-    box = volume.shape[0]
     spectrum = _spectrum(volume)
     noise = np.random.default_rng(seed).standard_normal(volume.shape, dtype=np.float32)
     phase = _spectrum(noise)
     phase /= np.maximum(np.abs(phase), np.finfo(phase.real.dtype).tiny)
-    beyond = _shell_number(box) >= from_shell
+    beyond = shell_number(len(volume)) >= from_shell
     spectrum[beyond] = np.abs(spectrum[beyond]) * phase[beyond]
     return fft.irfftn(spectrum, s=volume.shape, workers=fft_workers()).astype(np.float32)
 
@@ -43,7 +53,19 @@ def corrected_fsc(
     the masked FSC of those is due to the mask, and ``(masked - random) / (1 - random)`` is without it, from two
     shells further on (Chen et al., Ultramicroscopy 135, 24, 2013).
 
-    Returns (N//2,) arrays "unmasked", "masked", "randomised", "corrected" and the shell "randomise_from".
+    Parameters
+    ----------
+    map1, map2, mask
+        As for ``fsc``.
+    randomise_from
+        The first shell whose phases are randomised.
+    seed
+        Of the random phases.
+
+    Returns
+    -------
+    curves
+        (N//2,) arrays "unmasked", "masked", "randomised", "corrected" and the shell "randomise_from".
     """
     unmasked = fsc(map1, map2)
     masked = fsc(map1, map2, mask)
@@ -77,17 +99,28 @@ def predicted_truth_fsc(half_map_fsc: np.ndarray) -> np.ndarray:
     return np.sqrt(2.0 * h / (1.0 + h))
 
 
-def resolution_at(curve: np.ndarray, threshold: float, box: int, pixel_size_A: float) -> float:
+def resolution_at(curve: np.ndarray, threshold: float, box: int, pixel_size_A: float, first_shell: int = 0) -> float:
     """Resolution in A at which an FSC curve first falls below ``threshold``, linear between shells.
 
-    Parameters: ``curve`` (N//2,) of maps with ``box`` N. A curve that never falls gives the last shell's resolution.
+    Parameters
+    ----------
+    curve
+        (N//2,) of maps with ``box`` N. A curve that never falls gives the last shell's resolution.
+    threshold
+        FSC.
+    box, pixel_size_A
+        Of the maps.
+    first_shell
+        0 or 1, the first that the interpolation may use. Shell 0, the mean density, says that a whole map agrees; in a
+        small window it says nothing, and a curve that is low from shell 1 on has that shell's resolution.
     """
     below = np.flatnonzero(np.asarray(curve)[1:] < threshold)
     if below.size == 0:
         return box * pixel_size_A / (len(curve) - 1)
     last = int(below[0]) + 1  # first shell below
     high, low = float(curve[last - 1]), float(curve[last])
-    shell = last - 1 + (high - threshold) / (high - low) if high > low else float(last)
+    between = last > first_shell and high > low
+    shell = last - 1 + (high - threshold) / (high - low) if between else float(last)
     return box * pixel_size_A / shell if shell > 0 else float("inf")
 
 
@@ -100,22 +133,10 @@ def _spectrum(volume: np.ndarray) -> np.ndarray:
     return fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
 
 
-def _shell_number(box: int) -> np.ndarray:
-    """(N, N, N//2+1) int32 ``round(|k|)`` of each coefficient of ``rfftn``."""
-    return np.rint(shell_radius(box)).astype(np.int32)
-
-
-def _shell_correlation(spectrum1: np.ndarray, spectrum2: np.ndarray, box: int) -> np.ndarray:
-    """(N//2,) correlation per shell of two half-space spectra; coefficients with a mate count twice."""
-    shell = _shell_number(box).ravel()
-    weight = np.full(box // 2 + 1, 2.0)
-    weight[[0, -1]] = 1.0
-
-    def shell_sum(value: np.ndarray) -> np.ndarray:
-        return np.bincount(shell, weights=(value * weight).ravel(), minlength=box // 2)[: box // 2]
-
-    cross = shell_sum((spectrum1 * spectrum2.conj()).real)
-    power = shell_sum(np.abs(spectrum1) ** 2) * shell_sum(np.abs(spectrum2) ** 2)
-    result = np.divide(cross, np.sqrt(power), out=np.zeros(box // 2), where=power > 0)
+def _shell_correlation(spectrum1: np.ndarray, spectrum2: np.ndarray) -> np.ndarray:
+    """(N//2,) correlation per shell of two half-space spectra (N, N, N//2+1)."""
+    cross = shell_sums((spectrum1 * spectrum2.conj()).real)
+    power = shell_sums(np.abs(spectrum1) ** 2) * shell_sums(np.abs(spectrum2) ** 2)
+    result = np.divide(cross, np.sqrt(power), out=np.zeros(len(cross)), where=power > 0)
     result[0] = 1.0
     return result

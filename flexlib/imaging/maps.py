@@ -1,4 +1,4 @@
-"""Density maps: MRC files, Fourier and real-space boxes, filters and the solvent mask.
+"""Density maps: MRC files, and boxes in real space.
 
 Volumes are (z, y, x), cubic, even side N, with the box centre at voxel ``N//2``; see ``docs/conventions.md``.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mrcfile
 import numpy as np
+import numpy.typing as npt
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
@@ -19,7 +20,7 @@ from flexlib.files import atomic_path
 
 @dataclass(frozen=True)
 class Map:
-    """A cubic volume and where its file places it in space."""
+    """A cubic volume and where in space its file says it lies."""
 
     data: np.ndarray  # (N, N, N) float32, axes (z, y, x)
     pixel_size_A: float
@@ -41,8 +42,12 @@ def read_map(path: str | os.PathLike[str]) -> Map:
     """Read an MRC/CCP4 map; stored axis orders other than (z, y, x) are transposed.
 
     A map of odd side gets a layer of zeros before the first of each axis: its side is then even, and its centre, voxel
-    ``N//2``, where it was. Raises ``InputError`` unless the file holds one finite, cubic volume with equal, positive
-    voxel sizes.
+    ``N//2``, where it was.
+
+    Raises
+    ------
+    InputError
+        The file does not hold one finite, cubic volume with equal, positive voxel sizes.
     """
     stored = _read_mrc(Path(path))
     shape, voxel_A = stored.data.shape, stored.voxel_A
@@ -67,19 +72,22 @@ class LabelGrid:
 
     labels: np.ndarray  # (nz, ny, nx) int32
     voxel_A: tuple[float, float, float]  # voxel size along x, y, z
-    corner_A: tuple[float, float, float]  # (x, y, z) of the first voxel, as the file's header places it
+    corner_A: tuple[float, float, float]  # (x, y, z) of the first voxel, by the file's header
 
 
 def read_label_map(path: str | os.PathLike[str]) -> LabelGrid:
     """Read an MRC file that holds a whole number per voxel, in any of MRC's number types, at any box.
 
-    Raises ``InputError`` where it is no volume, has values that are not whole numbers, or no voxel size.
+    Raises
+    ------
+    InputError
+        It is no volume, has values that are not whole numbers, or no voxel size.
     """
     stored = _read_mrc(Path(path))
     if stored.data.ndim != 3:
         raise InputError(f"{path}: a volume of labels is needed, its shape is {stored.data.shape}")
     if min(stored.voxel_A) <= 0:
-        raise InputError(f"{path}: the header has no voxel size: set it, labels are placed by it")
+        raise InputError(f"{path}: the header has no voxel size: set it, it says where the labels lie")
     if not np.isfinite(stored.data).all() or (np.abs(stored.data - np.rint(stored.data)) > 1e-3).any():
         raise InputError(f"{path}: labels are whole numbers, this map has others: it may be a density map")
     labels = np.rint(stored.data).astype(np.int32)
@@ -129,12 +137,26 @@ def _read_mrc(path: Path) -> _StoredMap:
 
 
 def write_map(
-    path: str | os.PathLike[str], data: np.ndarray, pixel_size_A: float, like: Map | None = None, dtype=np.float32
+    path: str | os.PathLike[str],
+    data: np.ndarray,
+    pixel_size_A: float,
+    like: Map | None = None,
+    dtype: npt.DTypeLike = np.float32,
 ) -> None:
-    """Write a volume as MRC, atomically, placed so that its centre lies where that of ``like`` lies.
+    """Write a volume as MRC, atomically, its centre where that of ``like`` lies.
 
-    Parameters: ``data`` (N, N, N), written as ``dtype`` (float32; int16 or int8 for labels); ``like`` a map at any box
-    and pixel size whose ORIGIN and NSTART are carried over, scaled to this box.
+    Parameters
+    ----------
+    path
+        The file.
+    data
+        (N, N, N).
+    pixel_size_A
+        Of the volume.
+    like
+        A map at any box and pixel size whose ORIGIN and NSTART are carried over, scaled to this box.
+    dtype
+        To write: float32; int16 or int8 for labels.
     """
     with atomic_path(path) as temporary, mrcfile.new(temporary, overwrite=True) as file:
         file.set_data(np.ascontiguousarray(data, dtype=dtype))

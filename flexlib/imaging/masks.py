@@ -1,4 +1,7 @@
-"""The solvent mask: made from a map, softened, brought to another box."""
+"""The solvent mask: made from a map, softened, brought to another box, cut off where it is faint.
+
+Two floors decide which voxels of a soft mask count, ``TRAINING_FLOOR`` and ``FULL_FLOOR``.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,42 @@ from flexlib.errors import InputError
 from flexlib.imaging.fourier import lowpass_map
 
 _DUST_FRACTION = 0.05  # bodies with less than this part of the largest body's density are dropped
-
-
 _NOISE_SIGMAS = 3.0  # automatic threshold: this many solvent standard deviations above the solvent level
-
-
 _MIN_PEAK_FRACTION = 0.015  # and at least this fraction of the dense core, for maps without solvent noise
-
-
 _AUTO_BLUR = 2.0  # automatic masks are made from the map low-passed this much further: moving domains are blurred
 
 
-def soft_edge(mask: np.ndarray, pixel_size_A: float, dilate_A: float, width_A: float) -> np.ndarray:
-    """Grow a binary mask by ``dilate_A`` and add a cosine edge of ``width_A`` outside it.
+# Training projects every voxel for every image of every epoch: fainter ones would add cells and time and next to no
+# density
+TRAINING_FLOOR = 0.01
+# At full resolution the map is solved, or moved, times the mask: a cut at the training's floor would be a step of a
+# hundredth of the density around the molecule
+FULL_FLOOR = 1e-3
 
-    Returns (N, N, N) float32 in [0, 1]: 1 within ``dilate_A`` of the mask, 0 beyond ``dilate_A + width_A``.
+
+def inside_mask(mask: np.ndarray, floor: float) -> np.ndarray:
+    """(N, N, N) bool, the voxels that belong to a soft mask (N, N, N): ``floor`` is one of the two above."""
+    return mask > floor
+
+
+def soft_edge(mask: np.ndarray, pixel_size_A: float, dilate_A: float, width_A: float) -> np.ndarray:
+    """Grow a binary mask and add a cosine edge outside it.
+
+    Parameters
+    ----------
+    mask
+        (N, N, N) bool.
+    pixel_size_A
+        Of the mask.
+    dilate_A
+        By how much to grow it.
+    width_A
+        Of the edge.
+
+    Returns
+    -------
+    soft
+        (N, N, N) float32 in [0, 1]: 1 within ``dilate_A`` of the mask, 0 beyond ``dilate_A + width_A``.
     """
     if not mask.any():
         return np.zeros(mask.shape, np.float32)
@@ -68,9 +92,29 @@ def make_mask(
 ) -> np.ndarray:
     """Solvent mask of a consensus map: low-pass, threshold, drop dust, dilate, add a cosine edge.
 
-    Parameters: ``threshold`` an absolute density level of the low-passed map, or "auto": ``auto_threshold`` of the map
-    low-passed at ``2 * lowpass_A``, where domains that move stand out of the noise as far as they reach.
-    Returns (N, N, N) float32 in [0, 1]. Raises ``InputError`` if nothing lies above the threshold.
+    Parameters
+    ----------
+    volume
+        (N, N, N).
+    pixel_size_A
+        Of the map.
+    lowpass_A
+        Resolution at which the map is cut off.
+    threshold
+        An absolute density level of the low-passed map, or "auto": ``auto_threshold`` of the map low-passed at
+        ``2 * lowpass_A``, where domains that move stand out of the noise as far as they reach.
+    dilate_A, pad_A
+        See ``soft_edge``.
+
+    Returns
+    -------
+    mask
+        (N, N, N) float32 in [0, 1].
+
+    Raises
+    ------
+    InputError
+        Nothing lies above the threshold.
     """
     blur = _AUTO_BLUR if threshold == "auto" else 1.0
     filtered = lowpass_map(volume, pixel_size_A, blur * lowpass_A)
@@ -82,10 +126,23 @@ def make_mask(
 
 
 def resample_mask(mask: np.ndarray, box: int, scale: float | None = None) -> np.ndarray:
-    """Bring a mask (N, N, N) to another ``box``, trilinear, in [0, 1], centre on centre.
+    """Bring a mask to another box, trilinear, centre on centre.
 
-    ``scale`` is the ratio of new to old voxel size; None keeps the extent. Fourier resampling would ring: a hard mask
-    would leave traces tens of Angstrom beyond its edge.
+    Fourier resampling would ring: a hard mask would leave traces tens of Angstrom beyond its edge.
+
+    Parameters
+    ----------
+    mask
+        (N, N, N).
+    box
+        Side of the result.
+    scale
+        Ratio of new to old voxel size; None keeps the extent.
+
+    Returns
+    -------
+    resampled
+        (box, box, box) float32 in [0, 1].
     """
     old = mask.shape[0]
     if scale is None:

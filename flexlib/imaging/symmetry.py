@@ -1,6 +1,6 @@
 """Point groups in RELION's orientations: rotations that leave a symmetric map unchanged.
 
-Axes as RELION's ``symmetries.cpp`` places them (its ``relion_refine --print_symmetry_ops`` is what the tests compare
+Axes as in RELION's ``symmetries.cpp`` (its ``relion_refine --print_symmetry_ops`` is what the tests compare
 with), in volume coordinates (x, y, z):
 
     Cn      n-fold along z

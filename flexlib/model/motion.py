@@ -14,8 +14,19 @@ MOTION_PARTICLES = 10_000  # that stand for all in the rms displacement
 def rms_displacement_A(model: FlexModel, voxels: MeshVoxels) -> np.ndarray:
     """How far each voxel moves about its mean position, rms over the particles.
 
-    Up to ``MOTION_PARTICLES`` particles, evenly spaced, stand for all. Parameters: ``voxels`` of the model's mesh.
-    Returns (nvox,) float32 in Angstrom: the barycentric mix of the vertices' values.
+    Up to ``MOTION_PARTICLES`` particles, evenly spaced, stand for all.
+
+    Parameters
+    ----------
+    model
+        Flow and latents.
+    voxels
+        Of the model's mesh.
+
+    Returns
+    -------
+    rms_A
+        (nvox,) float32 in Angstrom: the barycentric mix of the vertices' values.
     """
     latents = model.latents[:: max(1, -(-len(model.latents) // MOTION_PARTICLES))]
     total = np.zeros((len(model.mesh.vertices_A), 3))

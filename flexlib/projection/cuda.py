@@ -1,7 +1,7 @@
 """Triton backend of the operator for CUDA devices, float32.
 
 A program owns a block of voxels and walks through a few images, so that values, barycentric weights and corners are
-read once. Forward: every tap is added to the image in place by an atomic. Adjoint: taps are gathered, and the forces
+read once. Forward: every tap is added to the image by an atomic. Adjoint: taps are gathered, and the forces
 of a run of voxels of one cell are summed inside the program before they are added to the cell's four vertices.
 
 Atomics take effect in any order and float32 sums depend on it: two calls agree within rounding, not bit by bit.
@@ -13,6 +13,7 @@ The kernels run without a GPU in Triton's interpreter: ``TRITON_INTERPRET=1`` be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,40 @@ class Tile(NamedTuple):
     voxels: int
     images: int
     warps: int
+
+
+class Voxels(NamedTuple):
+    """What the kernels read of voxels and cells, as one argument (shapes: ``op.splat_voxels``).
+
+    The names of fields must not be those of Triton's own tuples, such as "values".
+    """
+
+    density: torch.Tensor
+    cells: torch.Tensor
+    cell: torch.Tensor
+    bary: torch.Tensor
+
+
+class Views(NamedTuple):
+    """Images (b, G, G), and the vertices (b, nv, 2) seen in them."""
+
+    images: torch.Tensor
+    vertices: torch.Tensor
+
+
+class Sizes(NamedTuple):
+    """Sizes that no kernel is compiled anew for."""
+
+    batch: int
+    num_voxels: int
+    num_vertices: int
+
+
+class Gradients(NamedTuple):
+    """By the voxels' values and by the vertices: tensors, or whether they are needed."""
+
+    by_voxel: torch.Tensor | bool
+    by_vertex: torch.Tensor | bool
 
 
 SPLAT_TILE = Tile(voxels=128, images=16, warps=4)
@@ -79,15 +114,15 @@ def _pixel(below, tap: tl.constexpr, TAPS: tl.constexpr, grid):
 
 
 @triton.jit
-def _place(moved, corner0, corner1, corner2, corner3, bary0, bary1, bary2, bary3, inside, grid):
+def _locate(moved, corner, bary, inside, grid):
     """Pixel below each voxel along one axis, in [-1, grid], and the fraction past it.
 
     ``moved`` points at the first vertex' coordinate of that axis.
     """
-    position = bary0 * tl.load(moved + 2 * corner0, mask=inside, other=0.0)
-    position += bary1 * tl.load(moved + 2 * corner1, mask=inside, other=0.0)
-    position += bary2 * tl.load(moved + 2 * corner2, mask=inside, other=0.0)
-    position += bary3 * tl.load(moved + 2 * corner3, mask=inside, other=0.0)
+    position = bary[0] * tl.load(moved + 2 * corner[0], mask=inside, other=0.0)
+    position += bary[1] * tl.load(moved + 2 * corner[1], mask=inside, other=0.0)
+    position += bary[2] * tl.load(moved + 2 * corner[2], mask=inside, other=0.0)
+    position += bary[3] * tl.load(moved + 2 * corner[3], mask=inside, other=0.0)
     side = grid * 1.0
     position -= side * tl.floor(position / side)
     below = tl.floor(position)
@@ -119,23 +154,21 @@ def _barycentric(bary, voxel, inside):
     )
 
 
-@triton.jit(do_not_specialize=["batch", "num_voxels", "num_vertices"])
-def _splat(
-    images, values, vertices, cells, cell, bary, batch, num_voxels, num_vertices, grid,
-    TAPS: tl.constexpr, VOXELS: tl.constexpr, IMAGES: tl.constexpr,
-):  # fmt: skip
-    voxel = tl.program_id(0) * VOXELS + tl.arange(0, VOXELS)
-    inside = voxel < num_voxels
-    value = tl.load(values + voxel, mask=inside, other=0.0)
-    corner0, corner1, corner2, corner3 = _corners(cells, tl.load(cell + voxel, mask=inside, other=0), inside)
-    bary0, bary1, bary2, bary3 = _barycentric(bary, voxel, inside)
+@triton.jit(do_not_specialize=["sizes"])
+def splat_kernel(views, voxels, sizes, grid, TAPS: tl.constexpr, TILE: tl.constexpr):
+    """Add voxels to ``views.images``."""
+    voxel = tl.program_id(0) * TILE.voxels + tl.arange(0, TILE.voxels)
+    inside = voxel < sizes.num_voxels
+    value = tl.load(voxels.density + voxel, mask=inside, other=0.0)
+    corner = _corners(voxels.cells, tl.load(voxels.cell + voxel, mask=inside, other=0), inside)
+    bary = _barycentric(voxels.bary, voxel, inside)
 
-    first = tl.program_id(1).to(tl.int64) * IMAGES
-    canvas = images + first * (grid * grid)
-    moved = vertices + first * (2 * num_vertices)
-    for _ in range(tl.minimum(IMAGES, batch - tl.program_id(1) * IMAGES)):
-        ix, fx = _place(moved, corner0, corner1, corner2, corner3, bary0, bary1, bary2, bary3, inside, grid)
-        iy, fy = _place(moved + 1, corner0, corner1, corner2, corner3, bary0, bary1, bary2, bary3, inside, grid)
+    first = tl.program_id(1).to(tl.int64) * TILE.images
+    canvas = views.images + first * (grid * grid)
+    moved = views.vertices + first * (2 * sizes.num_vertices)
+    for _ in range(tl.minimum(TILE.images, sizes.batch - tl.program_id(1) * TILE.images)):
+        ix, fx = _locate(moved, corner, bary, inside, grid)
+        iy, fy = _locate(moved + 1, corner, bary, inside, grid)
         for ty in tl.static_range(TAPS):
             row = canvas + _pixel(iy, ty, TAPS, grid) * grid
             share = value * _weight(fy, ty, TAPS)
@@ -143,7 +176,7 @@ def _splat(
                 pixel = row + _pixel(ix, tx, TAPS, grid)
                 tl.atomic_add(pixel, share * _weight(fx, tx, TAPS), mask=inside, sem="relaxed")
         canvas += grid * grid
-        moved += 2 * num_vertices
+        moved += 2 * sizes.num_vertices
 
 
 @triton.jit
@@ -151,7 +184,10 @@ def _add_within_run(
     starts_a, a0, a1, a2, a3, a4, a5, a6, a7,
     starts_b, b0, b1, b2, b3, b4, b5, b6, b7,
 ):  # fmt: skip
-    """Combine two neighbours of a scan: eight sums that begin anew where a run of voxels of one cell starts."""
+    """Combine two neighbours of a scan: eight sums that begin anew where a run of voxels of one cell starts.
+
+    Triton gives a scan's function every number as an argument of its own.
+    """
     new = starts_b != 0
     return (
         starts_a | starts_b,
@@ -166,31 +202,63 @@ def _add_within_run(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "num_voxels", "num_vertices"])
-def _adjoint(
-    grad_values, grad_vertices, images, values, vertices, cells, cell, bary, batch, num_voxels, num_vertices, grid,
-    TAPS: tl.constexpr, NEED_VALUES: tl.constexpr, NEED_VERTICES: tl.constexpr,
-    VOXELS: tl.constexpr, IMAGES: tl.constexpr,
-):  # fmt: skip
-    voxel = tl.program_id(0) * VOXELS + tl.arange(0, VOXELS)
-    inside = voxel < num_voxels
-    own_cell = tl.load(cell + voxel, mask=inside, other=-1)
-    corner0, corner1, corner2, corner3 = _corners(cells, own_cell, inside)
-    bary0, bary1, bary2, bary3 = _barycentric(bary, voxel, inside)
-    if NEED_VERTICES:
-        value = tl.load(values + voxel, mask=inside, other=0.0)
-        starts = (own_cell != tl.load(cell + voxel - 1, mask=inside & (voxel > 0), other=-1)).to(tl.int32)
-        after = tl.load(cell + voxel + 1, mask=voxel + 1 < num_voxels, other=-1)
-        ends = inside & ((own_cell != after) | (tl.arange(0, VOXELS) == VOXELS - 1))
+@triton.jit
+def _run_ends(cell, voxel, own_cell, inside, num_voxels, VOXELS: tl.constexpr):
+    """Where runs of voxels of one cell start inside a program, and where they end."""
+    starts = (own_cell != tl.load(cell + voxel - 1, mask=inside & (voxel > 0), other=-1)).to(tl.int32)
+    after = tl.load(cell + voxel + 1, mask=voxel + 1 < num_voxels, other=-1)
+    return starts, inside & ((own_cell != after) | (tl.arange(0, VOXELS) == VOXELS - 1))
 
-    first = tl.program_id(1).to(tl.int64) * IMAGES
-    canvas = images + first * (grid * grid)
-    moved = vertices + first * (2 * num_vertices)
-    forces = grad_vertices + first * (2 * num_vertices)
+
+@triton.jit
+def _add_forces(forces, corner, bary, along_x, along_y, starts, ends):
+    """Share the voxels' slopes among the vertices of their cells, a sum for each run of voxels of one cell."""
+    _, x0, x1, x2, x3, y0, y1, y2, y3 = tl.associative_scan(
+        (
+            starts,
+            bary[0] * along_x,
+            bary[1] * along_x,
+            bary[2] * along_x,
+            bary[3] * along_x,
+            bary[0] * along_y,
+            bary[1] * along_y,
+            bary[2] * along_y,
+            bary[3] * along_y,
+        ),
+        0,
+        _add_within_run,
+    )
+    tl.atomic_add(forces + 2 * corner[0], x0, mask=ends, sem="relaxed")
+    tl.atomic_add(forces + 2 * corner[1], x1, mask=ends, sem="relaxed")
+    tl.atomic_add(forces + 2 * corner[2], x2, mask=ends, sem="relaxed")
+    tl.atomic_add(forces + 2 * corner[3], x3, mask=ends, sem="relaxed")
+    tl.atomic_add(forces + 2 * corner[0] + 1, y0, mask=ends, sem="relaxed")
+    tl.atomic_add(forces + 2 * corner[1] + 1, y1, mask=ends, sem="relaxed")
+    tl.atomic_add(forces + 2 * corner[2] + 1, y2, mask=ends, sem="relaxed")
+    tl.atomic_add(forces + 2 * corner[3] + 1, y3, mask=ends, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def adjoint_kernel(gradients, views, voxels, sizes, grid, TAPS: tl.constexpr, NEEDS: tl.constexpr, TILE: tl.constexpr):
+    """Add to ``gradients`` what ``views.images``, the gradient by the images, make of them."""
+    VOXELS: tl.constexpr = TILE.voxels
+    voxel = tl.program_id(0) * VOXELS + tl.arange(0, VOXELS)
+    inside = voxel < sizes.num_voxels
+    own_cell = tl.load(voxels.cell + voxel, mask=inside, other=-1)
+    corner = _corners(voxels.cells, own_cell, inside)
+    bary = _barycentric(voxels.bary, voxel, inside)
+    if NEEDS.by_vertex:
+        value = tl.load(voxels.density + voxel, mask=inside, other=0.0)
+        starts, ends = _run_ends(voxels.cell, voxel, own_cell, inside, sizes.num_voxels, VOXELS)
+
+    first = tl.program_id(1).to(tl.int64) * TILE.images
+    canvas = views.images + first * (grid * grid)
+    moved = views.vertices + first * (2 * sizes.num_vertices)
+    forces = gradients.by_vertex + first * (2 * sizes.num_vertices)
     total = tl.zeros((VOXELS,), tl.float32)
-    for _ in range(tl.minimum(IMAGES, batch - tl.program_id(1) * IMAGES)):
-        ix, fx = _place(moved, corner0, corner1, corner2, corner3, bary0, bary1, bary2, bary3, inside, grid)
-        iy, fy = _place(moved + 1, corner0, corner1, corner2, corner3, bary0, bary1, bary2, bary3, inside, grid)
+    for _ in range(tl.minimum(TILE.images, sizes.batch - tl.program_id(1) * TILE.images)):
+        ix, fx = _locate(moved, corner, bary, inside, grid)
+        iy, fy = _locate(moved + 1, corner, bary, inside, grid)
         along_x = tl.zeros((VOXELS,), tl.float32)
         along_y = tl.zeros((VOXELS,), tl.float32)
         for ty in tl.static_range(TAPS):
@@ -200,75 +268,74 @@ def _adjoint(
             for tx in tl.static_range(TAPS):
                 pixel = tl.load(row + _pixel(ix, tx, TAPS, grid), mask=inside, other=0.0)
                 level += pixel * _weight(fx, tx, TAPS)
-                if NEED_VERTICES:
+                if NEEDS.by_vertex:
                     tilt += pixel * _slope(fx, tx, TAPS)
             weight = _weight(fy, ty, TAPS)
             total += weight * level
-            if NEED_VERTICES:
+            if NEEDS.by_vertex:
                 along_x += weight * tilt
                 along_y += _slope(fy, ty, TAPS) * level
-        if NEED_VERTICES:
-            along_x *= value
-            along_y *= value
-            _, x0, x1, x2, x3, y0, y1, y2, y3 = tl.associative_scan(
-                (
-                    starts,
-                    bary0 * along_x,
-                    bary1 * along_x,
-                    bary2 * along_x,
-                    bary3 * along_x,
-                    bary0 * along_y,
-                    bary1 * along_y,
-                    bary2 * along_y,
-                    bary3 * along_y,
-                ),
-                0,
-                _add_within_run,
-            )
-            tl.atomic_add(forces + 2 * corner0, x0, mask=ends, sem="relaxed")
-            tl.atomic_add(forces + 2 * corner1, x1, mask=ends, sem="relaxed")
-            tl.atomic_add(forces + 2 * corner2, x2, mask=ends, sem="relaxed")
-            tl.atomic_add(forces + 2 * corner3, x3, mask=ends, sem="relaxed")
-            tl.atomic_add(forces + 2 * corner0 + 1, y0, mask=ends, sem="relaxed")
-            tl.atomic_add(forces + 2 * corner1 + 1, y1, mask=ends, sem="relaxed")
-            tl.atomic_add(forces + 2 * corner2 + 1, y2, mask=ends, sem="relaxed")
-            tl.atomic_add(forces + 2 * corner3 + 1, y3, mask=ends, sem="relaxed")
+        if NEEDS.by_vertex:
+            _add_forces(forces, corner, bary, along_x * value, along_y * value, starts, ends)
         canvas += grid * grid
-        moved += 2 * num_vertices
-        forces += 2 * num_vertices
-    if NEED_VALUES:
-        tl.atomic_add(grad_values + voxel, total, mask=inside, sem="relaxed")
+        moved += 2 * sizes.num_vertices
+        forces += 2 * sizes.num_vertices
+    if NEEDS.by_voxel:
+        tl.atomic_add(gradients.by_voxel + voxel, total, mask=inside, sem="relaxed")
+
+
+def splat(
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    grid: int,
+    taps: int,
+) -> torch.Tensor:
+    """See ``op.splat_voxels``."""
+    batch, num_vertices = vertices.shape[:2]
+    images = torch.zeros((batch, grid, grid), dtype=torch.float32, device=values.device)
+    voxels = Voxels(*_contiguous(values, cells, cell, bary))
+    sizes = Sizes(batch, len(values), num_vertices)
+    tile = SPLAT_TILE
+    with torch.cuda.device_of(values):
+        splat_kernel[_programs(len(values), batch, tile)](
+            Views(images, *_contiguous(vertices)), voxels, sizes, grid, TAPS=taps, TILE=tile, num_warps=tile.warps
+        )
+    return images
+
+
+def splat_adjoint(
+    grad_images: torch.Tensor,
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    taps: int,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``op.splat_voxels_adjoint``."""
+    batch, num_vertices = vertices.shape[:2]
+    need_values, need_vertices = needs
+    grad_values = values.new_zeros(len(values) if need_values else 0)
+    grad_vertices = vertices.new_zeros(vertices.shape if need_vertices else 0)
+    voxels = Voxels(*_contiguous(values, cells, cell, bary))
+    sizes = Sizes(batch, len(values), num_vertices)
+    tile = ADJOINT_TILE
+    with torch.cuda.device_of(values):
+        adjoint_kernel[_programs(len(values), batch, tile)](
+            Gradients(grad_values, grad_vertices), Views(*_contiguous(grad_images, vertices)), voxels, sizes,
+            grad_images.shape[-1], TAPS=taps, NEEDS=Gradients(need_values, need_vertices), TILE=tile,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    return grad_values, grad_vertices
 
 
 def _programs(num_voxels: int, batch: int, tile: Tile) -> tuple[int, int]:
     return triton.cdiv(num_voxels, tile.voxels), triton.cdiv(batch, tile.images)
 
 
-def splat(values, vertices, cells, cell, bary, grid, taps):
-    """See ``op.splat_voxels``."""
-    batch, num_vertices = vertices.shape[:2]
-    images = torch.zeros((batch, grid, grid), dtype=torch.float32, device=values.device)
-    arguments = [t.detach().contiguous() for t in (values, vertices, cells, cell, bary)]
-    tile = SPLAT_TILE
-    with torch.cuda.device_of(values):
-        _splat[_programs(len(values), batch, tile)](
-            images, *arguments, batch, len(values), num_vertices, grid,
-            TAPS=taps, VOXELS=tile.voxels, IMAGES=tile.images, num_warps=tile.warps,
-        )  # fmt: skip
-    return images
-
-
-def splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
-    """See ``op.splat_voxels_adjoint``."""
-    batch, num_vertices = vertices.shape[:2]
-    grad_values = values.new_zeros(len(values) if need_values else 0)
-    grad_vertices = vertices.new_zeros(vertices.shape if need_vertices else 0)
-    arguments = [t.detach().contiguous() for t in (grad_images, values, vertices, cells, cell, bary)]
-    tile = ADJOINT_TILE
-    with torch.cuda.device_of(values):
-        _adjoint[_programs(len(values), batch, tile)](
-            grad_values, grad_vertices, *arguments, batch, len(values), num_vertices, grad_images.shape[-1],
-            TAPS=taps, NEED_VALUES=need_values, NEED_VERTICES=need_vertices,
-            VOXELS=tile.voxels, IMAGES=tile.images, num_warps=tile.warps,
-        )  # fmt: skip
-    return grad_values, grad_vertices
+def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.detach().contiguous() for t in tensors]

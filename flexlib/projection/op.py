@@ -11,23 +11,23 @@ numba on the CPU (``cpu.py``), Triton on CUDA (``cuda.py``), plain torch (``refe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 
 from flexlib.projection import reference
+from flexlib.projection.spectrum import images_to_spectrum, spectrum_to_images
 from flexlib.runtime import has_triton
 from flexlib.tetra.tetmesh import MeshVoxels
 
 logger = logging.getLogger(__name__)
 
 KERNELS = {"linear": 2, "cubic": 4}  # taps per axis; B-splines of degree 1 and 3
-_FFT_BYTES = 2**22  # of images that the CPU transforms at once: the temporaries stay in its cache, and small
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,37 @@ def splat_voxels(
 ) -> torch.Tensor:
     """Splat nvox voxels into b periodic images.
 
-    Parameters: ``values`` (nvox,) densities; ``vertices`` (b, nv, 2) view positions (x, y) in grid pixels from the
-    box centre; ``cells`` (nc, 4) int32; ``cell`` (nvox,) int32; ``bary`` (nvox, 4); ``grid`` side of the image;
-    ``taps`` 2 (linear) or 4 (cubic B-spline). Returns (b, grid, grid), axes (y, x), the box centre at pixel (0, 0)
-    and positions taken modulo ``grid``.
+    Parameters
+    ----------
+    values : torch.Tensor
+        (nvox,) densities.
+    vertices : torch.Tensor
+        (b, nv, 2) view positions (x, y) in grid pixels from the box centre; taken modulo ``grid``.
+    cells, cell, bary : torch.Tensor
+        (nc, 4) int32 vertices of each cell; (nvox,) int32 cell of each voxel; (nvox, 4) barycentric weights there.
+    grid : int
+        Side of the images in pixels.
+    taps : int
+        2 (linear) or 4 (cubic B-spline).
+
+    Returns
+    -------
+    torch.Tensor
+        (b, grid, grid), axes (y, x), the box centre at pixel (0, 0).
     """
     return reference.splat(values, vertices, cells, cell, bary, grid, taps)
 
 
 @splat_voxels.register_fake
-def _(values, vertices, cells, cell, bary, grid, taps):
+def _fake_splat(
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    grid: int,
+    taps: int,
+) -> torch.Tensor:
     return values.new_empty((vertices.shape[0], grid, grid))
 
 
@@ -90,34 +111,53 @@ def splat_voxels_adjoint(
     cell: torch.Tensor,
     bary: torch.Tensor,
     taps: int,
-    need_values: bool,
-    need_vertices: bool,
+    needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adjoint of ``splat_voxels``: gradients to ``values`` (nvox,) and ``vertices`` (b, nv, 2).
+    """Adjoint of ``splat_voxels``, whose arguments the others are.
 
-    ``grad_images`` is (b, grid, grid). A gradient that is not needed comes back empty.
+    Parameters
+    ----------
+    grad_images : torch.Tensor
+        (b, grid, grid) gradient by the images.
+    needs : sequence of two bools
+        Whether the gradients by ``values`` and by ``vertices`` are needed.
+
+    Returns
+    -------
+    torch.Tensor, torch.Tensor
+        Gradients by ``values`` (nvox,) and ``vertices`` (b, nv, 2); one that is not needed comes back empty.
     """
-    return reference.splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices)
+    return reference.splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, needs)
 
 
 @splat_voxels_adjoint.register_fake
-def _(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
+def _fake_adjoint(
+    grad_images: torch.Tensor,
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    taps: int,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    need_values, need_vertices = needs
     return (
         torch.empty_like(values) if need_values else values.new_empty(0),
         torch.empty_like(vertices) if need_vertices else vertices.new_empty(0),
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     values, vertices, cells, cell, bary, _, ctx.taps = inputs
     ctx.save_for_backward(values, vertices, cells, cell, bary)
 
 
-def _backward(ctx, grad_images):
+def _backward(ctx: Any, grad_images: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     values, vertices, cells, cell, bary = ctx.saved_tensors
     need_values, need_vertices = ctx.needs_input_grad[:2]
     grad_values, grad_vertices = splat_voxels_adjoint(
-        grad_images.contiguous(), values, vertices, cells, cell, bary, ctx.taps, need_values, need_vertices
+        grad_images.contiguous(), values, vertices, cells, cell, bary, ctx.taps, [need_values, need_vertices]
     )
     return (
         grad_values if need_values else None,
@@ -133,7 +173,7 @@ def _backward(ctx, grad_images):
 splat_voxels.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _backend(device: str, dtype: torch.dtype) -> ModuleType:
+def backend(device: str, dtype: torch.dtype) -> ModuleType:
     """The module with the fastest ``splat`` and ``splat_adjoint`` for tensors on ``device``."""
     if dtype != torch.float32 or (device == "cuda" and not has_triton()):
         return reference
@@ -142,24 +182,16 @@ def _backend(device: str, dtype: torch.dtype) -> ModuleType:
 
 def _register(device: str) -> None:
     @splat_voxels.register_kernel(device)
-    def _(values, *others):
-        return _backend(device, values.dtype).splat(values, *others)
+    def _(values: torch.Tensor, *others: Any) -> torch.Tensor:
+        return backend(device, values.dtype).splat(values, *others)
 
     @splat_voxels_adjoint.register_kernel(device)
-    def _(grad_images, values, *others):
-        return _backend(device, values.dtype).splat_adjoint(grad_images, values, *others)
+    def _(grad_images: torch.Tensor, values: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return backend(device, values.dtype).splat_adjoint(grad_images, values, *others)
 
 
 for _device in ("cpu", "cuda"):
     _register(_device)
-
-
-@lru_cache(maxsize=16)
-def _deconvolution(box: int, grid: int, taps: int, device: str, dtype: torch.dtype) -> torch.Tensor:
-    """(box, box//2+1) inverse of the B-spline kernel's transfer function at the box's frequencies."""
-    ky = torch.fft.fftfreq(box, 1.0 / box, dtype=torch.float64)[:, None] / grid
-    kx = torch.arange(box // 2 + 1, dtype=torch.float64)[None, :] / grid
-    return (1.0 / (torch.sinc(ky) * torch.sinc(kx)) ** taps).to(device=device, dtype=dtype)
 
 
 def project(
@@ -173,85 +205,68 @@ def project(
 
     Parameters
     ----------
-    values : (nvox,) densities at ``voxels.index``.
-    vertices_px : (b, nv, 2) view positions (x, y) of the mesh vertices, in pixels of ``voxels.box`` from the box
-        centre, after displacement, rotation and shift.
-    kernel : "linear" (4 taps) or "cubic" (16 taps).
-    oversampling : image grid over box, 1 or 2; 2 lowers the aliasing error by orders of magnitude at the same taps.
+    values : torch.Tensor
+        (nvox,) densities at ``voxels.index``.
+    vertices_px : torch.Tensor
+        (b, nv, 2) view positions (x, y) of the mesh vertices, in pixels of ``voxels.box`` from the box centre, after
+        displacement, rotation and shift.
+    voxels : VoxelTensors
+    kernel : str
+        "linear" (4 taps) or "cubic" (16 taps).
+    oversampling : int
+        Image grid over box, 1 or 2; 2 lowers the aliasing error by orders of magnitude at the same taps.
 
     Returns
     -------
-    (b, box, box//2+1) complex: ``sum_j values_j exp(-2 pi i k . p_j / box)`` in rfft2 layout, phase origin at the box
-    centre. Raises KeyError for an unknown kernel.
+    torch.Tensor
+        (b, box, box//2+1) complex: ``sum_j values_j exp(-2 pi i k . p_j / box)`` in rfft2 layout, phase origin at the
+        box centre.
+
+    Raises
+    ------
+    KeyError
+        The kernel is unknown.
     """
     box, taps = voxels.box, KERNELS[kernel]
     grid = box * oversampling
     images = splat_voxels(values, vertices_px * oversampling, voxels.cells, voxels.cell, voxels.bary, grid, taps)
-    return _Spectrum.apply(images, box, taps)
+    return images_to_spectrum(images, box, taps)
 
 
-class _Spectrum(torch.autograd.Function):
-    """(b, grid, grid) splatted images to the box's deconvolved frequencies, (b, box, box//2+1)."""
+def project_adjoint(
+    spectra: torch.Tensor,
+    vertices_px: torch.Tensor,
+    voxels: VoxelTensors,
+    kernel: str = "cubic",
+    oversampling: int = 1,
+) -> torch.Tensor:
+    """Adjoint of ``project`` for the inner product of the full Fourier plane.
 
-    @staticmethod
-    def forward(ctx, images, box, taps):
-        ctx.shape = (images.shape[-1], box, taps)
-        half, grid = box // 2, images.shape[-1]
-        deconvolution = _deconvolution(box, grid, taps, str(images.device), images.dtype)
+    Parameters
+    ----------
+    spectra : torch.Tensor
+        (b, box, box//2+1) complex transforms of real images, zero for |k| >= box/2.
+    vertices_px, voxels, kernel, oversampling
+        As for ``project``.
 
-        def transform(some: torch.Tensor) -> torch.Tensor:
-            rows = torch.fft.rfft(some, dim=-1)[..., : half + 1]
-            spectrum = torch.fft.fft(rows, dim=-2)
-            return torch.cat([spectrum[:, :half], spectrum[:, grid - half :]], dim=1).mul_(deconvolution)
-
-        return _in_parts(transform, images, grid)
-
-    @staticmethod
-    def backward(ctx, grad_spectrum):
-        grid, box, taps = ctx.shape
-        # irfft adds each column's mirror image, which the gradient of the stored half plane does not have
-        halved = torch.full((box // 2 + 1,), 0.5, dtype=grad_spectrum.real.dtype, device=grad_spectrum.device)
-        halved[0] = 1.0
-        if grid == box:
-            halved[-1] = 1.0
-        return spectrum_to_images(grad_spectrum * halved, grid, taps), None, None
-
-
-def spectrum_to_images(spectra: torch.Tensor, grid: int, taps: int) -> torch.Tensor:
-    """Deconvolve (b, box, box//2+1) half-plane spectra and sum ``exp(+2 pi i k . p / grid)`` over the full plane.
-
-    The inverse of the splat's transform up to a factor, and its adjoint: (b, grid, grid) real images.
+    Returns
+    -------
+    torch.Tensor
+        (nvox,) ``Re sum_i sum_k spectra_ik exp(+2 pi i k . p_ij / box)``, k over the full plane.
     """
-    box = spectra.shape[1]
-    half = box // 2
-    deconvolution = _deconvolution(box, grid, taps, str(spectra.device), spectra.real.dtype)
-
-    def transform(some: torch.Tensor) -> torch.Tensor:
-        some = some * deconvolution
-        if grid > box:
-            padded = some.new_zeros((len(some), grid, half + 1))
-            padded[:, :half] = some[:, :half]
-            padded[:, grid - half :] = some[:, half:]
-            some = padded
-        columns = torch.fft.ifft(some, dim=-2, norm="forward")
-        return torch.fft.irfft(columns, n=grid, dim=-1, norm="forward")
-
-    return _in_parts(transform, spectra, grid)
-
-
-def _in_parts(transform: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, grid: int) -> torch.Tensor:
-    """``transform`` of a batch, on the CPU of a part at a time; ``grid`` the side of the images it comes from or to."""
-    at_once = len(batch)
-    if batch.device.type == "cpu":
-        at_once = max(1, _FFT_BYTES // (4 * grid**2))
-    if at_once >= len(batch):
-        return transform(batch)
-    first = transform(batch[:at_once])
-    result = first.new_empty((len(batch), *first.shape[1:]))
-    result[:at_once] = first
-    for start in range(at_once, len(batch), at_once):
-        result[start : start + at_once] = transform(batch[start : start + at_once])
-    return result
+    taps = KERNELS[kernel]
+    images = spectrum_to_images(spectra, voxels.box * oversampling, taps)
+    density, _ = splat_voxels_adjoint(
+        images.contiguous(),
+        voxels.bary.new_zeros(len(voxels.index)),
+        vertices_px * oversampling,
+        voxels.cells,
+        voxels.cell,
+        voxels.bary,
+        taps,
+        needs=[True, False],
+    )
+    return density
 
 
 def view_vertices(
@@ -263,8 +278,20 @@ def view_vertices(
 ) -> torch.Tensor:
     """Move mesh vertices, rotate them into the view, drop z, apply the particle's shift.
 
-    ``vertices_A`` (nv, 3) or (b, nv, 3) in A; ``rotation`` (b, 3, 3) and ``origin_px`` (b, 2) are constants;
-    ``displacements_A`` (b, nv, 3) in A, or none. Returns (b, nv, 2) pixels.
+    Parameters
+    ----------
+    vertices_A : torch.Tensor
+        (nv, 3) or (b, nv, 3) in A.
+    rotation, origin_px : torch.Tensor
+        (b, 3, 3) and (b, 2) in pixels; constants.
+    pixel_size_A : float
+    displacements_A : torch.Tensor, optional
+        (b, nv, 3) in A.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, nv, 2) in pixels.
     """
     turn = rotation[:, :2] / pixel_size_A
     if vertices_A.device.type == "cpu" and vertices_A.dtype == torch.float32:
@@ -277,14 +304,19 @@ class _View(torch.autograd.Function):
     """``view_vertices`` in one pass: batched products of matrices this thin are slow."""
 
     @staticmethod
-    def forward(ctx, vertices_A, displacements_A, turn, origin_px):
+    def forward(
+        ctx: Any,
+        vertices_A: torch.Tensor,
+        displacements_A: torch.Tensor | None,
+        turn: torch.Tensor,
+        origin_px: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.save_for_backward(turn)
         ctx.shared = vertices_A.ndim == 2
-        backend = import_module("flexlib.projection.cpu")
-        return backend.view(vertices_A, displacements_A, turn, origin_px)
+        return import_module("flexlib.projection.cpu").view(vertices_A, displacements_A, turn, origin_px)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (turn,) = ctx.saved_tensors
         back = import_module("flexlib.projection.cpu").view_adjoint(grad, turn)
         of_vertices = (back.sum(0) if ctx.shared else back) if ctx.needs_input_grad[0] else None

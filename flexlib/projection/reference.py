@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -19,7 +21,9 @@ def bspline_weights(fraction: torch.Tensor, taps: int) -> tuple[torch.Tensor, to
     return weights, slopes
 
 
-def _taps(vertices, cells, cell, bary, grid, taps):
+def _taps(
+    vertices: torch.Tensor, cells: torch.Tensor, cell: torch.Tensor, bary: torch.Tensor, grid: int, taps: int
+) -> tuple[torch.Tensor, ...]:
     """Flat pixel indices (b, nvox, taps, taps) and weights, slopes (b, nvox, taps) along x and y."""
     corner = cells.long()[cell.long()]  # (nvox, 4)
     position = (vertices[:, corner] * bary[None, :, :, None]).sum(2)  # (b, nvox, 2)
@@ -32,7 +36,15 @@ def _taps(vertices, cells, cell, bary, grid, taps):
     return iy[..., :, None] * grid + ix[..., None, :], wx, sx, wy, sy, corner
 
 
-def splat(values, vertices, cells, cell, bary, grid, taps):
+def splat(
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    grid: int,
+    taps: int,
+) -> torch.Tensor:
     """See ``op.splat_voxels``."""
     pixel, wx, _, wy, _, _ = _taps(vertices, cells, cell, bary, grid, taps)
     weight = wy[..., :, None] * wx[..., None, :] * values[None, :, None, None]
@@ -41,8 +53,18 @@ def splat(values, vertices, cells, cell, bary, grid, taps):
     return images.view(-1, grid, grid)
 
 
-def splat_adjoint(grad_images, values, vertices, cells, cell, bary, taps, need_values, need_vertices):
+def splat_adjoint(
+    grad_images: torch.Tensor,
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    taps: int,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``op.splat_voxels_adjoint``."""
+    need_values, need_vertices = needs
     grid = grad_images.shape[-1]
     pixel, wx, sx, wy, sy, corner = _taps(vertices, cells, cell, bary, grid, taps)
     gathered = grad_images.flatten(1).gather(1, pixel.flatten(1)).view(pixel.shape)

@@ -1,1 +1,5 @@
 """The stage reconstruct."""
+
+from flexlib.reconstruct.run import reconstruct
+
+__all__ = ["reconstruct"]

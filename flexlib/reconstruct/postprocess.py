@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 from scipy import fft, ndimage
 
-from flexlib.imaging.fourier import fft_workers, lowpass_map, shell_radius
-from flexlib.imaging.fsc import predicted_truth_fsc
+from flexlib.imaging.fourier import fft_workers, lowpass_map, shell_means, shell_radius, shell_sums
+from flexlib.imaging.fsc import frequencies_1_per_A, predicted_truth_fsc, resolution_at
 from flexlib.imaging.masks import soft_edge
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.motion import rms_displacement_A
 from flexlib.tetra.voxels import MeshVoxels
 
-logger = logging.getLogger(__name__)
-
 MOVING_FRACTION = 0.5  # of the largest rms displacement, from which on a voxel belongs to the moving region
-MOVING_MIN_PX = 0.5  # rms displacement below which nothing counts as moving: no image could tell
+MOVING_MIN_PX = 0.5  # rms displacement below which nothing counts as moving: no image would show it
 MOVING_EDGE_PX = 8.0  # a steeper edge spreads strong low shells over the weak high ones
 MIN_REGION_VOXELS = 1000  # an FSC within fewer says nothing
 
@@ -33,9 +29,23 @@ GUINIER_MIN_SHELLS = 6
 def moving_region(model: FlexModel, voxels: MeshVoxels, mask: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     """Soft mask of the part that moves: where the rms displacement is more than half of its largest value.
 
-    "Largest" is the 99th percentile over the voxels, each weighted alike. Parameters: ``voxels`` of the model's mesh;
-    ``mask`` (N, N, N) soft solvent mask. Returns (N, N, N) float32 in [0, 1], never above ``mask`` and all zero where
-    nothing moves by half a voxel, and the rms displacements "largest_A" and "threshold_A" (0: nothing moves).
+    "Largest" is the 99th percentile over the voxels, each weighted alike.
+
+    Parameters
+    ----------
+    model
+        Mesh, flow and latents.
+    voxels
+        Of the model's mesh.
+    mask
+        (N, N, N) soft solvent mask.
+
+    Returns
+    -------
+    region
+        (N, N, N) float32 in [0, 1], never above ``mask``, and all zero where nothing moves by half a voxel.
+    motion_A
+        The rms displacements "largest_A" and "threshold_A" (0: nothing moves).
     """
     rms_A = rms_displacement_A(model, voxels)
     largest_A = float(np.percentile(rms_A, 99))
@@ -59,8 +69,19 @@ def local_resolution(
     continue. The threshold is 0.5, so the map is to be compared with the whole map's resolution at 0.5 (G. Cardone
     et al., J. Struct. Biol. 184, 226 (2013), for windowed FSC). Windows are not corrected for the mask.
 
-    Parameters: ``half1``, ``half2`` (N, N, N); ``mask`` (N, N, N) soft; windows are centred where it exceeds 0.5.
-    Returns (N, N, N) float32. A window that holds nothing gets its own side, the coarsest that it can tell.
+    Parameters
+    ----------
+    half1, half2
+        (N, N, N).
+    mask
+        (N, N, N) soft; windows are centred where it exceeds 0.5.
+    pixel_size_A, resolution_A
+        Of the maps.
+
+    Returns
+    -------
+    local_A
+        (N, N, N) float32. A window that holds nothing gets its own side, the coarsest that it can show.
     """
     box = len(mask)
     side = int(np.clip(2 * round(LOCAL_WINDOW * resolution_A / pixel_size_A / 2), min(LOCAL_MIN_SIDE_PX, box), box))
@@ -70,41 +91,36 @@ def local_resolution(
     inside = mask[tuple(grid)] > 0.5
     if not inside.any():
         return np.full(mask.shape, side * pixel_size_A, np.float32)
-    points = np.stack([axis[inside] for axis in grid], 1)
-
-    pad = side // 2
-    padded = [np.pad(half, pad) for half in (half1, half2)]
-    axis = np.cos(np.pi * (np.arange(side) - pad) / side) ** 2
-    window = (axis[:, None, None] * axis[None, :, None] * axis[None, None, :]).astype(np.float32)
-    shells = np.rint(shell_radius(side)).astype(np.int64).ravel()
-    twice = np.full(side // 2 + 1, 2.0, np.float32)
-    twice[[0, -1]] = 1.0
-    found = np.empty(len(points), np.float32)
+    corners = np.stack([axis[inside] for axis in grid], 1)  # of the windows, once the halves are padded
+    padded = [np.pad(half, side // 2) for half in (half1, half2)]
+    found = np.empty(len(corners), np.float32)
     chunk = max(1, 2**22 // side**3)
-    for first in range(0, len(points), chunk):
-        some = points[first : first + chunk]
-        spectra = [
-            fft.rfftn(
-                np.stack([half[z : z + side, y : y + side, x : x + side] for z, y, x in some]) * window,
-                axes=(1, 2, 3),
-                workers=fft_workers(),
-            )
-            for half in padded
+    for first in range(0, len(corners), chunk):
+        curves = _window_curves(padded, corners[first : first + chunk], side)
+        found[first : first + chunk] = [
+            resolution_at(curve, LOCAL_THRESHOLD, side, pixel_size_A, first_shell=1) for curve in curves
         ]
-        sums = [
-            _shell_sums((a * b.conj()).real * twice, shells, side)
-            for a, b in ((spectra[0], spectra[1]), (spectra[0], spectra[0]), (spectra[1], spectra[1]))
-        ]
-        cross, power1, power2 = (_with_neighbours(line) for line in sums)
-        power = np.sqrt(power1 * power2)
-        curves = np.divide(cross, power, out=np.zeros_like(cross), where=power > 0)
-        found[first : first + chunk] = [_first_crossing(curve, side) * pixel_size_A for curve in curves]
     return _spread(found, inside, centres, box)
 
 
-def _shell_sums(values: np.ndarray, shells: np.ndarray, side: int) -> np.ndarray:
-    """(b, side, side, side//2+1) -> (b, side//2) sums over shells."""
-    return np.stack([np.bincount(shells, one.ravel(), minlength=side // 2)[: side // 2] for one in values])
+def _window_curves(halves: list[np.ndarray], corners: np.ndarray, side: int) -> np.ndarray:
+    """(b, side//2) FSC of two maps within soft windows whose first voxels are ``corners`` (b, 3)."""
+    axis = np.cos(np.pi * (np.arange(side) - side // 2) / side) ** 2
+    window = (axis[:, None, None] * axis[None, :, None] * axis[None, None, :]).astype(np.float32)
+    first, second = (
+        fft.rfftn(
+            np.stack([half[z : z + side, y : y + side, x : x + side] for z, y, x in corners]) * window,
+            axes=(1, 2, 3),
+            workers=fft_workers(),
+        )
+        for half in halves
+    )
+    cross, power1, power2 = (
+        _with_neighbours(shell_sums((a * b.conj()).real))
+        for a, b in ((first, second), (first, first), (second, second))
+    )
+    power = np.sqrt(power1 * power2)
+    return np.divide(cross, power, out=np.zeros_like(cross), where=power > 0)
 
 
 def _with_neighbours(sums: np.ndarray) -> np.ndarray:
@@ -113,20 +129,8 @@ def _with_neighbours(sums: np.ndarray) -> np.ndarray:
     return ends[:, 1:-1] + 0.5 * (ends[:, :-2] + ends[:, 2:])
 
 
-def _first_crossing(curve: np.ndarray, side: int) -> float:
-    """Resolution in pixels where a window's FSC falls below the threshold; the mean density (shell 0) is no witness."""
-    below = np.flatnonzero(curve[1:] < LOCAL_THRESHOLD)
-    if not below.size:
-        return side / (len(curve) - 1)
-    last = int(below[0]) + 1
-    if last == 1:
-        return float(side)
-    shell = last - 1 + (curve[last - 1] - LOCAL_THRESHOLD) / (curve[last - 1] - curve[last])
-    return side / shell
-
-
 def _spread(found: np.ndarray, inside: np.ndarray, centres: np.ndarray, box: int) -> np.ndarray:
-    """Values at the grid points ``inside`` to a (box, box, box) map: nearest point outside, linear between points."""
+    """Values at the windows ``inside`` to a (box, box, box) map: the nearest one outside, linear between windows."""
     coarse = np.zeros(inside.shape, np.float32)
     coarse[inside] = found
     nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
@@ -148,18 +152,25 @@ def guinier_b_factor(volume: np.ndarray, fsc: np.ndarray, pixel_size_A: float, r
 
     The line goes through the logarithm of each shell's rms amplitude, weighted by what the ``fsc`` (N//2,) of the
     half-maps says is signal (``predicted_truth_fsc``), against 1/d^2 from 10 A to ``resolution_A`` (P. Rosenthal,
-    R. Henderson, J. Mol. Biol. 333, 721 (2003)). Parameters: ``volume`` (N, N, N), masked. Returns None where that
-    range holds fewer than six shells.
+    R. Henderson, J. Mol. Biol. 333, 721 (2003)).
+
+    Parameters
+    ----------
+    volume
+        (N, N, N), masked.
+    fsc
+        (N//2,) of the half-maps.
+    pixel_size_A, resolution_A
+        Of the map.
+
+    Returns
+    -------
+    b_factor_A2
+        None where that range holds fewer than six shells.
     """
-    box = len(volume)
     spectrum = fft.rfftn(np.asarray(volume, np.float32), workers=fft_workers())
-    shells = np.rint(shell_radius(box)).astype(np.int64).ravel()
-    twice = np.full(box // 2 + 1, 2.0)
-    twice[[0, -1]] = 1.0
-    count = np.bincount(shells, np.broadcast_to(twice, spectrum.shape).ravel())[: box // 2]
-    power = np.bincount(shells, (np.abs(spectrum) ** 2 * twice).ravel())[: box // 2] / count
-    amplitude = np.sqrt(power) * predicted_truth_fsc(fsc)
-    frequency = np.arange(box // 2) / (box * pixel_size_A)
+    amplitude = np.sqrt(shell_means(np.abs(spectrum) ** 2)) * predicted_truth_fsc(fsc)
+    frequency = frequencies_1_per_A(len(volume), pixel_size_A)
     use = (frequency >= 1 / GUINIER_FROM_A) & (frequency <= 1 / resolution_A) & (amplitude > 0)
     if use.sum() < GUINIER_MIN_SHELLS:
         return None
@@ -172,16 +183,29 @@ def sharpened_map(
 ) -> np.ndarray:
     """``volume`` with its fall-off undone, each shell weighted by its signal, low-passed at ``resolution_A``.
 
-    Parameters: ``volume`` (N, N, N) masked mean of the half-maps; ``fsc`` (N//2,) of the half-maps; ``b_factor_A2`` as
-    ``guinier_b_factor`` gives it: amplitudes are multiplied by ``exp(+B / (4 d^2))``. Returns (N, N, N) float32.
+    Parameters
+    ----------
+    volume
+        (N, N, N) masked mean of the half-maps.
+    fsc
+        (N//2,) of the half-maps.
+    pixel_size_A, resolution_A
+        Of the map.
+    b_factor_A2
+        As ``guinier_b_factor`` gives it: amplitudes are multiplied by ``exp(+B / (4 d^2))``.
+
+    Returns
+    -------
+    sharpened
+        (N, N, N) float32.
     """
     box = len(volume)
     radius = shell_radius(box)
     weight = np.interp(radius, np.arange(len(fsc)), predicted_truth_fsc(fsc), right=0.0)
     exponent = 0.25 * b_factor_A2 * (radius / (box * pixel_size_A)) ** 2
     ceiling = 0.25 * b_factor_A2 / resolution_A**2  # beyond the cut nothing is left to raise
-    gain = weight * np.exp(np.minimum(exponent, max(ceiling, 0.0)) if b_factor_A2 > 0 else exponent)
+    weight = weight * np.exp(np.minimum(exponent, max(ceiling, 0.0)) if b_factor_A2 > 0 else exponent)
     spectrum = fft.rfftn(np.asarray(volume, np.float32), workers=fft_workers())
-    spectrum *= gain.astype(np.float32)
+    spectrum *= weight.astype(np.float32)
     sharp = fft.irfftn(spectrum, s=volume.shape, workers=fft_workers())
     return lowpass_map(sharp, pixel_size_A, resolution_A)

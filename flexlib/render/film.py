@@ -37,7 +37,7 @@ class SeriesMovie:
     many particles as it has; frames beyond the data are said to be so, in red.
     """
 
-    def __init__(self, name: str, key_frames: list[np.ndarray], level: float, pixel_size_A: float):
+    def __init__(self, name: str, key_frames: list[np.ndarray], level: float, pixel_size_A: float) -> None:
         """``key_frames``: maps (N, N, N) at the series' ends and between, which fix view and extent."""
         from flexlib.render import surface
 

@@ -87,8 +87,29 @@ def render_surface(
 ) -> np.ndarray:
     """Picture of the surface where ``volume`` (N, N, N) crosses ``level``.
 
-    Parameters: ``extent`` half the picture's width in voxels; ``paint`` (N, N, N) values that colour the surface
-    (``PAINT`` between ``paint_limits``) in place of ``colour``. Returns (size_px, size_px, 4) uint8, alpha 0 outside.
+    Parameters
+    ----------
+    volume
+        (N, N, N) density.
+    level
+        The density at the surface.
+    rotation
+        (3, 3), view = rotation @ (x, y, z).
+    extent
+        Half the picture's width, in voxels.
+    size_px
+        The picture's side.
+    colour
+        Red, green and blue of the surface, 0 to 1.
+    paint
+        (N, N, N) values that colour the surface (``PAINT`` between ``paint_limits``) instead of ``colour``.
+    paint_limits
+        Values of the first and the last colour.
+
+    Returns
+    -------
+    np.ndarray
+        (size_px, size_px, 4) uint8, alpha 0 outside.
     """
     box = volume.shape[0]
     fine = fourier_pad_map(volume, _SHARP_BOX) if box < _SHARP_BOX else volume
@@ -115,7 +136,23 @@ def render_surface(
 def isosurface(volume: np.ndarray, pixel_size_A: float, level: float, max_faces: int) -> tuple[np.ndarray, np.ndarray]:
     """Triangles of the isosurface, coarsened until there are at most ``max_faces``.
 
-    Returns vertices (nv, 3) float32, (x, y, z) in Angstrom from the box centre, and faces (nf, 3) int.
+    Parameters
+    ----------
+    volume
+        (N, N, N) density; cropped in Fourier space to coarsen the surface.
+    pixel_size_A
+        Of ``volume``, in Angstrom.
+    level
+        The density at the surface.
+    max_faces
+        The most triangles.
+
+    Returns
+    -------
+    vertices : np.ndarray
+        (nv, 3) float32, (x, y, z) in Angstrom from the box centre.
+    faces : np.ndarray
+        (nf, 3) int, three vertices each.
     """
     from skimage.measure import marching_cubes
 
@@ -172,8 +209,23 @@ def _pixel_positions(extent: float, size: int) -> np.ndarray:
 def _march(fine: np.ndarray, level: float, rotation: np.ndarray, extent: float, size: int) -> np.ndarray:
     """Walk each ray from the viewer to the first crossing of ``level``.
 
-    Parameters: ``fine`` (M, M, M); ``extent`` in its voxels. Returns (size, size) view z in voxels, rows from the top,
-    nan where a ray meets nothing.
+    Parameters
+    ----------
+    fine
+        (M, M, M) density.
+    level
+        The density at the surface.
+    rotation
+        (3, 3), view = rotation @ (x, y, z).
+    extent
+        Half the picture's width, in voxels of ``fine``.
+    size
+        The picture's side in pixels.
+
+    Returns
+    -------
+    np.ndarray
+        (size, size) view z in voxels, rows from the top, nan where a ray meets nothing.
     """
     return _march_rays(
         np.ascontiguousarray(fine, np.float32),

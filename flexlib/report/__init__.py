@@ -5,13 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flexlib.layout import RunFolder
+
 
 def write_report(results_dir: Path, out_html: Path, config: dict[str, Any], truth: Path | None = None) -> None:
     """Write ``report.html`` (one file, no network) and ``summary.png`` beside it from a results folder.
 
-    Parameters: ``results_dir`` is results/<name> (docs/architecture.md); whatever is missing there becomes a sentence
-    in the report. ``config`` is the run's configuration, printed as YAML. ``truth`` is an .npz of a simulation whose
-    ``angles_rad`` (n, d) has the rows of the input particle file.
+    Parameters
+    ----------
+    results_dir
+        The run's folder, results/<name>; whatever is missing there becomes a sentence in the report.
+    out_html
+        The report to write.
+    config
+        The run's configuration, printed as YAML.
+    truth
+        An .npz of a simulation whose ``angles_rad`` (n, d) has the rows of the input particle file.
     """
     from flexlib.report.morph import render_gallery
     from flexlib.report.page import build_page
@@ -21,11 +30,17 @@ def write_report(results_dir: Path, out_html: Path, config: dict[str, Any], trut
     results = Results(Path(results_dir), config, None if truth is None else Path(truth))
     gallery = render_gallery(results)
     build_page(results, gallery, Path(out_html))
-    summary_figure(results, gallery, Path(out_html).with_name("summary.png"))
+    summary_figure(results, gallery, RunFolder(Path(out_html).parent).summary)
 
 
 def write_summary_figure(results_dir: Path, out_png: Path, truth: Path | None = None) -> bool:
-    """Write one picture of a run: latents, motion, maps, FSC; False (nothing written) where there is none of them."""
+    """Write one picture of a run: latents, motion, maps, FSC.
+
+    Returns
+    -------
+    bool
+        False, and nothing is written, where there is none of them.
+    """
     from flexlib.report.morph import render_gallery
     from flexlib.report.results import Results
     from flexlib.report.summary import summary_figure

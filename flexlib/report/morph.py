@@ -157,23 +157,24 @@ def strip(morph: Morph, count: int = 5) -> bytes:
 # how far density moves ------------------------------------------------------------------------------------------
 
 
-def displacement_map(results: Results, sample: int = 256) -> tuple[np.ndarray, Map] | None:
+def displacement_map(results: Results) -> tuple[np.ndarray, Map] | None:
     """How far each voxel moves about its mean over the particles, rms in Angstrom, from the trained model.
 
-    Returns (N, N, N) float32 values, 0 outside the mask, and the canonical map; None without a trained model.
+    Returns
+    -------
+    tuple or None
+        (N, N, N) float32 values, 0 outside the mask, and the canonical map; None without a trained model.
     """
-    if not (results.stage_dir("train") / "model.pt").exists() or results.mask is None:
+    if not results.train_folder.model.exists() or results.mask is None:
         return None
     from flexlib.model.flex_model import FlexModel
+    from flexlib.model.motion import rms_displacement_A
     from flexlib.tetra.voxels import voxelise
 
-    model = FlexModel.load(results.stage_dir("train"))
-    rows = np.random.default_rng(0).permutation(len(model.latents))[:sample]
-    moved = model.displacements_A(model.latents[rows]).numpy().astype(np.float64)  # (s, nv, 3)
-    rms_A = np.sqrt(((moved - moved.mean(0)) ** 2).sum(2).mean(0))  # (nv,)
+    model = FlexModel.load(results.train_folder.model)
     voxels = voxelise(model.mesh, results.mask.data > 0.5, model.pixel_size_A)
     values = np.zeros(model.box**3, np.float32)
-    values[voxels.index] = (voxels.bary * rms_A[model.mesh.cells[voxels.cell]]).sum(1)
+    values[voxels.index] = rms_displacement_A(model, voxels)
     return values.reshape((model.box,) * 3), Map(model.canonical, model.pixel_size_A)
 
 

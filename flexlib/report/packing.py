@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +20,19 @@ DENSITY = "Density (relative)"
 class PackedParticles:
     """What page.js needs of the particles that are drawn."""
 
-    content: dict  # JSON: count, total, rows, columns {name: packed}
+    content: dict[str, Any]  # JSON: count, total, rows, columns {name: packed}
     latents: tuple[str, ...]  # z1..zK
     colours: tuple[str, ...]  # further columns, the first is shown first
 
     @property
     def drawn(self) -> int:
-        """Particles drawn."""
-        return self.content["count"]
+        """Rows drawn."""
+        return int(self.content["count"])
+
+    @property
+    def json(self) -> str:
+        """``content`` without spaces."""
+        return json.dumps(self.content, separators=(",", ":"))
 
 
 def pack_particles(results: Results, room_bytes: float) -> PackedParticles:
@@ -58,7 +65,7 @@ def particle_bytes(num_latents: int, num_colours: int) -> float:
     return 1.2 + num_latents * _LATENT_BITS / 8 + num_colours * _COLOUR_BITS / 8
 
 
-def pack_column(values: np.ndarray, bits: int) -> dict:
+def pack_column(values: np.ndarray, bits: int) -> dict[str, Any]:
     """(n,) numbers as little-endian integers of 8 or 16 bits between ``low`` and ``high``; the highest code is nan."""
     finite = np.isfinite(values)
     low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (0.0, 0.0)
@@ -82,14 +89,14 @@ def pack_rows(rows: np.ndarray) -> str:
 
 
 def density_2d(x: np.ndarray, y: np.ndarray, bins: int = 64) -> np.ndarray:
-    """(n,) smoothed local density of points, relative to its maximum."""
+    """(n,) smoothed local density of particles over two columns, relative to its maximum."""
     from scipy import ndimage
 
     edges = [np.histogram_bin_edges(values, bins, tuple(np.quantile(values, [0.001, 0.999]))) for values in (x, y)]
-    place = [np.clip(np.digitize(values, edge) - 1, 0, bins - 1) for values, edge in zip((x, y), edges, strict=True)]
-    count = np.bincount(place[0] * bins + place[1], minlength=bins * bins).reshape(bins, bins).astype(float)
+    bin_ = [np.clip(np.digitize(values, edge) - 1, 0, bins - 1) for values, edge in zip((x, y), edges, strict=True)]
+    count = np.bincount(bin_[0] * bins + bin_[1], minlength=bins * bins).reshape(bins, bins).astype(float)
     smooth = ndimage.gaussian_filter(count, 1.5)
-    return smooth[place[0], place[1]] / smooth.max()
+    return smooth[bin_[0], bin_[1]] / smooth.max()
 
 
 def column_label(name: str) -> str:

@@ -82,7 +82,7 @@
     return { start: range[0], end: range[1], size: (range[1] - range[0]) / count };
   }
 
-  function placed(box, figure) {
+  function dataOnAxes(box, figure) {
     const [x, y] = [chosen("latent-x"), chosen("latent-y")];
     const trace = figure.data[0];
     const layout = { "xaxis.title.text": x.label, "xaxis.range": limits(x.values) };
@@ -100,7 +100,7 @@
   }
 
   function addParticles(box, figure) {
-    const { data, layout } = placed(box, figure);
+    const { data, layout } = dataOnAxes(box, figure);
     Object.assign(figure.data[0], data);
     Object.entries(layout).forEach(([key, value]) => {
       const [axis, ...path] = key.split(".");
@@ -115,11 +115,11 @@
     marker.color = colour.values;
     marker.colorbar.title.text = colour.label;
     figure.data[0].customdata = particles.rows.map((row) => row + 1);
-    figure.data.slice(1).forEach((path) => Object.assign(path, pathPlace(path)));
+    figure.data.slice(1).forEach((path) => Object.assign(path, pathOnAxes(path)));
   }
 
   // where the generated frames lie, if both axes are latents
-  function pathPlace(path) {
+  function pathOnAxes(path) {
     const at = (name) => path.customdata[particles.latents.indexOf(byId(name).value)];
     const [x, y] = [at("latent-x"), at("latent-y")];
     return x && y ? { x, y, visible: true } : { visible: false };
@@ -130,7 +130,7 @@
   function connectLatents() {
     const [scatter, density] = [byId("latent-scatter"), byId("latent-density")];
     const [panel, lasso] = [byId("latent-picked"), byId("latent-lasso")];
-    let picked = []; // places in particles.rows
+    let picked = []; // indices into particles.rows
     let outline = null; // of the last lasso or box, where it alone made the selection
 
     byId("latent-colour").addEventListener("change", function () {
@@ -142,14 +142,14 @@
     ["latent-x", "latent-y"].forEach((name) => byId(name).addEventListener("change", function () {
       clear();
       [scatter, density].forEach((box) => {
-        const { data, layout } = placed(box.id, box);
+        const { data, layout } = dataOnAxes(box.id, box);
         const wrapped = {};
         Object.entries(data).forEach(([key, value]) => { wrapped[key] = [value]; });
         Plotly.update(box, wrapped, layout, [0]);
       });
       scatter.data.slice(1).forEach((path, index) => {
-        const place = pathPlace(path);
-        Plotly.restyle(scatter, place.x ? { x: [place.x], y: [place.y], visible: true } : place, [index + 1]);
+        const line = pathOnAxes(path);
+        Plotly.restyle(scatter, line.x ? { x: [line.x], y: [line.y], visible: true } : line, [index + 1]);
       });
     }));
     lasso.addEventListener("click", () => {
@@ -190,7 +190,7 @@
 
     function show() {
       panel.hidden = picked.length === 0;
-      const rows = new Set(picked.map((place) => particles.rows[place])); // symmetry gives a particle several points
+      const rows = new Set(picked.map((index) => particles.rows[index])); // symmetry gives a particle several
       byId("latent-count").textContent = rows.size.toLocaleString("en") + (rows.size === 1 ? " particle" : " particles") +
         " selected.";
       const axes = ["latent-x", "latent-y"].map((name) => particles.latents.indexOf(byId(name).value) + 1);
@@ -207,8 +207,8 @@
     function save() {
       const names = particles.latents;
       const head = ["flexInputRow", ...names.map((name) => "flexLatent" + name.slice(1))];
-      const lines = picked.map((place) => [
-        particles.rows[place], ...names.map((name) => Number(particles.columns[name][place].toPrecision(5))),
+      const lines = picked.map((index) => [
+        particles.rows[index], ...names.map((name) => Number(particles.columns[name][index].toPrecision(5))),
       ].join(","));
       const link = document.createElement("a");
       link.href = URL.createObjectURL(new Blob([head.join(",") + "\n" + lines.join("\n") + "\n"], { type: "text/csv" }));

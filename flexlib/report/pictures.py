@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -94,7 +95,7 @@ def view_directions(rot_deg: np.ndarray, tilt_deg: np.ndarray) -> bytes:
     return png(figure)
 
 
-def _scale_bar(axes, extent_A: float) -> None:
+def _scale_bar(axes: Axes, extent_A: float) -> None:
     """A white bar of a round length at the lower left; axes are in Angstrom, ``extent_A`` wide."""
     length = min((5, 10, 20, 50, 100, 200, 500), key=lambda value: abs(value - 0.25 * extent_A))
     x, y = axes.get_xlim()[0] + 0.06 * extent_A, axes.get_ylim()[0] + 0.07 * extent_A

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
-from flexlib.imaging.fsc import resolution_at
+from flexlib.report.facts import FSC_KINDS, FSC_LABELS, fsc_column
 from flexlib.report.pictures import ACCENT, FLEX, GRID, INK, MUTED, RIGID
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-SWEPT = {"cells": "mesh cells", "latent_dims": "latent dims", "rigidity": "rigidity λ", "seed": "seed"}
 _MAX_EIGENVALUES = 24
-_MOST_PANELS = 6
-_MOST_POINTS = 20  # of the sweep, drawn beside each other
-_TERSE = {"cells": "mesh", "latent_dims": "K", "rigidity": "λ", "seed": "seed"}
 _LOG_ABOVE = 60  # eigenvalues this large need a logarithmic axis
 _PALE = "#a9c8e6"
 
 
-def styled(figure: go.Figure, height: int = 380, **layout) -> go.Figure:
+def styled(figure: go.Figure, height: int = 380, **layout: Any) -> go.Figure:
     """The report's fonts, colours and margins."""
     base = {
         "template": "none",
@@ -37,130 +36,6 @@ def styled(figure: go.Figure, height: int = 380, **layout) -> go.Figure:
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return figure
-
-
-# sweep ----------------------------------------------------------------------------------------------------------
-
-
-def swept_columns(sweep: pd.DataFrame) -> list[str]:
-    """Settings that take more than one value in the sweep, the seed last."""
-    return [name for name in SWEPT if name in sweep and sweep[name].nunique() > 1]
-
-
-def paired(sweep: pd.DataFrame) -> bool:
-    """Whether the table has each point's difference to the best, with the standard error of the difference itself."""
-    return "difference_to_best_se" in sweep and sweep["difference_to_best_se"].notna().any()
-
-
-def gain_errors(sweep: pd.DataFrame) -> pd.Series:
-    """Standard errors of the points' differences to the best, else of their gains; nan where there are none."""
-    if paired(sweep):
-        return sweep["difference_to_best_se"]
-    return sweep.get("validation_gain_se", pd.Series(np.nan, sweep.index)).astype(float)
-
-
-def sweep_gains(sweep: pd.DataFrame) -> go.Figure:
-    """Held-out gain of each point, best at the top, with standard errors (``gain_errors``).
-
-    The lines are the best and one standard error of it less; the colours tell the chosen point, those between the
-    lines, and the rest.
-    """
-    ordered = sweep.sort_values("validation_gain", ascending=False)
-    best = ordered.iloc[0]
-    errors = gain_errors(ordered).fillna(0.0)
-    best_error = best.get("validation_gain_se", np.nan)
-    least = best["validation_gain"] - (best_error if np.isfinite(best_error) else 0.0)
-    as_good = ordered["validation_gain"] >= least
-    chosen = ordered["chosen"] if "chosen" in ordered else pd.Series(False, ordered.index)
-    keep = (np.arange(len(ordered)) < _MOST_POINTS) | chosen.to_numpy()
-    names = [name for name in SWEPT if name in sweep and (sweep[name].nunique() > 1 or len(swept_columns(sweep)) == 0)]
-    labels = pd.Series(
-        [", ".join(f"{_TERSE[name]} {_short(row[name])}" for name in names) for _, row in ordered.iterrows()],
-        ordered.index,
-    )
-    figure = go.Figure()
-    groups = (
-        ("chosen", chosen, FLEX, 12),
-        ("within one standard error of the best", as_good & ~chosen, "#7fb0dc", 9),
-        ("worse", ~as_good & ~chosen, RIGID, 9),
-    )
-    for name, rows, colour, size in groups:
-        rows = rows & keep
-        if not rows.any():
-            continue
-        figure.add_scatter(
-            x=ordered.loc[rows, "validation_gain"],
-            y=labels[rows],
-            error_x={"type": "data", "array": errors[rows], "thickness": 1.6, "width": 4},
-            mode="markers",
-            name=name,
-            marker={"size": size, "color": colour},
-            hovertemplate="%{y}: %{x:.2f} nats per particle<extra></extra>",
-        )
-    figure.add_vline(x=best["validation_gain"], line={"color": ACCENT, "width": 1.2, "dash": "dash"})
-    figure.add_vline(x=least, line={"color": ACCENT, "width": 1.2, "dash": "dot"})
-    # far from zero, the differences between points are what matters
-    shown = ordered.loc[keep, "validation_gain"]
-    near_zero = (shown - errors[keep]).min() < 0.3 * shown.max()
-    figure.update_xaxes(title="held-out gain (nats per particle)", rangemode="tozero" if near_zero else "normal")
-    order = labels[keep].tolist()[::-1]
-    figure.update_yaxes(type="category", categoryorder="array", categoryarray=order, automargin=True)
-    legend = {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"}
-    height = int(np.clip(130 + 24 * keep.sum(), 260, 620))
-    return styled(figure, height, legend=legend, showlegend=True, margin={"l": 20, "r": 20, "t": 64, "b": 56})
-
-
-def sweep_heat_map(sweep: pd.DataFrame) -> go.Figure | None:
-    """Held-out gain over two settings, a panel for each value of a third; None where fewer than two settings vary.
-
-    Seeds and further settings are averaged. Colours span two standard errors at least, so that smaller differences do
-    not look large.
-    """
-    from plotly.subplots import make_subplots
-
-    varied = sorted((n for n in swept_columns(sweep) if n != "seed"), key=lambda n: -sweep[n].nunique())
-    if len(varied) < 2:
-        return None
-    across, up = varied[:2]
-    third = varied[2] if len(varied) > 2 and sweep[varied[2]].nunique() <= _MOST_PANELS else None
-    panels = [None] if third is None else sorted(sweep[third].unique())
-    rows = [up] if third is None else [third, up]
-    table = sweep.pivot_table(index=rows, columns=across, values="validation_gain", aggfunc="mean")
-    low, high = float(table.min().min()), float(table.max().max())
-    spare = max(2 * float(gain_errors(sweep).median()) - (high - low), 0.0) / 2
-    titles = None if third is None else [f"{SWEPT[third]} {_short(value)}" for value in panels]
-    figure = make_subplots(cols=len(panels), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04)
-    for number, value in enumerate(panels, 1):
-        part = table if third is None else table.loc[value]
-        figure.add_heatmap(
-            z=part.to_numpy().tolist(),
-            x=[_short(v) for v in part.columns],
-            y=[_short(v) for v in part.index],
-            coloraxis="coloraxis",
-            texttemplate="%{z:.1f}",
-            hovertemplate="%{z:.2f} nats per particle<extra></extra>",
-            xgap=2,
-            ygap=2,
-            row=1,
-            col=number,
-        )
-        figure.update_xaxes(title=SWEPT[across], type="category", showgrid=False, row=1, col=number)
-        figure.update_yaxes(type="category", showgrid=False, row=1, col=number)
-    if "chosen" in sweep and sweep["chosen"].any():
-        row = sweep[sweep["chosen"]].iloc[0]
-        column = 1 if third is None else panels.index(row[third]) + 1
-        marker = {"symbol": "square-open", "size": 40, "color": ACCENT, "line": {"width": 3}}
-        place = {"x": [_short(row[across])], "y": [_short(row[up])], "mode": "markers"}
-        figure.add_scatter(**place, marker=marker, hoverinfo="skip", row=1, col=column)
-    figure.update_yaxes(title=SWEPT[up], row=1, col=1)
-    bar = {"title": {"text": "nats per particle", "side": "right"}, "thickness": 14}
-    colours = {"colorscale": "YlGnBu", "cmin": low - spare, "cmax": high + spare, "colorbar": bar}
-    margin = {"l": 70, "r": 20, "t": 52, "b": 56}
-    return styled(figure, 400, showlegend=False, coloraxis=colours, margin=margin)
-
-
-def _short(value) -> str:
-    return f"{value:g}"
 
 
 # training -------------------------------------------------------------------------------------------------------
@@ -250,7 +125,7 @@ def spectrum_plot(spectrum: pd.DataFrame, suggested_dims: int | None = None) -> 
 
 
 def latent_scatter(count: int) -> go.Figure:
-    """Particles over two latents; the page's script adds the ``count`` points and exchanges axes and colours."""
+    """Particles over two latents; the page's script adds the ``count`` rows and exchanges axes and colours."""
     figure = go.Figure(
         go.Scattergl(
             mode="markers",
@@ -284,7 +159,7 @@ def add_series_paths(figure: go.Figure, series: pd.DataFrame) -> None:
         )
 
 
-def _frame_markers(frames: pd.DataFrame) -> dict:
+def _frame_markers(frames: pd.DataFrame) -> dict[str, Any]:
     beyond = frames["beyond_data"].to_numpy() > 0
     return {
         "size": np.where(beyond, 7, 4).tolist(),
@@ -294,7 +169,7 @@ def _frame_markers(frames: pd.DataFrame) -> dict:
 
 
 def latent_density() -> go.Figure:
-    """Particles per bin over the same axes; the page's script adds the points and the bins."""
+    """Particles per bin over the same axes; the page's script adds the particles and the bins."""
     figure = go.Figure(
         go.Histogram2d(
             colorscale="YlGnBu",
@@ -312,37 +187,12 @@ def latent_histogram() -> go.Figure:
     return styled(figure, 470, bargap=0.04)
 
 
-def plain_numbers(values) -> list[float]:
+def plain_numbers(values: npt.ArrayLike) -> list[float]:
     """Plain numbers with 4 significant digits: small in the file, sharp enough for a plot."""
     return [float(f"{value:.4g}") for value in np.asarray(values, dtype=float)]
 
 
 # resolution -----------------------------------------------------------------------------------------------------
-
-FSC_LABELS = {
-    "corrected": "corrected",
-    "masked": "masked",
-    "unmasked": "unmasked",
-    "moving": "where it moves",
-}
-FSC_KINDS = tuple(FSC_LABELS)
-
-
-def fsc_column(fsc: pd.DataFrame, model: str, kind: str | None = None) -> str | None:
-    """The column of ``model`` ("flex", "rigid") and ``kind``; without a kind, the most trustworthy one present."""
-    for name in (kind,) if kind else FSC_KINDS:
-        if f"fsc_{model}_{name}" in fsc and fsc[f"fsc_{model}_{name}"].notna().any():
-            return f"fsc_{model}_{name}"
-    return None
-
-
-def resolution_A(fsc: pd.DataFrame, column: str, threshold: float) -> float | None:
-    """Resolution in Angstrom where a curve first falls below ``threshold``; None where it never does."""
-    curve, frequency = fsc[column].to_numpy(float), fsc["frequency_1_per_A"].to_numpy(float)
-    if len(curve) < 2 or not (curve[1:] < threshold).any():
-        return None
-    box = 2 * len(curve)
-    return resolution_at(curve, threshold, box, pixel_size_A=1 / (frequency[1] * box))
 
 
 def fsc_plot(fsc: pd.DataFrame) -> go.Figure:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
+from flexlib.errors import InputError
 from flexlib.files import read_json
 from flexlib.imaging.maps import Map, read_map
+from flexlib.layout import POINT_PATTERN, GenerateFolder, MeshFolder, ReconstructFolder, RunFolder, TrainFolder
 from flexlib.particles.star import StarTables, read_tables
+from flexlib.records import ChoiceRecord, PreparedRecord, Record, ResolutionRecord, ValidationRecord
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.workflow_support.points import SweepPoint
+
+logger = logging.getLogger(__name__)
+
+_NO_POINT = "no-sweep-point"  # a folder that no run has
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -28,11 +39,16 @@ class Series:
 
 @dataclass(frozen=True)
 class Results:
-    """One results/<name> folder, as laid out in docs/architecture.md."""
+    """One results/<name> folder."""
 
     root: Path
     config: dict[str, Any]
     truth_path: Path | None = None
+
+    @property
+    def run(self) -> RunFolder:
+        """Where everything lies."""
+        return RunFolder(self.root)
 
     @property
     def name(self) -> str:
@@ -43,72 +59,91 @@ class Results:
 
     @cached_property
     def particles(self) -> pd.DataFrame | None:
-        """Prepared particles, RELION's columns without the prefix ``rln``, in the order of particles.star."""
+        """Prepared particles, RELION's columns without the prefix ``rln``: a row for each symmetry copy."""
         return None if self._prepared_star is None else _bare_names(self._prepared_star.particles)
 
     @cached_property
     def optics(self) -> pd.DataFrame | None:
-        """The optics groups of particles.star, named likewise."""
+        """The optics groups of the prepared particles, named likewise."""
         tables = self._prepared_star
         return None if tables is None or tables.optics is None else _bare_names(tables.optics)
 
     @cached_property
     def _prepared_star(self) -> StarTables | None:
-        path = self.root / "particles" / "particles.star"
+        path = self.run.particles.particles
         return read_tables(path) if path.exists() else None
 
     @cached_property
-    def prepared(self) -> dict[str, Any]:
-        """prepared.json."""
-        return _json(self.root / "particles" / "prepared.json")
+    def prepared(self) -> PreparedRecord | None:
+        """What prepare read and made."""
+        return _record(PreparedRecord, self.run.particles.record)
 
     @cached_property
     def consensus(self) -> Map | None:
         """The consensus map at the training box."""
-        return _map(self.root / "particles" / "consensus.mrc")
+        return _map(self.run.particles.consensus)
 
     @cached_property
     def mask(self) -> Map | None:
         """The solvent mask at the training box."""
-        return _map(self.root / "particles" / "mask.mrc")
+        return _map(self.run.particles.mask)
 
     @cached_property
     def full_mask(self) -> Map | None:
         """The solvent mask at the reconstruction box."""
-        return _map(self.root / "particles" / "full" / "mask.mrc")
+        return _map(self.run.particles.full_mask)
 
     # the sweep and its chosen point -----------------------------------------------------------------------------
 
     @cached_property
     def sweep(self) -> pd.DataFrame | None:
-        """sweep.csv, with ``chosen`` as bool."""
-        table = _csv(self.root / "sweep.csv")
+        """The table of sweep points, with ``chosen`` as bool."""
+        table = _csv(self.run.table)
         if table is not None and "chosen" in table:
             table["chosen"] = table["chosen"].astype(str).str.lower().isin(["true", "1", "yes", "1.0"])
         return table
 
     @cached_property
     def chosen(self) -> SweepPoint | None:
-        """The point the sweep chose; without a table, the first trained point found."""
+        """The chosen sweep point: the table's, else the recorded choice, else the first trained one found."""
         if self.sweep is not None and "chosen" in self.sweep and self.sweep["chosen"].any():
             row = self.sweep[self.sweep["chosen"]].iloc[0]
             return SweepPoint(int(row["cells"]), int(row["latent_dims"]), float(row["rigidity"]), int(row["seed"]))
-        trained = sorted((self.root / "train").glob("cells~*/dims~*/rigidity~*/seed~*"))
-        return _point_of(trained[0]) if trained else None
+        choice = _record(ChoiceRecord, self.run.best_point)
+        if choice is not None:
+            return SweepPoint(choice.cells, choice.latent_dims, choice.rigidity, choice.seed)
+        return min(_trained_points(self.run), key=lambda point: point.path, default=None)
 
-    def stage_dir(self, stage: str) -> Path:
-        """The chosen point's folder of a stage."""
-        point = self.chosen
-        if point is None:
-            return self.root / stage / "no-point"
-        return self.root / stage / (point.mesh_path if stage == "mesh" else point.path)
+    @property
+    def _point_path(self) -> str:
+        return _NO_POINT if self.chosen is None else self.chosen.path
+
+    @property
+    def mesh_folder(self) -> MeshFolder:
+        """What mesh wrote for the chosen sweep point."""
+        return self.run.mesh(_NO_POINT if self.chosen is None else self.chosen.mesh_path)
+
+    @property
+    def train_folder(self) -> TrainFolder:
+        """What train wrote for the chosen sweep point."""
+        return self.run.train(self._point_path)
+
+    @property
+    def generate_folder(self) -> GenerateFolder:
+        """What generate wrote for the chosen sweep point."""
+        return self.run.generate(self._point_path)
+
+    @property
+    def reconstruct_folder(self) -> ReconstructFolder:
+        """What reconstruct wrote for the chosen sweep point."""
+        return self.run.reconstruct(self._point_path)
 
     # mesh and training ------------------------------------------------------------------------------------------
 
     @cached_property
     def mesh(self) -> TetraMesh | None:
-        """The chosen point's mesh."""
-        path = self.stage_dir("mesh") / "mesh.vtu"
+        """The chosen sweep point's mesh."""
+        path = self.mesh_folder.mesh
         if not path.exists():
             return None
         from flexlib.tetra.io import read_mesh
@@ -117,60 +152,54 @@ class Results:
 
     @cached_property
     def mesh_quality(self) -> dict[str, Any]:
-        """mesh_quality.json."""
-        return _json(self.stage_dir("mesh") / "mesh_quality.json")
+        """Figures of the mesh."""
+        path = self.mesh_folder.quality
+        return read_json(path) if path.exists() else {}
 
     @cached_property
     def log(self) -> pd.DataFrame | None:
-        """log.csv of the training."""
-        return _csv(self.stage_dir("train") / "log.csv")
+        """The training, a row for each epoch."""
+        return _csv(self.train_folder.log)
 
     @cached_property
     def spectrum(self) -> pd.DataFrame | None:
-        """spectrum.csv: eigenvalues of the spectral start and the noise edge."""
-        return _csv(self.stage_dir("train") / "spectrum.csv")
+        """Eigenvalues of the spectral start and the noise edge."""
+        return _csv(self.train_folder.spectrum)
 
     @cached_property
-    def validation(self) -> dict[str, Any]:
-        """validation.json."""
-        return _json(self.stage_dir("train") / "validation.json")
+    def validation(self) -> ValidationRecord | None:
+        """What the training came to."""
+        return _record(ValidationRecord, self.train_folder.validation)
 
     @cached_property
     def latents(self) -> pd.DataFrame | None:
-        """One row per particle with latents: z1..zK, ``row`` in the input file, and whatever can colour a plot.
+        """One row per particle (and symmetry copy) with latents: z1..zK, ``row`` in the input file, ``copy``.
 
-        Columns beside z: ``True angle 1 (deg)``... with truth, ``Half-set``, ``Defocus (µm)``, ``View tilt (deg)``, and
-        every numeric column of latents.star that varies, under its name there
-        (without ``rln``).
+        Beside them whatever can colour a plot: ``True angle 1 (deg)``... with truth, ``Half-set``, ``Defocus (µm)``,
+        ``View tilt (deg)``, and every numeric column of latents.star that varies, under its name there (without
+        ``rln``).
         """
-        table = self._latents_table
-        if table is None:
+        table = self._all_latents
+        if table is None or "z1" not in table:
             return None
-        names = [c for c in table if re.fullmatch(r"flexLatent\d+", c)]
-        names.sort(key=lambda c: int(c[len("flexLatent") :]))
-        if not names:
-            return None
-        out = pd.DataFrame({f"z{i + 1}": table[c].astype(float) for i, c in enumerate(names)})
-        # with symmetry a particle has a row for each copy, and the table says which is whose
-        out["row"] = table["flexInputRow"].to_numpy() if "flexInputRow" in table else np.arange(len(table))
-        out["copy"] = table["flexSymmetryCopy"].to_numpy() if "flexSymmetryCopy" in table else 0
-        out = self._add_truth(out)
-        known = np.isfinite(out["z1"]).to_numpy()
-        out = self._add_particle_columns(out[known].reset_index(drop=True))
-        skip = {*names, "flexInputRow", "flexSymmetryCopy", "flexUid", "flexInputSign", "RandomSubset", "AngleTilt"}
-        further = table.loc[known, [name for name in table.select_dtypes("number") if name not in skip]]
+        known = np.isfinite(table["z1"]).to_numpy()
+        own = [name for name in table if name in ("row", "copy") or re.fullmatch(r"z\d+", name)]
+        latents = self._add_truth(table[own])[known].reset_index(drop=True)
+        further = table.loc[known].drop(columns=own)
         further = further.loc[:, further.nunique() > 1].reset_index(drop=True)
-        return pd.concat([out, further], axis=1)
+        return pd.concat([self._add_particle_columns(latents), further], axis=1)
 
     @cached_property
-    def all_latents_count(self) -> int | None:
-        """Rows of the input particle file, kept or not."""
-        return None if self._latents_table is None else len(self._latents_table)
+    def num_input(self) -> int | None:
+        """Particles of the user's file, kept or not, if known."""
+        if self.prepared is not None:
+            return self.prepared.num_input
+        return None if self._all_latents is None else int(self._all_latents["row"].nunique())
 
     @cached_property
-    def _latents_table(self) -> pd.DataFrame | None:
-        path = self.stage_dir("train") / "latents.star"
-        return _bare_names(read_tables(path).particles) if path.exists() else None
+    def _all_latents(self) -> pd.DataFrame | None:
+        path = self.train_folder.latents
+        return _read_latents(path) if path.exists() else None
 
     def _add_truth(self, latents: pd.DataFrame) -> pd.DataFrame:
         if self.truth_path is None or not self.truth_path.exists():
@@ -211,39 +240,47 @@ class Results:
 
     @cached_property
     def series(self) -> list[Series]:
-        """Generated series of the chosen point that have frames."""
-        folders = sorted(path for path in self.stage_dir("generate").glob("*") if path.is_dir())
-        found = [Series(path.name, tuple(sorted(path.glob("frame_*.mrc")))) for path in folders]
+        """Generated series of the chosen sweep point that have frames."""
+        folder = self.generate_folder
+        found = []
+        for name in sorted(path.name for path in folder.path.glob("*") if path.is_dir()):
+            frames = (folder.frame(name, number) for number in itertools.count())
+            found.append(Series(name, tuple(itertools.takewhile(Path.exists, frames))))
         return [series for series in found if series.frames]
 
     @cached_property
     def series_latents(self) -> pd.DataFrame | None:
-        """series.csv: series, frame, latent_1..K, num_particles, beyond_data of every generated frame."""
-        return _csv(self.stage_dir("generate") / "series.csv")
+        """``series``, ``frame``, ``latent_1``..K, ``num_particles``, ``beyond_data`` of every generated frame."""
+        return _csv(self.generate_folder.table)
 
     @cached_property
     def convergence(self) -> pd.DataFrame | None:
-        """convergence.csv: half, model, iteration, objective, relative_gradient of the reconstruction."""
-        return _csv(self.stage_dir("reconstruct") / "convergence.csv")
+        """``half``, ``model``, ``iteration``, ``objective``, ``relative_gradient`` of the reconstruction."""
+        return _csv(self.reconstruct_folder.convergence)
 
     @cached_property
+    def resolution(self) -> ResolutionRecord | None:
+        """What the reconstruction came to."""
+        return _record(ResolutionRecord, self.reconstruct_folder.resolution)
+
+    @property
     def unconverged(self) -> list[str]:
-        """Half-maps whose solution was stopped by the count of iterations, as resolution.json says: "flex half 1"."""
-        converged = _json(self.stage_dir("reconstruct") / "resolution.json").get("converged", {})
+        """Half-maps whose solution was stopped by the count of iterations: "flex half 1"."""
+        converged = {} if self.resolution is None else self.resolution.converged
         return [name.replace("_half", " half ") for name, is_so in converged.items() if not is_so]
 
     @cached_property
     def fsc(self) -> pd.DataFrame | None:
-        """fsc.csv of the chosen point."""
-        return _csv(self.stage_dir("reconstruct") / "fsc.csv")
+        """Half-map FSC curves of the chosen sweep point."""
+        return _csv(self.reconstruct_folder.fsc)
 
     def reconstructed(self, kind: str) -> Map | None:
         """``kind`` "flex" or "rigid": the mean of the two half-maps, or the combined map where there are none."""
-        folder = self.stage_dir("reconstruct")
-        halves = [_map(folder / f"{kind}_half{i}.mrc") for i in (1, 2)]
+        folder = self.reconstruct_folder
+        halves = [_map(folder.half(kind, number)) for number in (1, 2)]
         if halves[0] is not None and halves[1] is not None:
             return Map(0.5 * (halves[0].data + halves[1].data), halves[0].pixel_size_A)
-        return _map(folder / f"{kind}_map.mrc")
+        return _map(folder.map(kind))
 
     @property
     def reconstructed_maps(self) -> list[tuple[str, Map]]:
@@ -262,20 +299,42 @@ class Results:
     def benchmarks(self) -> pd.DataFrame:
         """Snakemake's benchmark files: rule (path below benchmarks/), seconds, peak memory in MB."""
         rows = []
-        for path in sorted((self.root / "benchmarks").rglob("*.tsv")):
+        for path in sorted(self.run.benchmarks.rglob("*.tsv")):
             table = pd.read_csv(path, sep="\t", na_values="-")
             if len(table) and "s" in table:
-                label = path.relative_to(self.root / "benchmarks").with_suffix("").as_posix()
+                label = path.relative_to(self.run.benchmarks).with_suffix("").as_posix()
                 rows.append((label, float(table["s"].mean()), float(table.get("max_rss", pd.Series([np.nan])).mean())))
         return pd.DataFrame(rows, columns=["rule", "seconds", "memory_MB"])
+
+
+def _read_latents(path: Path) -> pd.DataFrame:
+    """z1..zK (float), ``row`` in the input file, ``copy`` (of its symmetry), and all further numeric columns.
+
+    A row for each row of ``path``, in order; nan where a particle was not kept.
+    """
+    table = _bare_names(read_tables(path).particles)
+    names = sorted((c for c in table if re.fullmatch(r"flexLatent\d+", c)), key=lambda c: int(c[len("flexLatent") :]))
+    out = pd.DataFrame({f"z{i + 1}": table[c].astype(float) for i, c in enumerate(names)}, index=table.index)
+    out["row"] = table["flexInputRow"].to_numpy() if "flexInputRow" in table else np.arange(len(table))
+    out["copy"] = table["flexSymmetryCopy"].to_numpy() if "flexSymmetryCopy" in table else 0
+    skip = {*names, "flexInputRow", "flexSymmetryCopy", "flexUid", "flexInputSign", "RandomSubset", "AngleTilt"}
+    further = [name for name in table.select_dtypes("number") if name not in skip]
+    return pd.concat([out, table[further]], axis=1)
 
 
 def _bare_names(table: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=lambda name: name.removeprefix("rln"))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+def _record(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
+    """The record at ``path``; None where there is none, or one of an older flexlib that cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return kind.read(path)
+    except InputError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def _csv(path: Path) -> pd.DataFrame | None:
@@ -287,6 +346,13 @@ def _map(path: Path) -> Map | None:
     return read_map(path) if path.exists() else None
 
 
-def _point_of(folder: Path) -> SweepPoint:
-    cells, dims, rigidity, seed = (part.split("~", 1)[1] for part in folder.parts[-4:])
-    return SweepPoint(int(cells), int(dims), float(rigidity), int(seed))
+def _trained_points(run: RunFolder) -> list[SweepPoint]:
+    """The sweep points that have a training folder."""
+    values = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", POINT_PATTERN))
+    root = run.train("").path
+    found = []
+    for path in root.glob(re.sub(r"\{\w+\}", "*", POINT_PATTERN)):
+        match = values.fullmatch(path.relative_to(root).as_posix())
+        assert match is not None  # the same pattern
+        found.append(SweepPoint(int(match["cells"]), int(match["dims"]), float(match["rigidity"]), int(match["seed"])))
+    return found

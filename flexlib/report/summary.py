@@ -6,18 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import FigureBase
 
 from flexlib.files import atomic_path
 from flexlib.report import morph, pictures
+from flexlib.report.facts import fsc_column
 from flexlib.report.packing import density_2d
-from flexlib.report.plots import fsc_column
 from flexlib.report.results import Results
 
 
 def summary_figure(results: Results, gallery: morph.Gallery, out_png: Path) -> bool:
     """Draw what there is, 1400 px wide; see ``write_summary_figure``."""
     painted = gallery.painted
-    panels: list[tuple[float, Callable]] = []
+    panels: list[tuple[float, Callable[[FigureBase], None]]] = []
     if results.latents is not None:
         panels.append((1.08, lambda figure: _draw_latents(figure, results)))
     if painted is not None:
@@ -41,7 +42,7 @@ def summary_figure(results: Results, gallery: morph.Gallery, out_png: Path) -> b
     return True
 
 
-def _draw_latents(figure, results: Results) -> None:
+def _draw_latents(figure: FigureBase, results: Results) -> None:
     """Scatter of the first two latents (a histogram for one), coloured by the first true angle if there is one."""
     axes = figure.add_subplot()
     latents = results.latents
@@ -67,7 +68,7 @@ def _draw_latents(figure, results: Results) -> None:
         axes.set_ylabel("particles")
 
 
-def _draw_painted(figure, painted: morph.PaintedMap) -> None:
+def _draw_painted(figure: FigureBase, painted: morph.PaintedMap) -> None:
     axes = figure.add_subplot()
     axes.imshow(painted.front)
     axes.axis("off")
@@ -78,7 +79,7 @@ def _draw_painted(figure, painted: morph.PaintedMap) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_stack(figure, panels: Sequence[tuple[str, np.ndarray]]) -> None:
+def _draw_stack(figure: FigureBase, panels: Sequence[tuple[str, np.ndarray]]) -> None:
     """Pictures above each other, each with its title."""
     for axes, (title, picture) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         axes.imshow(picture)
@@ -86,7 +87,7 @@ def _draw_stack(figure, panels: Sequence[tuple[str, np.ndarray]]) -> None:
         axes.set_title(title)
 
 
-def _draw_fsc(figure, results: Results) -> None:
+def _draw_fsc(figure: FigureBase, results: Results) -> None:
     axes = figure.add_subplot()
     fsc = results.fsc
     assert fsc is not None

@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit
 from scipy import fft
 
-from flexlib.imaging.fourier import shell_radius
+from flexlib.imaging.fourier import shell_means, shell_number
+from flexlib.imaging.fsc import fsc, predicted_truth_fsc
 from flexlib.imaging.maps import crop_or_pad_real
 
 _PADDING = 2
@@ -20,7 +21,7 @@ _MIN_WEIGHT_FRACTION = 0.05  # of a shell's mean CTF^2: the least that a coeffic
 
 
 @njit(cache=True, fastmath=True)
-def _insert_slices(numerator, weight, slices, ctf, rotation):
+def _insert_slices(numerator, weight, slices, ctf, rotation) -> None:
     """Add (b, P, P//2+1) slices and their squared CTF to (P, P, P) arrays whose zero frequency is at P//2."""
     box = numerator.shape[0]
     half = box // 2
@@ -91,9 +92,9 @@ class Backprojector:
         numerator, weight = fft.ifftshift(numerator), fft.ifftshift(weight)
         keep = slice(0, len(weight) // 2 + 1)
         numerator, weight = numerator[:, :, keep], weight[:, :, keep]
-        shell = np.rint(shell_radius(len(weight))).astype(np.int64)
-        total = np.bincount(shell.ravel(), weight.ravel()) / np.bincount(shell.ravel())
-        floor = np.maximum(_MIN_WEIGHT_FRACTION * total, 1e-6 * total.max() + 1e-30)[shell]
+        mean = shell_means(weight)
+        shell = np.minimum(shell_number(len(weight)), len(mean) - 1)
+        floor = np.maximum(_MIN_WEIGHT_FRACTION * mean, 1e-6 * mean.max() + 1e-30)[shell]
         volume = fft.fftshift(fft.irfftn(numerator / np.maximum(weight, floor), s=(padded_box(self.box),) * 3))
         volume = crop_or_pad_real(volume, self.box)
         taper = np.sinc((np.arange(self.box) - self.box // 2) / padded_box(self.box)) ** 2
@@ -103,24 +104,16 @@ class Backprojector:
 def consensus_map(first: Backprojector, second: Backprojector) -> np.ndarray:
     """Map of both half-sets, each shell weighted by what their FSC says is signal, cut where FSC falls below 0.143.
 
-    The FSC is taken in a soft sphere of radius 0.4 boxes; weight sqrt(2 FSC / (1 + FSC)) (Rosenthal and Henderson,
-    J. Mol. Biol. 333, 721 (2003)).
+    The FSC is taken in a soft sphere of radius 0.4 boxes; weights are ``imaging.fsc.predicted_truth_fsc``.
     """
     box = first.box
     axis = np.arange(box) - box // 2
     radius = np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2)
     sphere = 0.5 + 0.5 * np.cos(np.pi * np.clip((radius - 0.4 * box) / (0.08 * box), 0, 1))
-    halves = [fft.rfftn(half.map() * sphere) for half in (first, second)]
-    shell = np.rint(shell_radius(box)).astype(np.int64)
-
-    def shell_sum(values: np.ndarray) -> np.ndarray:
-        return np.bincount(shell.ravel(), values.ravel())
-
-    power = [shell_sum(np.abs(half) ** 2) for half in halves]
-    fsc = shell_sum((halves[0] * halves[1].conj()).real) / np.sqrt(power[0] * power[1] + 1e-30)
-    below = np.flatnonzero((fsc < 0.143) | (np.arange(len(fsc)) >= box // 2))
-    gain = np.sqrt(np.clip(2 * fsc / (1 + np.abs(fsc)), 0, 1))
-    gain[below[0] :] = 0.0
+    curve = fsc(first.map(), second.map(), sphere)
+    curve = np.append(curve, 0.0)  # of the corners
+    weight = np.where(np.logical_and.accumulate(curve >= 0.143), predicted_truth_fsc(curve), 0.0)
     ball = 0.5 + 0.5 * np.cos(np.pi * np.clip(2 * (radius - 0.5 * box) / (0.1 * box) + 1, 0, 1))
-    spectrum = fft.rfftn(first.map([second])) * gain[shell]
+    shell = np.minimum(shell_number(box), box // 2)
+    spectrum = fft.rfftn(first.map([second])) * weight[shell]
     return (fft.irfftn(spectrum, s=(box,) * 3) * ball).astype(np.float32)

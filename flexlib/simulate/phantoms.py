@@ -152,11 +152,11 @@ def beta_sandwich(generator: np.random.Generator) -> np.ndarray:
     """
     elements = []
     for sheet in range(2):
-        for place in range(4):
+        for slot in range(4):
             strand = _strand(int(generator.integers(7, 11)))
-            if (place + sheet) % 2:
+            if (slot + sheet) % 2:
                 strand = strand[::-1]
-            offset = (place - 1.5) * (1 if sheet == 0 else -1)
+            offset = (slot - 1.5) * (1 if sheet == 0 else -1)
             twist = Rotation.from_rotvec([offset * _SHEET_TWIST_RAD, 0, 0])
             sheet_turn = Rotation.from_rotvec([np.deg2rad(15.0) * (1 - 2 * sheet), 0, 0])
             centre = np.array([(sheet - 0.5) * _SHEET_SPACING_A, offset * _STRAND_SPACING_A, generator.normal(0, 1.0)])
@@ -167,22 +167,22 @@ def beta_sandwich(generator: np.random.Generator) -> np.ndarray:
 def helix_bundle(generator: np.random.Generator, helices: int, residues: int = 20) -> np.ndarray:
     """C-alphas (n, 3) of antiparallel helices along z on a hexagonal lattice, tilted a little."""
     lattice = np.stack(np.meshgrid(np.arange(-4, 5), np.arange(-4, 5), indexing="ij"), -1).reshape(-1, 2)
-    places = _HELIX_SPACING_A * lattice @ np.array([[1.0, 0.0], [0.5, np.sqrt(0.75)]])
-    places = places[np.lexsort((places[:, 1], np.round(np.linalg.norm(places, axis=1), 3)))][:helices]
-    places = places[np.lexsort((places[:, 0], np.round(places[:, 1] / _HELIX_SPACING_A, 1)))]
+    sites = _HELIX_SPACING_A * lattice @ np.array([[1.0, 0.0], [0.5, np.sqrt(0.75)]])
+    sites = sites[np.lexsort((sites[:, 1], np.round(np.linalg.norm(sites, axis=1), 3)))][:helices]
+    sites = sites[np.lexsort((sites[:, 0], np.round(sites[:, 1] / _HELIX_SPACING_A, 1)))]
     elements = []
-    for number, place in enumerate(places):
+    for number, site in enumerate(sites):
         helix = _helix(int(residues + generator.integers(-4, 5)))
         helix = helix if number % 2 else helix[::-1] * [1.0, -1.0, 1.0]
         turn = Rotation.from_rotvec([0, 0, generator.uniform(0, 2 * np.pi)])
         tilt = Rotation.from_rotvec([*generator.normal(0, np.deg2rad(7.0), 2), 0])
-        offset = np.append(place - places.mean(0), generator.normal(0, 1.5))
+        offset = np.append(site - sites.mean(0), generator.normal(0, 1.5))
         elements.append(tilt.apply(turn.apply(helix)) + offset)
     return _join(elements, 10.0, generator)
 
 
-def _place(chain: np.ndarray, along: np.ndarray, side: np.ndarray, centre: np.ndarray, spin_rad: float) -> np.ndarray:
-    """Put a chain built along z into place: z -> ``along``, x -> ``side``, after a spin about z."""
+def _orient(chain: np.ndarray, along: np.ndarray, side: np.ndarray, centre: np.ndarray, spin_rad: float) -> np.ndarray:
+    """Turn a chain built along z, and shift it: z -> ``along``, x -> ``side``, after a spin about z."""
     along = along / np.linalg.norm(along)
     side = side - (side @ along) * along
     side = side / np.linalg.norm(side)
@@ -248,9 +248,9 @@ def antibody() -> Phantom:
     core_tops = []
     for side in (1.0, -1.0):
         upper = beta_sandwich(generator)
-        upper = assembly.add(_place(upper, -z + 0.25 * side * x, y, -27 * z + side * 17 * x + 3 * side * y, 0.4))
+        upper = assembly.add(_orient(upper, -z + 0.25 * side * x, y, -27 * z + side * 17 * x + 3 * side * y, 0.4))
         lower = beta_sandwich(generator)
-        assembly.add(_place(lower, -z - 0.2 * side * x, y, -64 * z + side * 12.5 * x, 1.0))
+        assembly.add(_orient(lower, -z - 0.2 * side * x, y, -64 * z + side * 12.5 * x, 1.0))
         core_tops.append(upper[::-1])
         sugar = _loop(upper, np.array([[2.0 * side, 0, -30.0], [2.0 * side, 0, -40.0]]), 10.0, generator)
         assembly.add(sugar)
@@ -264,14 +264,14 @@ def antibody() -> Phantom:
         along = along / np.linalg.norm(along)
         across = across - (across @ along) * along
         across = across / np.linalg.norm(across)
-        for place in (-1.0, 1.0):
+        for slot in (-1.0, 1.0):
             near = beta_sandwich(generator)
-            near = _place(near, along - 0.2 * place * across, across, pivot + 28 * along + 11.5 * place * across, 0.7)
+            near = _orient(near, along - 0.2 * slot * across, across, pivot + 28 * along + 11.5 * slot * across, 0.7)
             assembly.add(near, hinge)
             far = beta_sandwich(generator)
-            far = _place(far, along + 0.3 * place * across, across, pivot + 66 * along + 12 * place * across, 1.9)
+            far = _orient(far, along + 0.3 * slot * across, across, pivot + 66 * along + 12 * slot * across, 1.9)
             assembly.add(far, hinge)
-            if place < 0:
+            if slot < 0:
                 nearest = near if (near[0] - pivot) @ along < (near[-1] - pivot) @ along else near[::-1]
                 assembly.add_linker(core_tops[hinge], nearest, hinge, generator)
     return assembly.finish("antibody", [(pivots[0], y, 0.5, 0.0), (pivots[1], y + 0.7 * z + 0.3 * x, 0.3, 0.12)])
@@ -285,12 +285,12 @@ def clamp() -> Phantom:
     generator = np.random.default_rng(2)
     assembly = _Assembly(1)
     x, y, z = np.eye(3)
-    assembly.add(_place(helix_bundle(generator, 10, 24), z, x, -30 * x, 0.3))
-    assembly.add(_place(helix_bundle(generator, 9, 26), x + 0.2 * z, y, 7 * x - 24 * z, 0.0))
-    assembly.add(_place(beta_sandwich(generator), y, x, 37 * x + 10 * y - 16 * z, 0.5))
-    upper = assembly.add(_place(beta_sandwich(generator), y + 0.4 * z, x, -34 * x + 6 * y + 36 * z, 0.0))
-    jaw = assembly.add(_place(helix_bundle(generator, 9, 26), x - 0.25 * z, y, 11 * x + 34 * z, 0.0), 0)
-    assembly.add(_place(beta_sandwich(generator), y - 0.3 * z, x, 42 * x + 6 * y + 26 * z, 1.0), 0)
+    assembly.add(_orient(helix_bundle(generator, 10, 24), z, x, -30 * x, 0.3))
+    assembly.add(_orient(helix_bundle(generator, 9, 26), x + 0.2 * z, y, 7 * x - 24 * z, 0.0))
+    assembly.add(_orient(beta_sandwich(generator), y, x, 37 * x + 10 * y - 16 * z, 0.5))
+    upper = assembly.add(_orient(beta_sandwich(generator), y + 0.4 * z, x, -34 * x + 6 * y + 36 * z, 0.0))
+    jaw = assembly.add(_orient(helix_bundle(generator, 9, 26), x - 0.25 * z, y, 11 * x + 34 * z, 0.0), 0)
+    assembly.add(_orient(beta_sandwich(generator), y - 0.3 * z, x, 42 * x + 6 * y + 26 * z, 1.0), 0)
     pivot = np.array([-18.0, 2.0, 34.0])
     for offset in (-5.0, 5.0):
         hold = pivot + offset * y
@@ -310,14 +310,14 @@ def slider() -> Phantom:
     generator = np.random.default_rng(3)
     assembly = _Assembly(1)
     x, y, z = np.eye(3)
-    for place in (-1.0, 0.0, 1.0):
+    for slot in (-1.0, 0.0, 1.0):
         flat = helix_bundle(generator, 8, 30)
-        assembly.add(_place(flat, x + 0.1 * place * y, z, 2 * place * x + 30 * place * y - 16 * z, 0.4 * place))
-    assembly.add(_place(beta_sandwich(generator), x, y, -38 * x + 14 * y - 39 * z, 0.8))
-    for place in (-1.0, 1.0):
+        assembly.add(_orient(flat, x + 0.1 * slot * y, z, 2 * slot * x + 30 * slot * y - 16 * z, 0.4 * slot))
+    assembly.add(_orient(beta_sandwich(generator), x, y, -38 * x + 14 * y - 39 * z, 0.8))
+    for slot in (-1.0, 1.0):
         flat = helix_bundle(generator, 8, 28)
-        assembly.add(_place(flat, x - 0.15 * place * y, z, -2 * place * x + 16 * place * y + 16 * z, 0.3 * place), 0)
-    assembly.add(_place(beta_sandwich(generator), y, x, 26 * x + 2 * y + 39 * z, 0.2), 0)
+        assembly.add(_orient(flat, x - 0.15 * slot * y, z, -2 * slot * x + 16 * slot * y + 16 * z, 0.3 * slot), 0)
+    assembly.add(_orient(beta_sandwich(generator), y, x, 26 * x + 2 * y + 39 * z, 0.2), 0)
     return assembly.finish("slider", [(-75.0 * y, z, 0.22, 0.0)])
 
 
@@ -346,9 +346,20 @@ def phantom_from_pdb(
 ) -> Phantom:
     """A phantom made of the C-alphas of a PDB file (one mass a residue; phosphorus for nucleotides).
 
-    Parameters: ``hinges`` rows (chain letters that move, pivot (x, y, z) in A of the file, axis (x, y, z), range in
-    radians); the angle grows smoothly over the 10 A around the pivot. Raises ``InputError`` if no atom is found.
     Source: wwPDB format 3.3, ATOM records.
+
+    Parameters
+    ----------
+    path
+        The file.
+    hinges
+        Rows (chain letters that move, pivot (x, y, z) in A of the file, axis (x, y, z), range in radians); the angle
+        grows smoothly over the 10 A around the pivot.
+
+    Raises
+    ------
+    InputError
+        No atom is found.
     """
     atoms, chains = [], []
     for line in Path(path).read_text().splitlines():

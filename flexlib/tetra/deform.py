@@ -15,20 +15,23 @@ import numpy as np
 from numba import njit, prange
 from scipy import fft, ndimage
 
-from flexlib.imaging.maps import Map
-from flexlib.model.flex_model import FlexModel
+from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
 from flexlib.tetra.voxels import voxelise
 
-MASK_FLOOR = 1e-3  # voxels below it stay in place
 _OVERSAMPLING = 2
 _CHUNK = 32  # planes transformed at a time
 
 
 def moving_mask(canonical: np.ndarray, canonical_pixel_size_A: float, box: int, pixel_size_A: float) -> np.ndarray:
-    """(box,)*3 float32 in [0, 1]: where the canonical map has density (its mask), brought to another grid.
+    """Where the canonical map has density (its mask), brought to another grid.
 
     Box centre lies on box centre; interpolation is trilinear.
+
+    Returns
+    -------
+    mask
+        (box, box, box) float32 in [0, 1].
     """
     support = (canonical != 0).astype(np.float32)
     if box == len(support) and abs(pixel_size_A / canonical_pixel_size_A - 1) < 1e-4:
@@ -38,21 +41,30 @@ def moving_mask(canonical: np.ndarray, canonical_pixel_size_A: float, box: int, 
     return ndimage.affine_transform(support, [scale] * 3, offset, (box,) * 3, order=1, mode="constant")
 
 
-def deform_at_latent(model: FlexModel, volume: Map, z: np.ndarray) -> np.ndarray:
-    """``volume`` (any box and pixel size) as the model shapes it at latents z (K,); (N, N, N) float32."""
-    mask = moving_mask(model.canonical, model.pixel_size_A, volume.box, volume.pixel_size_A)
-    displacements_A = model.displacements_A(np.asarray(z)[None])[0].cpu().numpy()
-    return deform_volume(volume.data, volume.pixel_size_A, mask, model.mesh, displacements_A)
-
-
 def deform_volume(
     volume: np.ndarray, pixel_size_A: float, mask: np.ndarray, mesh: TetraMesh, displacements_A: np.ndarray
 ) -> np.ndarray:
     """Push the masked density of ``volume`` forward with the mesh.
 
-    Parameters: ``volume`` (N, N, N); ``mask`` (N, N, N) in [0, 1], the share of each voxel's density that moves;
-    ``displacements_A`` (nv, 3) of the mesh vertices. Returns (N, N, N) float32 of the same mass. For many
-    displacements of one volume use ``VolumeDeformer``.
+    For many displacements of one volume use ``VolumeDeformer``.
+
+    Parameters
+    ----------
+    volume
+        (N, N, N).
+    pixel_size_A
+        Of the volume.
+    mask
+        (N, N, N) in [0, 1], the share of each voxel's density that moves.
+    mesh
+        That carries the density.
+    displacements_A
+        (nv, 3) of the mesh vertices.
+
+    Returns
+    -------
+    moved
+        (N, N, N) float32 of the same mass.
     """
     return VolumeDeformer(volume, pixel_size_A, mask, mesh).deform(displacements_A)
 
@@ -69,9 +81,9 @@ class _Moving:
 class VolumeDeformer:
     """A volume split into what rides on the mesh and what stays."""
 
-    def __init__(self, volume: np.ndarray, pixel_size_A: float, mask: np.ndarray, mesh: TetraMesh):
+    def __init__(self, volume: np.ndarray, pixel_size_A: float, mask: np.ndarray, mesh: TetraMesh) -> None:
         """See ``deform_volume``."""
-        share = np.where(mask > MASK_FLOOR, mask, 0).astype(np.float32)
+        share = np.where(inside_mask(mask, FULL_FLOOR), mask, 0).astype(np.float32)
         voxels = voxelise(mesh, share > 0, pixel_size_A)
         moving = share * volume
         home = np.stack(np.unravel_index(voxels.index, volume.shape)[::-1], axis=1)
@@ -95,8 +107,19 @@ class VolumeDeformer:
 def splat_cubic(values: np.ndarray, base: np.ndarray, fraction: np.ndarray, grid: int) -> np.ndarray:
     """Add cubic B-splines to a periodic grid, in an order that does not depend on the number of threads.
 
-    Parameters: ``values`` (n,) float32; ``base`` (n, 3) integers in [0, grid) and ``fraction`` (n, 3) float32 in
-    [0, 1): positions (x, y, z). Returns (grid, grid, grid) float32, axes (z, y, x), of the sum of ``values``.
+    Parameters
+    ----------
+    values
+        (n,) float32.
+    base, fraction
+        (n, 3) integers in [0, grid) and (n, 3) float32 in [0, 1): positions (x, y, z).
+    grid
+        Side of the grid.
+
+    Returns
+    -------
+    volume
+        (grid, grid, grid) float32, axes (z, y, x), of the sum of ``values``.
     """
     slabs = max(2, 2 * (grid // 16))  # an even number, each at least 4 planes thick for any grid of 8 or more
     edges = np.linspace(0, grid, slabs + 1).astype(np.int64)
@@ -111,7 +134,7 @@ def splat_cubic(values: np.ndarray, base: np.ndarray, fraction: np.ndarray, grid
 
 
 @njit(cache=True)
-def _bspline(f, weight):
+def _bspline(f, weight) -> None:
     g = np.float32(1) - f
     weight[0] = g * g * g / np.float32(6)
     weight[1] = np.float32(2 / 3) - f * f + f * f * f / np.float32(2)
@@ -120,7 +143,7 @@ def _bspline(f, weight):
 
 
 @njit(cache=True, parallel=True)
-def _splat_slabs(values, base, fraction, first, grid, image):
+def _splat_slabs(values, base, fraction, first, grid, image) -> None:
     """Even slabs at once, then odd ones: a slab writes at most two planes into its neighbours, which are at rest."""
     slabs = len(first) - 1
     for colour in range(2):

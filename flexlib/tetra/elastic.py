@@ -4,6 +4,9 @@ The stiffness is the rigidity energy to second order about rest, ``u^T K u = sum
 weight = rigidity x volume / total volume; the mass is that of the vertices, a quarter of the volume of each cell
 around them, normalised to a total of 1. So a mode's eigenvalue is the rigidity energy, in 1/A^2, of moving along it
 until the rms displacement is 1 A.
+
+Eigenpairs by our own subspace iteration: ``scipy.sparse.linalg.eigsh`` (ARPACK) and ``lobpcg`` were considered; the
+first solves for one vector at a time, several times slower for 150 of them, and the second needs a preconditioner.
 """
 
 from __future__ import annotations
@@ -29,14 +32,16 @@ _SMALLEST_BODY = 0.02  # bodies with less than this part of the mass have no mod
 _MOST_BODIES = 200  # parts joined by faces beyond which those that share a vertex are taken as one
 _NULL = 1e-10  # relative eigenvalue of the joints' normal matrix below which a motion opens no joint
 _DENSE_BELOW = 400  # degrees of freedom up to which a dense solver is quicker
-_SMOOTH_ABOVE = 8_000  # degrees of freedom above which modes are looked for among smooth fields only
+SMOOTH_ABOVE = 8_000  # degrees of freedom above which modes are looked for among smooth fields only
 _SPARE_BLOCK = 60  # vectors beyond those wanted
 _BLOCK_STEPS = 3
 
 
 # more threads gain little here, and on shared cores they wait for each other
 @threadpool_limits.wrap(limits=1, user_api="blas")
-def elastic_modes(mesh: TetraMesh, num_modes: int = 150) -> tuple[np.ndarray, np.ndarray]:
+def elastic_modes(
+    mesh: TetraMesh, num_modes: int = 150, smooth_above: int = SMOOTH_ABOVE
+) -> tuple[np.ndarray, np.ndarray]:
     """Lowest elastic modes of a mesh, softest first, after the motions that cost nothing at all.
 
     The six rigid-body motions of the whole are left out. Bodies of the mesh (parts that hang together by faces) that
@@ -48,14 +53,20 @@ def elastic_modes(mesh: TetraMesh, num_modes: int = 150) -> tuple[np.ndarray, np
 
     Parameters
     ----------
-    mesh : TetraMesh with nv vertices.
-    num_modes : int, number m of modes wanted, free motions included; fewer come back if the mesh has fewer.
+    mesh : TetraMesh
+        With nv vertices.
+    num_modes : int
+        Number m of modes wanted, free motions included; fewer come back if the mesh has fewer.
+    smooth_above : int
+        Degrees of freedom above which modes are looked for among smooth fields only.
 
     Returns
     -------
-    stiffness : (m,) float64, rigidity energy in 1/A^2 per squared rms displacement, positive.
-    modes : (m, nv, 3) float64 vertex displacements in A, orthonormal under the vertex masses: rms 1 A each. The
-        component of largest size is positive.
+    stiffness : np.ndarray
+        (m,) float64, rigidity energy in 1/A^2 per squared rms displacement, positive.
+    modes : np.ndarray
+        (m, nv, 3) float64 vertex displacements in A, orthonormal under the vertex masses: rms 1 A each. The component
+        of largest size is positive.
     """
     mass = vertex_masses(mesh)
     stiffness = stiffness_matrix(mesh)
@@ -69,7 +80,7 @@ def elastic_modes(mesh: TetraMesh, num_modes: int = 150) -> tuple[np.ndarray, np
     null = np.concatenate([rigid_motions(mesh.vertices_A, mass), free]).reshape(-1, size)
     while True:
         asked = min(wanted + spare, size)
-        values, vectors = _lowest_eigenpairs(stiffness, weight, asked, _SHIFT * scale, null)
+        values, vectors = _lowest_eigenpairs(stiffness, weight, asked, _SHIFT * scale, null, smooth_above)
         elastic = values > _ZERO_ENERGY * scale
         if elastic.sum() >= wanted or len(values) < asked or asked == size:
             break
@@ -232,7 +243,12 @@ def _orthonormalise(vectors: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _lowest_eigenpairs(
-    stiffness: sparse.csc_array, weight: np.ndarray, count: int, shift: float, null: np.ndarray
+    stiffness: sparse.csc_array,
+    weight: np.ndarray,
+    count: int,
+    shift: float,
+    null: np.ndarray,
+    smooth_above: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ``count`` lowest solutions of ``K x = value diag(weight) x``: (count,) ascending and (size, count).
 
@@ -242,11 +258,11 @@ def _lowest_eigenpairs(
     factors would take minutes and gigabytes, are solved in a space of smooth fields (``_smooth_fields``).
     """
     size = len(weight)
-    if size <= _DENSE_BELOW or (count >= size // 2 and size <= _SMOOTH_ABOVE):
+    if size <= _DENSE_BELOW or (count >= size // 2 and size <= smooth_above):
         values, vectors = linalg.eigh(stiffness.toarray(), np.diag(weight), subset_by_index=(0, count - 1))
         return values, vectors
     fields = sparse.dia_array((1.0 / np.sqrt(weight)[None], [0]), shape=(size, size)).tocsc()
-    if size > _SMOOTH_ABOVE:
+    if size > smooth_above:
         fields = _smooth_fields(stiffness, weight, shift, null)
     small = (fields.T @ stiffness @ fields).tocsc()
     mass = (fields.T @ (fields * weight[:, None])).tocsc()

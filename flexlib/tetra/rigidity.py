@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ import torch
 from flexlib.runtime import has_triton
 from flexlib.tetra.tetmesh import TetraMesh
 
-_NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
-_DEGENERATE = 1e-3  # relative to |F|^3
+NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
+DEGENERATE = 1e-3  # relative to |F|^3
 _CPU_CHUNK = 16384
 
 
@@ -52,8 +53,17 @@ def barycentric_gradients(mesh: TetraMesh) -> np.ndarray:
 def deformation_gradients(tensors: RigidityTensors, vertices_A: torch.Tensor) -> torch.Tensor:
     """Deformation gradient F of each cell: d(moved position) / d(rest position).
 
-    Parameters: ``vertices_A`` (b, nv, 3) moved vertices. Returns (b, nc, 3, 3), row = moved axis, column = rest axis;
-    a view of component-major memory, which ``rigidity_energy`` reads without a copy.
+    Parameters
+    ----------
+    tensors : RigidityTensors
+    vertices_A : torch.Tensor
+        (b, nv, 3) moved vertices.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, nc, 3, 3), row = moved axis, column = rest axis; a view of component-major memory, which
+        ``rigidity_energy`` reads without a copy.
     """
     batch, num_vertices, _ = vertices_A.shape
     num_cells = len(tensors.cells)
@@ -73,7 +83,15 @@ def nearest_rotations(gradients: torch.Tensor) -> torch.Tensor:
     (as in Theobald, Acta Cryst. A61, 478, 2005); R is that maximum's derivative by F, a closed form. No decomposition
     is needed, and everything is arithmetic on whole arrays, one per matrix element.
 
-    Parameters and result: (b, nc, 3, 3).
+    Parameters
+    ----------
+    gradients : torch.Tensor
+        (b, nc, 3, 3) deformation gradients F.
+
+    Returns
+    -------
+    torch.Tensor
+        (b, nc, 3, 3)
     """
     element = _components(gradients).view(9, -1)
     rotation = torch.empty_like(element)
@@ -98,14 +116,14 @@ def _nearest_rotation_elements(element: torch.Tensor, rotation: torch.Tensor) ->
     constant = n * n - 4 * m
     smallest = torch.finfo(element.dtype).tiny ** 0.5
     root = torch.sqrt(3 * n)
-    for _ in range(_NEWTON_STEPS):
+    for _ in range(NEWTON_STEPS):
         square = root * root
         slope = 4 * root * (square - n) - det8
         value = ((square - 2 * n) * root - det8) * root + constant
         root = root - value / slope.clamp_min(smallest)
     square = root * root
     # zero where an inverted cell's two smallest singular values cancel, and R is not unique: bound what follows
-    scale = 1 / torch.maximum(root * (square - n) - 0.25 * det8, _DEGENERATE * n * n.sqrt() + smallest)
+    scale = 1 / torch.maximum(root * (square - n) - 0.25 * det8, DEGENERATE * n * n.sqrt() + smallest)
     of_f, of_cofactor, of_cubic = (square + n) * scale, 2 * root * scale, -2 * scale
     for i in range(3):
         outer = [f[i, 0] * f[k, 0] + f[i, 1] * f[k, 1] + f[i, 2] * f[k, 2] for k in range(3)]  # row i of F F^T
@@ -129,13 +147,13 @@ class _RigidityEnergy(torch.autograd.Function):
     """``|F - R|^2`` with its gradient ``2 (F - R)``: R's own change adds nothing, because R is optimal."""
 
     @staticmethod
-    def forward(ctx, gradients, weight):
+    def forward(ctx: Any, gradients: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         strain = _components(gradients) - _components(nearest_rotations(gradients))
         ctx.save_for_backward(strain, weight)
         return strain.square().sum(0) @ weight
 
     @staticmethod
-    def backward(ctx, grad_energy):
+    def backward(ctx: Any, grad_energy: torch.Tensor) -> tuple[torch.Tensor, None]:
         strain, weight = ctx.saved_tensors
         scale = 2 * grad_energy[:, None] * weight
         return (strain * scale).view(3, 3, *strain.shape[1:]).permute(2, 3, 0, 1), None
@@ -148,7 +166,17 @@ def rigidity_energy(gradients: torch.Tensor, weight: torch.Tensor) -> torch.Tens
     negative, so that the energy drives it back. With ``RigidityTensors.weight`` it is the volume-weighted mean over
     cells of rigidity times squared strain.
 
-    Parameters: ``gradients`` F (b, nc, 3, 3); ``weight`` (nc,), a constant. Returns (b,).
+    Parameters
+    ----------
+    gradients : torch.Tensor
+        (b, nc, 3, 3) deformation gradients F.
+    weight : torch.Tensor
+        (nc,), a constant.
+
+    Returns
+    -------
+    torch.Tensor
+        (b,)
     """
     return _RigidityEnergy.apply(gradients, weight)
 
@@ -157,16 +185,16 @@ class _MeshRigidity(torch.autograd.Function):
     """``mesh_rigidity`` by the device's fused kernel, which gives energy and gradient in one pass."""
 
     @staticmethod
-    def forward(ctx, vertices_A, tensors):
+    def forward(ctx: Any, vertices_A: torch.Tensor, tensors: RigidityTensors) -> torch.Tensor:
         kernel = import_module(f"flexlib.tetra.rigidity_{vertices_A.device.type}")
         energy, gradient = kernel.energy_and_gradient(
-            vertices_A, tensors.cells, tensors.gradients_1_per_A, tensors.weight, _NEWTON_STEPS, _DEGENERATE
+            vertices_A, tensors.cells, tensors.gradients_1_per_A, tensors.weight, NEWTON_STEPS, DEGENERATE
         )
         ctx.save_for_backward(gradient)
         return energy
 
     @staticmethod
-    def backward(ctx, grad_energy):
+    def backward(ctx: Any, grad_energy: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return grad_energy[:, None, None] * gradient, None
 

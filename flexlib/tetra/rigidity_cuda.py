@@ -5,11 +5,45 @@ Formulae: ``rigidity.py``. Sums are taken by atomics in any order: equal within 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-_CELLS, _IMAGES, _WARPS = 128, 8, 4  # cells and deformations of a program, and its warps
+
+class Tile(NamedTuple):
+    """How the work is cut: cells and deformations of a program, and its warps."""
+
+    cells: int
+    images: int
+    warps: int
+
+
+class Results(NamedTuple):
+    """Energy (b,) and its gradient by the vertices (b, nv, 3)."""
+
+    energy: torch.Tensor
+    by_vertex: torch.Tensor
+
+
+class Cells(NamedTuple):
+    """As in ``rigidity.RigidityTensors``."""
+
+    vertices: torch.Tensor
+    gradients: torch.Tensor
+    weight: torch.Tensor
+
+
+class Sizes(NamedTuple):
+    """Sizes that no kernel is compiled anew for."""
+
+    batch: int
+    num_cells: int
+    num_vertices: int
+
+
+TILE = Tile(cells=128, images=8, warps=4)
 
 
 @triton.jit
@@ -60,28 +94,54 @@ def _add_force(forces, vertex, force, inside):
     tl.atomic_add(at + 2, force[2], mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["batch", "num_cells", "num_vertices"])
-def _energy_and_gradient(
-    energy, by_vertex, vertices, cells, gradients, weight, batch, num_cells, num_vertices, degenerate, tiny,
-    NEWTON_STEPS: tl.constexpr, CELLS: tl.constexpr, IMAGES: tl.constexpr,
-):  # fmt: skip
-    cell = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
-    inside = cell < num_cells
-    v0 = tl.load(cells + 4 * cell, mask=inside, other=0)
-    v1 = tl.load(cells + 4 * cell + 1, mask=inside, other=0)
-    v2 = tl.load(cells + 4 * cell + 2, mask=inside, other=0)
-    v3 = tl.load(cells + 4 * cell + 3, mask=inside, other=0)
-    of_cell = gradients + 12 * cell
+@triton.jit
+def _strain(fx, fy, fz, degenerate, tiny, NEWTON_STEPS: tl.constexpr):
+    """The rows of F - R, R the rotation nearest to F, from the rows of F."""
+    cx, cy, cz = _cross(fy, fz), _cross(fz, fx), _cross(fx, fy)  # the rows of its cofactors
+    xx, yy, zz = _dot(fx, fx), _dot(fy, fy), _dot(fz, fz)  # elements of F F^T
+    xy, xz, yz = _dot(fx, fy), _dot(fx, fz), _dot(fy, fz)
+    n = xx + yy + zz
+    m = _dot(cx, cx) + _dot(cy, cy) + _dot(cz, cz)
+    det8 = 8.0 * _dot(fx, cx)
+    constant = n * n - 4.0 * m
+    root = tl.sqrt(3.0 * n)
+    for _step in tl.static_range(NEWTON_STEPS):
+        square = root * root
+        slope = tl.maximum(4.0 * root * (square - n) - det8, tiny)
+        root -= (((square - 2.0 * n) * root - det8) * root + constant) / slope
+    square = root * root
+    scale = 1.0 / tl.maximum(root * (square - n) - 0.25 * det8, degenerate * n * tl.sqrt(n) + tiny)
+    of_f, of_cofactor, of_cubic = (square + n) * scale, 2.0 * root * scale, -2.0 * scale
+    # row by row: R = of_f F + of_cofactor cof F + of_cubic F F^T F
+    sx = _minus(fx, _mix(of_f + of_cubic * xx, fx, of_cubic * xy, fy, of_cubic * xz, fz))
+    sy = _minus(fy, _mix(of_cubic * xy, fx, of_f + of_cubic * yy, fy, of_cubic * yz, fz))
+    sz = _minus(fz, _mix(of_cubic * xz, fx, of_cubic * yz, fy, of_f + of_cubic * zz, fz))
+    sx = _mix(1.0, sx, -of_cofactor, cx, 0.0, cx)
+    sy = _mix(1.0, sy, -of_cofactor, cy, 0.0, cy)
+    sz = _mix(1.0, sz, -of_cofactor, cz, 0.0, cz)
+    return sx, sy, sz
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def energy_kernel(results, positions, cells, sizes, degenerate, tiny, NEWTON_STEPS: tl.constexpr, TILE: tl.constexpr):
+    """Add to ``results`` the energies of moved vertices ``positions``, and their gradients."""
+    cell = tl.program_id(0) * TILE.cells + tl.arange(0, TILE.cells)
+    inside = cell < sizes.num_cells
+    v0 = tl.load(cells.vertices + 4 * cell, mask=inside, other=0)
+    v1 = tl.load(cells.vertices + 4 * cell + 1, mask=inside, other=0)
+    v2 = tl.load(cells.vertices + 4 * cell + 2, mask=inside, other=0)
+    v3 = tl.load(cells.vertices + 4 * cell + 3, mask=inside, other=0)
+    of_cell = cells.gradients + 12 * cell
     g1 = _corner(of_cell, 1, inside)
     g2 = _corner(of_cell, 2, inside)
     g3 = _corner(of_cell, 3, inside)
-    w = tl.load(weight + cell, mask=inside, other=0.0)
+    w = tl.load(cells.weight + cell, mask=inside, other=0.0)
 
-    first = tl.program_id(1).to(tl.int64) * IMAGES
-    positions = vertices + first * (3 * num_vertices)
-    forces = by_vertex + first * (3 * num_vertices)
-    total = energy + first
-    for _ in range(tl.minimum(IMAGES, batch - tl.program_id(1) * IMAGES)):
+    first = tl.program_id(1).to(tl.int64) * TILE.images
+    positions += first * (3 * sizes.num_vertices)
+    forces = results.by_vertex + first * (3 * sizes.num_vertices)
+    total = results.energy + first
+    for _ in range(tl.minimum(TILE.images, sizes.batch - tl.program_id(1) * TILE.images)):
         p0 = _corner(positions, v0, inside)
         e1 = _minus(_corner(positions, v1, inside), p0)
         e2 = _minus(_corner(positions, v2, inside), p0)
@@ -89,28 +149,7 @@ def _energy_and_gradient(
         fx = _mix(e1[0], g1, e2[0], g2, e3[0], g3)  # the rows of F
         fy = _mix(e1[1], g1, e2[1], g2, e3[1], g3)
         fz = _mix(e1[2], g1, e2[2], g2, e3[2], g3)
-        cx, cy, cz = _cross(fy, fz), _cross(fz, fx), _cross(fx, fy)  # of its cofactors
-        xx, yy, zz = _dot(fx, fx), _dot(fy, fy), _dot(fz, fz)  # elements of F F^T
-        xy, xz, yz = _dot(fx, fy), _dot(fx, fz), _dot(fy, fz)
-        n = xx + yy + zz
-        m = _dot(cx, cx) + _dot(cy, cy) + _dot(cz, cz)
-        det8 = 8.0 * _dot(fx, cx)
-        constant = n * n - 4.0 * m
-        root = tl.sqrt(3.0 * n)
-        for _step in tl.static_range(NEWTON_STEPS):
-            square = root * root
-            slope = tl.maximum(4.0 * root * (square - n) - det8, tiny)
-            root -= (((square - 2.0 * n) * root - det8) * root + constant) / slope
-        square = root * root
-        scale = 1.0 / tl.maximum(root * (square - n) - 0.25 * det8, degenerate * n * tl.sqrt(n) + tiny)
-        of_f, of_cofactor, of_cubic = (square + n) * scale, 2.0 * root * scale, -2.0 * scale
-        # strain F - R, row by row: R = of_f F + of_cofactor cof F + of_cubic F F^T F
-        sx = _minus(fx, _mix(of_f + of_cubic * xx, fx, of_cubic * xy, fy, of_cubic * xz, fz))
-        sy = _minus(fy, _mix(of_cubic * xy, fx, of_f + of_cubic * yy, fy, of_cubic * yz, fz))
-        sz = _minus(fz, _mix(of_cubic * xz, fx, of_cubic * yz, fy, of_f + of_cubic * zz, fz))
-        sx = _mix(1.0, sx, -of_cofactor, cx, 0.0, cx)
-        sy = _mix(1.0, sy, -of_cofactor, cy, 0.0, cy)
-        sz = _mix(1.0, sz, -of_cofactor, cz, 0.0, cz)
+        sx, sy, sz = _strain(fx, fy, fz, degenerate, tiny, NEWTON_STEPS)
         strain2 = w * (_dot(sx, sx) + _dot(sy, sy) + _dot(sz, sz))
         # a masked cell has F = 0, and so no strain
         tl.atomic_add(total, tl.sum(strain2, 0), sem="relaxed")
@@ -122,8 +161,8 @@ def _energy_and_gradient(
         _add_force(forces, v2, t2, inside)
         _add_force(forces, v3, t3, inside)
         _add_force(forces, v0, _mix(-1.0, t1, -1.0, t2, -1.0, t3), inside)
-        positions += 3 * num_vertices
-        forces += 3 * num_vertices
+        positions += 3 * sizes.num_vertices
+        forces += 3 * sizes.num_vertices
         total += 1
 
 
@@ -139,12 +178,13 @@ def energy_and_gradient(
     batch, num_vertices, _ = vertices.shape
     energy = vertices.new_zeros(batch)
     by_vertex = vertices.new_zeros(vertices.shape)
-    arrays = [t.detach().contiguous() for t in (vertices, cells, gradients, weight)]
-    programs = triton.cdiv(len(cells), _CELLS), triton.cdiv(batch, _IMAGES)
+    positions, *of_cells = (t.detach().contiguous() for t in (vertices, cells, gradients, weight))
+    sizes = Sizes(batch, len(cells), num_vertices)
+    programs = triton.cdiv(len(cells), TILE.cells), triton.cdiv(batch, TILE.images)
+    tiny = torch.finfo(torch.float32).tiny ** 0.5
     with torch.cuda.device_of(vertices):
-        _energy_and_gradient[programs](
-            energy, by_vertex, *arrays, batch, len(cells), num_vertices, degenerate,
-            torch.finfo(torch.float32).tiny ** 0.5,
-            NEWTON_STEPS=newton_steps, CELLS=_CELLS, IMAGES=_IMAGES, num_warps=_WARPS,
+        energy_kernel[programs](
+            Results(energy, by_vertex), positions, Cells(*of_cells), sizes, degenerate, tiny,
+            NEWTON_STEPS=newton_steps, TILE=TILE, num_warps=TILE.warps,
         )  # fmt: skip
     return energy, by_vertex

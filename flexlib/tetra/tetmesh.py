@@ -16,7 +16,7 @@ class TetraMesh:
     """Vertices and tetra cells in Angstrom from the box centre, axes (x, y, z), independent of any box.
 
     Cells have positive volume: ``det[v1-v0, v2-v0, v3-v0] > 0``. Sub-meshes of segments overlap in space where a cell
-    holds voxels of two segments; ``segment_map`` then tells which segment a point belongs to.
+    holds voxels of two segments; ``segment_map`` then shows which segment a point belongs to.
     """
 
     vertices_A: np.ndarray  # (nv, 3) float64

@@ -21,11 +21,26 @@ def voxelise(mesh: TetraMesh, mask: np.ndarray, pixel_size_A: float) -> MeshVoxe
     """Assign every voxel of ``mask`` to a cell and compute its barycentric weights there.
 
     Where the mesh has a segment map, a voxel's cell is one of its own segment. A voxel outside every (such) cell takes
-    the nearest one and extrapolating (partly negative) weights; ``covered`` tells which those are, and their count is
+    the nearest one and extrapolating (partly negative) weights; ``covered`` shows which those are, and their count is
     logged.
 
-    Parameters: ``mask`` (N, N, N) bool at any box; ``pixel_size_A`` its voxel size.
-    Returns: voxels sorted by (cell, z, y, x). Raises ``InputError`` for an empty mask or cells without volume.
+    Parameters
+    ----------
+    mesh : TetraMesh
+    mask : np.ndarray
+        (N, N, N) bool, at any box.
+    pixel_size_A : float
+        The mask's voxel size.
+
+    Returns
+    -------
+    MeshVoxels
+        Sorted by (cell, z, y, x).
+
+    Raises
+    ------
+    InputError
+        The mask is empty, or a cell has no volume.
     """
     return _locate(mesh, mask, pixel_size_A)[0]
 
@@ -57,15 +72,13 @@ def _locate(mesh: TetraMesh, mask: np.ndarray, pixel_size_A: float) -> tuple[Mes
     base_px, inverse = _barycentric_maps(mesh, box, pixel_size_A)
     cell_of = np.full(mask.shape, -1, dtype=np.int32)
     segments = mesh.segments_on_grid(box, pixel_size_A)
+    vertices_px = mesh.vertices_A / pixel_size_A + box // 2
+    nowhere = np.zeros((0, 0, 0), np.int16)
     _assign_cells(
-        mesh.vertices_A / pixel_size_A + box // 2,
-        mesh.cells,
-        base_px,
-        inverse,
+        (vertices_px, mesh.cells, mesh.segment),
+        (base_px, inverse),
         mask,
-        mesh.segment,
-        segments is not None,
-        np.zeros((1, 1, 1), np.int16) if segments is None else segments,
+        nowhere if segments is None else segments,
         cell_of,
     )
 
@@ -146,13 +159,15 @@ def _nearest_cell(
 
 
 @numba.njit(cache=True)
-def _assign_cells(
-    vertices_px, cells, base_px, inverse, mask, segment_of_cell, use_segments, segment_of_voxel, cell_of
-):  # pragma: no cover
+def _assign_cells(mesh, barycentric, mask, segment_of_voxel, cell_of) -> None:  # pragma: no cover
     """Write the lowest cell that holds each mask voxel into ``cell_of`` (z, y, x); voxels in no cell stay -1.
 
-    With ``use_segments`` a cell takes voxels of its own segment only.
+    ``mesh`` (vertices in voxels, cells, segment of each cell); ``barycentric`` as of ``_barycentric_maps``;
+    ``segment_of_voxel`` (z, y, x), of which a cell takes its own only, or empty.
     """
+    vertices_px, cells, segment_of_cell = mesh
+    base_px, inverse = barycentric
+    use_segments = segment_of_voxel.size > 0
     box = mask.shape[0]
     low, high = np.empty(3, np.int64), np.empty(3, np.int64)
     for c in range(cells.shape[0]):

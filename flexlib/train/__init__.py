@@ -10,7 +10,7 @@ mean and unit covariance, so that its strength needs no tuning. Per mini-batch
   forward derivatives at half the box;
 * the flow's mean rigid-body motion is taken out, so that the canonical map stays in the consensus' frame.
 
-Once the full band is in use, and again at the end, every particle is searched for in other valleys of its objective.
+Once the full band is in use, and again at the end, other local minima of every particle's objective are looked for.
 
 Every random number is drawn from (seed, epoch, batch), so a run that is killed and restarted from its checkpoint
 continues as if nothing had happened.

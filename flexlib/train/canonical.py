@@ -1,7 +1,7 @@
 """The canonical map during training: a preconditioned stochastic Newton step on the masked voxels.
 
 For fixed motion the map is a linear least-squares problem whose Hessian is nearly diagonal in Fourier space:
-n particles with mean squared transfer T2(k) hit each 3D Fourier coefficient of shell k about n T2(k) / (2 k) times.
+n rows with mean squared transfer T2(k) hit each 3D Fourier coefficient of shell k about n T2(k) / (2 k) times.
 Dividing by that makes a step of rate 1 nearly the exact solution, so the rate is a plain averaging weight.
 """
 
@@ -10,26 +10,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from flexlib.imaging.fourier import shell_means, shell_number
 from flexlib.projection.op import VoxelTensors, gather_volume, scatter_volume
 
 
-def shell_index(box: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """(box, box, box//2+1) int64: the shell (rounded radius) of each Fourier voxel in rfftn layout."""
-    frequency = torch.fft.fftfreq(box, 1.0 / box, device=device)
-    half = torch.arange(box // 2 + 1, device=device, dtype=frequency.dtype)
-    radius = (frequency[:, None, None] ** 2 + frequency[None, :, None] ** 2 + half[None, None, :] ** 2).sqrt()
-    return radius.round().long()
-
-
-def shell_mean(volume_spectrum: torch.Tensor, shells: torch.Tensor) -> torch.Tensor:
-    """Mean of |F|^2 over each shell, (max shell + 1,)."""
-    power = (volume_spectrum.real**2 + volume_spectrum.imag**2).flatten()
-    sums = torch.bincount(shells.flatten(), power.double())
-    return (sums / torch.bincount(shells.flatten()).clamp(min=1)).float()
-
-
 class CanonicalMap:
-    """Masked map ``values`` (nvox,) = soft mask x density, improved by gradients of mini-batches."""
+    """Masked map ``values`` (nvox,) = soft mask x density, improved by gradients of mini-batches.
+
+    Parameters
+    ----------
+    volume, soft_mask
+        (box, box, box) density and mask.
+    voxels
+        That the map has values at.
+    mean_transfer2
+        (box//2,) mean squared transfer of each shell.
+    num_rows
+        Rows that the map is learnt from.
+    """
 
     def __init__(
         self,
@@ -37,31 +35,41 @@ class CanonicalMap:
         soft_mask: torch.Tensor,
         voxels: VoxelTensors,
         mean_transfer2: torch.Tensor,
-        num_particles: int,
-    ):
-        """``volume`` and ``soft_mask`` (box, box, box); ``mean_transfer2`` (box//2,) mean squared transfer a shell."""
+        num_rows: int,
+    ) -> None:
         self.voxels = voxels
         self.mask_values = gather_volume(soft_mask, voxels).float()
         self.values = gather_volume(volume, voxels).float() * self.mask_values
         box = voxels.box
-        self.shells = shell_index(box, volume.device)
+        self.shells = torch.as_tensor(shell_number(box), device=volume.device)
         spectrum = torch.fft.rfftn(scatter_volume(self.values, voxels))
-        signal = shell_mean(spectrum, self.shells)
-        shell = torch.arange(len(signal), device=volume.device, dtype=torch.float32)
-        transfer2 = torch.zeros_like(signal)
-        transfer2[: box // 2] = mean_transfer2.to(signal)
-        self.hits = num_particles * transfer2 / (2.0 * shell.clamp(min=0.5))
+        signal = shell_means(spectrum.real**2 + spectrum.imag**2).float()
+        shell = torch.arange(box // 2, device=volume.device, dtype=torch.float32)
+        hits = num_rows * mean_transfer2.to(signal) / (2.0 * shell.clamp(min=0.5))
         # prior: the consensus' own power, never stronger than the data (a consensus may have been filtered)
-        prior = torch.minimum(1.0 / signal.clamp(min=1e-30), self.hits)
-        self.prior = prior[self.shells]
-        hessian = (self.hits + prior)[self.shells]
+        prior = torch.minimum(1.0 / signal.clamp(min=1e-30), hits)
+        self.prior = self._at_voxels(prior)
+        hessian = self._at_voxels(hits + prior)
         self.newton = torch.where(hessian > 0, 1 / hessian.clamp(min=1e-30), 0)
+
+    def _at_voxels(self, of_shells: torch.Tensor) -> torch.Tensor:
+        """(box, box, box//2+1) from a value for each shell (box//2,); zero in the corners, which no image sees."""
+        corner = len(of_shells)
+        return torch.cat([of_shells, of_shells.new_zeros(1)])[self.shells.clamp(max=corner)]
 
     def step(self, gradient: torch.Tensor, fraction: float, rate: float, band: float) -> None:
         """Move by ``-rate`` Newton steps.
 
-        ``gradient`` (nvox,): of the summed loss of a batch, by ``values``; ``fraction``: the batch's share of the
-        particles; ``band``: shells above it are left alone.
+        Parameters
+        ----------
+        gradient
+            (nvox,) of the summed loss of a mini-batch, by ``values``.
+        fraction
+            The mini-batch's share of the rows.
+        rate
+            Newton steps.
+        band
+            Shells above it are left alone.
         """
         box = self.voxels.box
         fields = torch.stack([gradient * self.mask_values / (fraction * box**3), self.values])
@@ -71,6 +79,14 @@ class CanonicalMap:
         change = of_prior.mul_(self.prior).add_(of_data).mul_(self.newton * (self.shells <= band))
         change = torch.fft.irfftn(change, s=(box,) * 3)
         self.values = self.values - rate * self.mask_values * gather_volume(change, self.voxels)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What changes."""
+        return {"values": self.values}
+
+    def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.values = saved["values"]
 
     def volume(self) -> np.ndarray:
         """(box, box, box) float32, zero outside the mask."""

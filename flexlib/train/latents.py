@@ -1,7 +1,7 @@
-"""Latents of single particles: the likelihood of an image, Gauss-Newton inference, and the search for lost ones.
+"""Latents of single particles: their prior, Gauss-Newton inference, and the search for other local minima.
 
 A particle's latents are found by Levenberg-Marquardt steps with the exact gradient and a Gauss-Newton matrix (the
-Fisher information) from K forward derivatives. Where the objective has several valleys, the search starts in each.
+Fisher information) from K forward derivatives. Where the objective has several local minima, each is a start.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from flexlib.model.forward import (
 )
 
 _MOST_CENTRES = 12  # with more dims, more would only cost: they reach no further
-_VALLEYS_APART, _APART_NATS = 0.5, 1.0  # two ends are in different valleys: latent units, and nats of a parabola's
+_APART, _APART_NATS = 0.5, 1.0  # latents this far apart are other local minima: latent units, and a parabola's nats
 # a centre is worth descending if it is worse than where a particle is by no more than this (it has not been descended
-# yet), and by less than this part of what it would be if there were only the one valley
+# yet), and by less than this part of what it would be if there were only the one local minimum
 _WORTH_TRYING_NATS, _WORTH_TRYING_PART = 30.0, 0.5
 _AT_OPTIMUM_NATS = 1e-3  # a step that promises less is not taken
-_UNDECIDED_NATS = 3.0  # valleys this close in the coarse view are decided in the full one
+_UNDECIDED_NATS = 3.0  # local minima this close in the coarse map are decided in the full one
+LATENT_RATE = 0.7  # of a Gauss-Newton step, in one mini-batch
 
 
 def friedel_halves(box: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +71,9 @@ class LatentPrior:
         return torch.diag_embed(bend + 1e-3 * self.strength)
 
 
-def _objective_and_gradient(model, batch, weight, latents, prior):
+def _objective_and_gradient(
+    model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, prior: LatentPrior
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(b,) nats with the prior, and their gradient (b, K)."""
     with torch.enable_grad():
         moving = latents.detach().requires_grad_()
@@ -92,12 +95,24 @@ def infer_latents(
     """Maximum a posteriori latents by Levenberg-Marquardt, with exact gradients.
 
     The curvature starts as Gauss-Newton's and learns from every trial: the linear kernel's objective has wiggles of a
-    pixel's length that no model knows. With Gauss-Newton's alone eight steps got as far as now four.
+    pixel's length that no model knows. With Gauss-Newton's alone eight steps got as far as now four. A step that raises
+    a particle's objective is taken back and damped, so the result is never worse than ``start``. Particles that are at
+    their optimum take no more steps.
 
-    ``start`` (b, K); ``weight`` (box, box//2+1) is ``plane_weight`` of the band in use; ``information`` (b, K, K) at
-    the start, measured if not given; the precision returned is its, with the prior's. A step that raises a particle's
-    objective is taken back and damped, so the result is never worse than ``start``. Particles that are at their optimum
-    take no more steps.
+    Parameters
+    ----------
+    model, batch
+        What predicts the images, and the images.
+    weight
+        (box, box//2+1) ``plane_weight`` of the band in use.
+    start
+        (b, K) latents.
+    steps
+        At most.
+    prior
+        Of the latents.
+    information
+        (b, K, K) at the start; measured if not given. The precision returned is this, with the prior's.
     """
     if information is None:
         information = model.information(batch, weight, start)
@@ -126,6 +141,31 @@ def infer_latents(
         objective[rows] = torch.where(better, new_objective, objective[rows])
         damping[rows] = damping[rows] * torch.where(better, 0.1, 10.0)
     return Posterior(latents, information + prior.curvature(latents), objective)
+
+
+def newton_latents(
+    prior: LatentPrior, latents: torch.Tensor, at: torch.Tensor, gradient: torch.Tensor, information: torch.Tensor
+) -> torch.Tensor:
+    """Move latents (b, K) towards the maximum a posteriori that a Gauss-Newton step from ``at`` predicts.
+
+    Parameters
+    ----------
+    prior
+        Of the latents.
+    latents, at
+        (b, K) as they are, and where the gradient was measured.
+    gradient, information
+        (b, K) of the loss at ``at``, and (b, K, K).
+
+    Returns
+    -------
+    latents
+        (b, K), no farther than half a unit from where they were.
+    """
+    slope = (gradient + prior.gradient(at))[..., None]
+    full_step = torch.linalg.solve_ex(information + prior.curvature(at), slope).result[..., 0]
+    change = LATENT_RATE * (at - full_step - latents)
+    return latents + change * (0.5 / change.norm(dim=1, keepdim=True).clamp(min=0.5))
 
 
 def learn_curvature(hessian: torch.Tensor, step: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
@@ -158,17 +198,32 @@ def search_latents(
     information: torch.Tensor,
     prior: LatentPrior = LatentPrior(),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Other valleys of the objective, for the particles that have one, in the coarse view if the model has one.
+    """Other local minima of the objective, for the particles that have one, in the coarse map if the model has one.
 
-    Each of ``centres`` (m, K) is tried for every particle. Where the best one is away from ``current`` (b, K) and not
-    as bad as the valley of ``current`` would be there, it is descended, and where it leads elsewhere and down,
-    ``current`` too; with the ``information`` (b, K, K) at ``current`` for both ways. Returns the ends of those ways
-    (b, K), elsewhere ``current``, and how much lower they lie (b,), in nats of the view; minus infinity where there is
-    no other valley.
+    Each centre is tried for every particle. Where the best one is away from ``current`` and not as bad as the local
+    minimum of ``current`` would be there, it is descended, and where it leads elsewhere and down, ``current`` too.
+
+    Parameters
+    ----------
+    model, batch, weight
+        As in ``infer_latents``.
+    current : (b, K)
+    centres : (m, K)
+    information : (b, K, K)
+        At ``current``; for both descents.
+    prior
+        Of the latents.
+
+    Returns
+    -------
+    found
+        (b, K) where those descents end, elsewhere ``current``.
+    lower
+        (b,) how much lower they lie, in nats (of the coarse map); minus infinity where there is no other local minimum.
     """
-    if model.view is not None:
+    if model.coarse_map is not None:
         information = information / model.information_ratio
-        batch, weight, model = model.view.batch(batch), model.view.weight(weight), model.coarse
+        batch, weight, model = model.coarse_map.batch(batch), model.coarse_map.weight(weight), model.coarse
     here = model.loss(batch, weight, current) + prior.energy(current)
     best, start = torch.full_like(here, torch.inf), current.clone()
     for centre in centres:
@@ -187,7 +242,7 @@ def search_latents(
     other = _apart(hessian[rows], there.latents - current[rows])
     kept = torch.nonzero(other & (there.objective < here[rows] + _UNDECIDED_NATS))[:, 0]
     rows, there_latents, there_objective = rows[kept], there.latents[kept], there.objective[kept]
-    if len(rows):  # only now is it worth to see how deep the valley is that they are in
+    if len(rows):  # only now is it worth descending from where they are
         ends = infer_latents(model, batch.take(rows), weight, current[rows], 4, prior, information[rows])
         other = _apart(hessian[rows], there_latents - ends.latents)
         found[rows] = torch.where(other[:, None], there_latents, current[rows])
@@ -196,13 +251,13 @@ def search_latents(
 
 
 def _parabola(hessian: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """(b,) nats by which an objective of this curvature (b, K, K) rises over a way (b, K) from its minimum."""
+    """(b,) nats by which an objective of this curvature (b, K, K) rises over a change (b, K) from its minimum."""
     return 0.5 * torch.einsum("bi,bij,bj->b", change, hessian, change)
 
 
 def _apart(hessian: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """(b,) whether latents that differ by ``change`` (b, K) may lie in different valleys."""
-    return (change.norm(dim=1) > _VALLEYS_APART) & (_parabola(hessian, change) > _APART_NATS)
+    """(b,) whether latents that differ by ``change`` (b, K) may be different local minima."""
+    return (change.norm(dim=1) > _APART) & (_parabola(hessian, change) > _APART_NATS)
 
 
 @torch.no_grad()
@@ -215,7 +270,10 @@ def infer_everywhere(
     centres: torch.Tensor,
     prior: LatentPrior = LatentPrior(),
 ) -> Posterior:
-    """``infer_latents`` from ``start``, and from any other valley that may be as deep: the lower end is returned."""
+    """``infer_latents`` from ``start``, and from any other local minimum that may be as low: the lower end is returned.
+
+    Parameters as in ``infer_latents`` and ``search_latents``.
+    """
     information = model.information(batch, weight, start)
     found, lower = search_latents(model, batch, weight, start, centres, information, prior)
     posterior = infer_latents(model, batch, weight, start, steps, prior, information)
@@ -230,7 +288,7 @@ def infer_everywhere(
 
 
 def latent_centres(latents: np.ndarray, seed: int) -> np.ndarray:
-    """(m, K) k-means centres of (n, K) latents, about one a standard deviation: the centres of ``search_latents``."""
+    """(m, K) float32 k-means centres of (n, K) latents, about one a standard deviation: for ``search_latents``."""
     from scipy.cluster.vq import kmeans2
 
     num, dims = latents.shape
@@ -239,3 +297,35 @@ def latent_centres(latents: np.ndarray, seed: int) -> np.ndarray:
     count = min(_MOST_CENTRES, 6 * dims, len(sample))
     centres, _ = kmeans2(sample, count, minit="++", seed=generator)
     return centres[np.isfinite(centres).all(1)].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """A change of latent coordinates: ``old = offset + matrix @ new``."""
+
+    offset: torch.Tensor  # (K,)
+    matrix: torch.Tensor  # (K, K) lower triangular
+
+    def to_new(self, latents: torch.Tensor) -> torch.Tensor:
+        """(n, K) old coordinates to new ones."""
+        centred = (latents - self.offset).T
+        return torch.linalg.solve_triangular(self.matrix, centred, upper=False).T.contiguous()
+
+
+@torch.no_grad()
+def posterior_scale(latents: torch.Tensor, information: torch.Tensor) -> LatentScale:
+    """The coordinates in which posteriors have zero mean and unit covariance over the particles.
+
+    In them the strength of the prior on latents needs no tuning. The covariance is that of the estimates plus their
+    mean uncertainty (the EM update of a normal prior): a coordinate that the images do not determine keeps its small
+    estimates, instead of being blown up to unit size.
+
+    Parameters
+    ----------
+    latents, information
+        (n, K) estimates and their (n, K, K) Fisher information; the prior is the unit normal.
+    """
+    eye = torch.eye(latents.shape[1], device=latents.device)
+    offset = latents.mean(0)
+    uncertainty = torch.linalg.inv(information + eye).mean(0)
+    return LatentScale(offset, torch.linalg.cholesky(torch.cov(latents.T).reshape(eye.shape) + uncertainty))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flexlib.train.state import Setup, State
+from flexlib.train.setup import Setup
+from flexlib.train.state import State
 
 
 @torch.no_grad()
 def rms_displacement_A(setup: Setup, state: State, sample: int = 500) -> float:
-    """Rms distance in A by which density moves, over density and particles."""
-    used = state.latents[torch.as_tensor(setup.training_rows[:sample], device=setup.device)]
+    """Rms distance in A by which density moves, over density and ``sample`` training rows.
+
+    The number of validation.json, and the one that the report gives.
+    """
+    used = state.latents[setup.rows_on_device(setup.training_rows[:sample])]
     return float(((state.flow(used) ** 2).sum(2) @ setup.density_share).mean().sqrt())
 
 
@@ -19,7 +23,7 @@ def rms_displacement_A(setup: Setup, state: State, sample: int = 500) -> float:
 def rms_per_unit_A(setup: Setup, state: State) -> list[float]:
     """Rms distance in A by which density moves per unit of each latent, over particles."""
     probe = 0.05 * float(state.latents.std().clamp(min=1e-12))  # frozen latents keep their own scale
-    used = state.latents[torch.as_tensor(setup.training_rows[:500], device=setup.device)]
+    used = state.latents[setup.rows_on_device(setup.training_rows[:500])]
     slopes = [slope_A(setup, state, used, axis, probe) for axis in range(used.shape[1])]
     return [round(float((slope**2).sum((1, 2)).mean().sqrt()), 4) for slope in slopes]
 
@@ -33,7 +37,7 @@ def motion_coordinates_A(setup: Setup, state: State) -> tuple[np.ndarray, np.nda
     so, large swings lie on arcs, and nothing depends on how latent space is stretched.
     """
     dims, root = setup.settings.latent_dims, setup.density_share.sqrt()[:, None]
-    rows = torch.as_tensor(setup.training_rows, device=setup.device)
+    rows = setup.rows_on_device(setup.training_rows)
     sample = state.flow(state.latents[rows[:: max(1, len(rows) // 500)]]) * root
     mean = sample.mean(0)
     _, size, axes = torch.linalg.svd((sample - mean).flatten(1), full_matrices=False)
@@ -44,7 +48,7 @@ def motion_coordinates_A(setup: Setup, state: State) -> tuple[np.ndarray, np.nda
 
 
 def slope_A(setup: Setup, state: State, latents: torch.Tensor, axis: int, probe: float) -> torch.Tensor:
-    """(b, nv, 3) displacement in A per unit of latent ``axis``, times the root of each vertex' share of density."""
+    """(b, nv, 3) displacement in A per unit of latent ``axis``, times the root of each vertex's share of density."""
     shift = torch.zeros_like(latents)
     shift[:, axis] = probe
     change = (state.flow(latents + shift) - state.flow(latents - shift)) / (2 * probe)

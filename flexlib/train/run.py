@@ -8,31 +8,47 @@ import logging
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
 from flexlib.distributed import EXIT_INTERRUPTED, Group, launch
 from flexlib.files import atomic_path
-from flexlib.model.flex_model import MODEL_FILE
+from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
+from flexlib.model.forward import TRAINING, Accuracy
 from flexlib.runtime import tune_process
-from flexlib.train.epoch import finished, run_epoch
-from flexlib.train.finish import final_score, infer_all, settle_shape
+from flexlib.train.epoch import run_epoch
+from flexlib.train.finish import final_score, infer_all
 from flexlib.train.results import write_log, write_model, write_results
+from flexlib.train.settle import settle_shape
+from flexlib.train.setup import Setup, set_up
 from flexlib.train.start import start_or_resume
-from flexlib.train.state import set_up
+from flexlib.train.state import State
 from flexlib.workflow_support.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_EVERY_S = 600.0  # between the checkpoints at the ends of epochs
-CHECKPOINT = "checkpoint.pt"
 
 
 class Interrupted(Exception):
     """SIGTERM arrived; the checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What is trained, and where results go."""
+
+    particles: ParticlesFolder
+    mesh: MeshFolder
+    out: TrainFolder
+    settings: TrainSettings
+    discard_other_checkpoint: bool = False  # pass over a checkpoint of another run, with a warning
+    batch_size: int | None = None  # rows of a mini-batch; None chooses by their number
+    accuracy: Accuracy = TRAINING  # of the projection
 
 
 def train(
@@ -43,56 +59,95 @@ def train(
     device: str = "auto",
     *,
     discard_other_checkpoint: bool = False,
+    batch_size: int | None = None,
 ) -> None:
-    """Train one point of the sweep and write its results (see docs/architecture.md).
+    """Train one sweep point and write its results (see docs/architecture.md).
 
-    Resumes from ``out_dir/checkpoints`` when a checkpoint of the same settings, particles and mesh is there. One of
-    another run is refused, or with ``discard_other_checkpoint`` (for callers that know when a result is out of date)
-    passed over with a warning. On SIGTERM writes a checkpoint and leaves with exit status 75. Raises InputError for
-    settings or files that don't fit.
+    Resumes from ``out_dir/checkpoints`` when a checkpoint of the same settings, particles and mesh is there. On SIGTERM
+    writes a checkpoint and leaves with exit status 75.
+
+    Parameters
+    ----------
+    particles_dir, mesh_dir
+        Folders that prepare and mesh have written.
+    out_dir
+        Folder to write.
+    settings
+        ``train:`` with one value of each swept key.
+    device
+        "auto", "cpu" or "cuda".
+    discard_other_checkpoint
+        For callers that know when a result is out of date: a checkpoint of another run is passed over with a warning,
+        where it is refused otherwise.
+    batch_size
+        Rows of a mini-batch; None chooses by their number.
+
+    Raises
+    ------
+    InputError
+        Settings or files do not fit.
     """
-    folders = (Path(particles_dir), Path(mesh_dir), Path(out_dir))
-    launch(_train, (*folders, settings, discard_other_checkpoint), settings.processes, device)
+    job = TrainJob(
+        particles=ParticlesFolder(Path(particles_dir)),
+        mesh=MeshFolder(Path(mesh_dir)),
+        out=TrainFolder(Path(out_dir)),
+        settings=settings,
+        discard_other_checkpoint=discard_other_checkpoint,
+        batch_size=batch_size,
+    )
+    launch(train_rank, (job,), settings.processes, device)
 
 
-def _train(
-    group: Group,
-    device: str,
-    particles_dir: Path,
-    mesh_dir: Path,
-    out_dir: Path,
-    settings: TrainSettings,
-    discard_other_checkpoint: bool,
-) -> None:
+def train_rank(group: Group, device: str, job: TrainJob) -> None:
     """One rank's part of ``train``. All ranks read; only the first writes."""
     tune_process()
     began = time.perf_counter()
-    setup = set_up(particles_dir, mesh_dir, settings, device, group)
-    identity = _identity(particles_dir, mesh_dir, settings)
-    checkpoint = out_dir / "checkpoints" / CHECKPOINT
-    state = start_or_resume(setup, checkpoint, identity, discard_other_checkpoint)
-    resumed_s = state.wall_s
-    stop = _StopFlag()
+    setup = set_up(
+        job.particles, job.mesh, job.settings, device, group, batch_size=job.batch_size, accuracy=job.accuracy
+    )
+    identity = run_identity(job.particles, job.mesh, job.settings)
+    state = start_or_resume(setup, job.out.checkpoint, identity, job.discard_other_checkpoint)
+    clock = _Clock(began, state.wall_s)
+    _run_epochs(setup, state, job.out, identity, clock)
+    precision = infer_all(setup, state)
+    score, rejected = final_score(setup, state)
+    if rejected is None:
+        settle_shape(setup, state)
+    if group.leads:
+        state.wall_s = clock.wall_s()
+        write_results(job.out, setup, state, precision, score, rejected)
 
-    written = time.perf_counter()
+
+@dataclass(frozen=True)
+class _Clock:
+    began: float
+    before_s: float  # that earlier processes have spent on this run
+
+    def wall_s(self) -> float:
+        return self.before_s + time.perf_counter() - self.began
+
+
+def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str, str], clock: _Clock) -> None:
+    """The epochs that are still to be done, with a checkpoint now and then."""
+    stop, written = _StopFlag(), time.perf_counter()
 
     def save() -> None:
         nonlocal written
-        if not group.leads:
+        if not setup.group.leads:
             return
         written = time.perf_counter()
-        state.wall_s = resumed_s + time.perf_counter() - began
-        with atomic_path(checkpoint) as temporary:
+        state.wall_s = clock.wall_s()
+        with atomic_path(out.checkpoint) as temporary:
             torch.save({"identity": identity, **state.checkpoint()}, temporary)
 
     def after_batch() -> None:
-        if group.any(stop.raised):
+        if setup.group.any(stop.raised):
             raise Interrupted
         if time.perf_counter() - written > CHECKPOINT_EVERY_S:
             save()
 
     with stop:
-        while not finished(setup, state):
+        while state.epoch < setup.schedule.planned_epochs(state.anneal_from):
             try:
                 run_epoch(setup, state, after_batch)
             except Interrupted:
@@ -100,21 +155,14 @@ def _train(
                 logger.warning("SIGTERM: checkpoint written in epoch %d; run again to continue", state.epoch + 1)
                 sys.exit(EXIT_INTERRUPTED)
             save()
-            if group.leads:
-                write_log(out_dir / "log.csv", state.log)
-                write_model(out_dir / "checkpoints" / MODEL_FILE, setup, state)
-    precision = infer_all(setup, state)
-    score, rejected = final_score(setup, state)
-    if rejected is None:
-        settle_shape(setup, state)
-    if group.leads:
-        state.wall_s = resumed_s + time.perf_counter() - began
-        write_results(particles_dir, out_dir, setup, state, precision, score, rejected)
+            if setup.group.leads:
+                write_log(out.log, state.log)
+                write_model(out.checkpoint_model, setup, state)
 
 
-def _identity(particles_dir: Path, mesh_dir: Path, settings: TrainSettings) -> dict[str, str]:
+def run_identity(particles: ParticlesFolder, mesh: MeshFolder, settings: TrainSettings) -> dict[str, str]:
     """What a checkpoint must share with this run: settings, but for what changes no result, and the input files."""
-    files = [particles_dir / "particles.star", particles_dir / "prepared.json", mesh_dir / "mesh.vtu"]
+    files = [particles.particles, particles.record, mesh.mesh]
     return {
         "settings": json.dumps(
             {k: v for k, v in asdict(settings).items() if k != "processes"}, sort_keys=True, default=str
@@ -131,7 +179,7 @@ class _StopFlag:
         self._previous: Any = None
 
     def __enter__(self) -> _StopFlag:
-        def on_signal(number, frame):
+        def on_signal(number: int, frame: FrameType | None) -> None:
             self.raised = True
 
         try:
@@ -140,6 +188,8 @@ class _StopFlag:
             self._previous = None
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)

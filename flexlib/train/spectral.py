@@ -10,18 +10,21 @@ the identity, directions whose variance stands above the noise edge are motion; 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 
 from flexlib.distributed import ALONE, Group
-from flexlib.images.batch import ImageBatch, plane_weight
+from flexlib.images.batch import ImageBatch
+from flexlib.imaging.fourier import wavenumbers
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import Operator
-from flexlib.projection.op import project, scatter_volume, view_vertices
+from flexlib.projection.op import scatter_volume
 
 _UNSEEN = 1e-6  # of the largest information: fields that images see less are left out, not blown up by the whitening
-_CHUNK = 65536  # particles, or numbers of a field's transform, that are in double precision at one time
+_CHUNK = 65536  # rows, or numbers of a field's transform, that are in double precision at one time
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class SpectralStart:
     latents: np.ndarray  # (n, K) float32, unit variance
     directions: np.ndarray  # (K, m) float32 coefficients of the fields per unit latent
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All fields as tensors on the CPU."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: torch.as_tensor(v.copy() if isinstance(v, np.ndarray) else v) for name, v in own.items()}
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, torch.Tensor]) -> SpectralStart:
+        """The inverse of ``state_dict``."""
+        own: dict[str, Any] = {name: v.item() if v.ndim == 0 else v.cpu().numpy() for name, v in saved.items()}
+        return cls(**own)
+
 
 def suggest_dims(eigenvalues: np.ndarray, noise_edge: float, most: int = 10) -> int:
     """Number of leading eigenvalues (descending, noise = 1) before the deepest drop; 0 if none leaves the noise.
@@ -60,22 +74,34 @@ def measure_forces(
     operator: Operator,
     values: torch.Tensor,
     batches: Iterable[ImageBatch],
-    num_particles: int,
+    num_rows: int,
     basis_A: torch.Tensor,
     band: float,
     group: Group = ALONE,
 ) -> FieldForces:
-    """One pass over the particles: their forces on the fields ``basis_A`` (m, nv, 3) at rest, shells up to ``band``.
+    """One pass over the rows: their forces on displacement fields at rest.
 
-    ``values`` (nvox,) the rigid map; ``batches`` in the order of rows, ``num_particles`` in all. With several processes
-    ``batches`` are those of the rank's own part of the rows; the result is of all.
+    Parameters
+    ----------
+    operator, values
+        That projects the map, and the rigid map's values (nvox,).
+    batches
+        Of this rank's part of the rows, in their order.
+    num_rows
+        Of all ranks.
+    basis_A
+        (m, nv, 3) displacement fields in Angstrom.
+    band
+        Highest shell in use.
+    group
+        The ranks that share the rows; each gets the result of all.
     """
     box = operator.voxels.box
     weight = plane_weight(box, band).to(values.device)
-    force = np.empty((num_particles, len(basis_A)), np.float32)
+    force = np.empty((num_rows, len(basis_A)), np.float32)
     sampling = FourierSampling(box, band)
-    every = max(1, num_particles // 2000)  # a few thousand views tell how Fourier space is sampled
-    mine = group.part(num_particles)
+    every = max(1, num_rows // 2000)  # a few thousand views show how Fourier space is sampled
+    mine = group.part(num_rows)
     first = mine.start
     for batch in batches:
         last = first + len(batch.rows)
@@ -84,7 +110,7 @@ def measure_forces(
         first = last
     if group.size > 1:
         force[: mine.start] = force[mine.stop :] = 0.0
-        for first in range(0, num_particles, _CHUNK):
+        for first in range(0, num_rows, _CHUNK):
             group.add(torch.from_numpy(force[first : first + _CHUNK]))
         sampling.add_up(group)
     for axis in range(force.shape[1]):
@@ -92,12 +118,12 @@ def measure_forces(
     return FieldForces(force, group.from_first(lambda: mean_information(operator, values, basis_A, sampling)))
 
 
-def _batch_forces(operator, values, batch, basis_A, weight) -> torch.Tensor:
+def _batch_forces(
+    operator: Operator, values: torch.Tensor, batch: ImageBatch, basis_A: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """(b, m) forces of one batch."""
-    vertices = view_vertices(operator.vertices_A, batch.rotation, batch.origin_px, operator.pixel_size_A)
-    vertices = vertices.detach().requires_grad_()
-    slices = project(values, vertices, operator.voxels, operator.kernel, operator.oversampling)
-    predicted = batch.transfer * slices
+    vertices = operator.vertices_px(batch).detach().requires_grad_()
+    predicted = batch.transfer * operator.project(values, vertices)
     residual = (batch.images - predicted).detach()
     (gradient,) = torch.autograd.grad(
         (weight * (residual.real * predicted.real + residual.imag * predicted.imag)).sum(), vertices
@@ -109,7 +135,7 @@ def _batch_forces(operator, values, batch, basis_A, weight) -> torch.Tensor:
 class FourierSampling:
     """How strongly a particle of the set, on average, samples each 3D Fourier voxel: the sum of |transfer|^2 there."""
 
-    def __init__(self, box: int, band: float):
+    def __init__(self, box: int, band: float) -> None:
         weight = plane_weight(box, band)
         ky, kx = torch.nonzero(weight > 0, as_tuple=True)
         self.box = box
@@ -150,14 +176,23 @@ def mean_information(
 
     A voxel that moves by u changes the transform of the map by ``-2 pi i (k . u) V exp(-2 pi i k . x)``: three 3D FFTs
     per field, no image. By the projection theorem the mean over particles of the squared change of their images is
-    that of the map's, weighted by the Fourier ``sampling``.
+    that of the map's, weighted by the Fourier sampling.
+
+    Parameters
+    ----------
+    operator, values
+        That projects the map, and its values (nvox,).
+    basis_A
+        (m, nv, 3) displacement fields in Angstrom.
+    sampling
+        Of the views.
     """
     box, voxels = operator.voxels.box, operator.voxels
     seen = sampling.mean().to(values.device)
     where = torch.nonzero(seen.flatten() > 0)[:, 0]
     root = seen.flatten()[where].sqrt().float()
-    axes = [torch.fft.fftfreq(box, 1.0 / box), torch.fft.fftfreq(box, 1.0 / box), torch.arange(box // 2 + 1)]
-    grid = torch.meshgrid(*[axis.float().to(values.device) for axis in axes], indexing="ij")
+    axes = [torch.from_numpy(wavenumbers(box))] * 2 + [torch.arange(box // 2 + 1, dtype=torch.float32)]
+    grid = torch.meshgrid(*[axis.to(values.device) for axis in axes], indexing="ij")
     frequency = [part.flatten()[where] for part in reversed(grid)]  # x, y, z
     changes = torch.empty((len(basis_A), len(where), 2), device=values.device)
     corners = voxels.cells.long()[voxels.cell.long()]
@@ -178,8 +213,14 @@ def mean_information(
 def spectral_start(forces: FieldForces, latent_dims: int, prior_precision: np.ndarray) -> SpectralStart:
     """Principal components of the forces in units of their noise.
 
-    ``prior_precision`` (m,) of the fields' coefficients comes from the rigidity: directions that the images hardly see
-    stay small.
+    Parameters
+    ----------
+    forces
+        Of all rows on m fields.
+    latent_dims
+        How many components start latents.
+    prior_precision
+        (m,) of the fields' coefficients, from the rigidity: directions that the images hardly see stay small.
     """
     num = len(forces.force)
     spread, axes = np.linalg.eigh(forces.information)
@@ -202,6 +243,15 @@ def fields_of_latents(forces: FieldForces, latents: np.ndarray, prior_precision:
     """(K, m) float32: the displacement that goes with one unit of each of the (n, K) latents, whatever their source.
 
     The regression of the forces on the latents is H times the displacement; it is solved with the rigidity as prior.
+
+    Parameters
+    ----------
+    forces
+        Of all rows on m fields.
+    latents
+        (n, K).
+    prior_precision
+        (m,) of the fields' coefficients, from the rigidity.
     """
     centred = latents.astype(np.float64) - latents.mean(0, dtype=np.float64)
     slope = np.zeros((forces.force.shape[1], latents.shape[1]))

@@ -4,87 +4,91 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from flexlib.errors import InputError
-from flexlib.images.batch import plane_weight, read_ahead, shell_radius, split_batches
-from flexlib.model.flex_model import FlexModel, FlowGenerator, displacement_basis_A
-from flexlib.model.forward import Operator, log_likelihood_loss
-from flexlib.particles.latents_io import read_latents
+from flexlib.images.batch import read_ahead, split_batches
+from flexlib.imaging.fourier import shell_means
+from flexlib.layout import TrainFolder
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator
+from flexlib.model.forward import Operator
 from flexlib.projection.op import gather_volume
-from flexlib.tetra.elastic import elastic_modes
-from flexlib.tetra.rigidity import mesh_rigidity
 from flexlib.train.canonical import CanonicalMap
-from flexlib.train.spectral import FieldForces, SpectralStart, fields_of_latents, measure_forces, spectral_start
-from flexlib.train.state import BAND_EPOCHS, RIGIDITY_NATS, Setup, State, derived_seed, follow_first
-from flexlib.workflow_support.settings import TrainSettings
+from flexlib.train.fields import displacement_basis, rigidity_precision, spectral_fields
+from flexlib.train.initial_latents import InitialLatents, initial_latents, read_own_latents, standard_scale
+from flexlib.train.map_pass import map_pass
+from flexlib.train.schedule import FLOW_RATE
+from flexlib.train.setup import Setup, derived_seed
+from flexlib.train.spectral import FieldForces, SpectralStart, measure_forces, spectral_start
+from flexlib.train.state import State
 
 logger = logging.getLogger(__name__)
 
-NUM_MODES = 800  # a hinge is sharp: with 150 the IgG set's second angle is told to .983, with 800 to .985
-SPECTRAL_MODES = 150  # the softest, in which motion is looked for at the start
-BASIS_UNIT_A = 5.0  # rms displacement of the softest field per unit network output
-FLOW_RATE = 5e-3  # 3DFlex's
-INFORMATION_AT_START = 30.0  # of each latent, until the first batch measures it
+INFORMATION_AT_START = 30.0  # of each latent, until the first mini-batch measures it
 RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
 
 
 def start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str], discard_other: bool) -> State:
+    """The state that a run goes on from.
+
+    Parameters
+    ----------
+    setup
+        The run.
+    checkpoint
+        A file; where there is none the run starts anew.
+    identity
+        What a checkpoint must share with this run.
+    discard_other
+        Whether a checkpoint of another run is passed over with a warning.
+
+    Raises
+    ------
+    InputError
+        The checkpoint is of another run.
+    """
     if not checkpoint.exists():
-        return _start(setup)
+        return start(setup)
     saved = torch.load(checkpoint, map_location=setup.device, weights_only=True)
-    if saved["identity"] != identity:
-        differing = ", ".join(k for k in identity if saved["identity"].get(k) != identity[k])
-        if discard_other:
-            logger.warning("%s: of another run (different %s), training anew", checkpoint, differing)
-            return _start(setup)
+    if saved["identity"] == identity:
+        return resume(setup, saved)
+    differing = ", ".join(k for k in identity if saved["identity"].get(k) != identity[k])
+    if not discard_other:
         raise InputError(
             f"{checkpoint}: a checkpoint of another run (different {differing}); delete its folder to train anew"
         )
-    spectrum = SpectralStart(**{k: v.item() if v.ndim == 0 else v.cpu().numpy() for k, v in saved["spectrum"].items()})
-    canonical = _canonical_map(setup, setup.operator, _mean_transfer2(setup))
-    state = _new_state(setup, canonical, saved["rigid_values"], spectrum, saved["flow"]["basis_A"], None)
+    logger.warning("%s: of another run (different %s), training anew", checkpoint, differing)
+    return start(setup)
+
+
+def resume(setup: Setup, saved: dict[str, Any]) -> State:
+    """The state that a checkpoint holds."""
+    num, dims = len(setup.source), setup.settings.latent_dims
+    flow, _ = new_flow(setup, saved["flow"]["basis_A"], (num, dims))
+    canonical = canonical_map(setup, setup.operator, mean_transfer2(setup))
+    spectrum = SpectralStart.from_state_dict(saved["spectrum"])
+    empty = InitialLatents(torch.zeros((num, dims)), spectrum.directions)
+    state = new_state(setup, flow, canonical, saved["rigid_values"], spectrum, empty)
     state.restore(saved)
     logger.info("resumed after epoch %d, batch %d", state.epoch, state.step)
     return state
 
 
-def _start(setup: Setup) -> State:
-    """Rigid map, elastic modes, spectral start."""
-    settings, device = setup.settings, setup.device
-    transfer2 = _mean_transfer2(setup)
-    rigid = _canonical_map(setup, setup.rigid, transfer2)
-    weight = plane_weight(setup.source.box, setup.band(BAND_EPOCHS)).to(device)
-    for number, newton_steps in enumerate(RIGID_STEPS):
-        order = np.random.default_rng((settings.seed, 2, number)).permutation(setup.training_rows)
-        total, rate = 0.0, min(newton_steps * setup.batch_size / len(order), 0.3)
-        batches = split_batches(order, setup.batch_size)
-        shares = map(setup.group.share, batches)
-        for rows, batch in zip(batches, read_ahead(setup.source, shares, device), strict=True):
-            values = rigid.values.clone().requires_grad_()
-            loss = log_likelihood_loss(setup.rigid, values, batch, None, weight).sum()
-            (gradient,) = torch.autograd.grad(loss, values)
-            setup.group.add(gradient, loss)
-            total += loss.item()
-            rigid.step(gradient, len(rows) / len(order), rate, setup.band(BAND_EPOCHS))
-        logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
-    basis = _basis(setup)
-    soft = _spectral_fields(basis)
-    canonical = _canonical_map(setup, setup.operator, transfer2)
-    canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=device), setup.operator.voxels)
-    mine = split_batches(setup.group.share(np.arange(len(setup.source))), setup.batch_size)
-    forces = measure_forces(
-        setup.operator,
-        canonical.values,
-        read_ahead(setup.source, mine, device),
-        len(setup.source),
-        basis[soft],
-        setup.band(0),
-        setup.group,
-    )
-    prior = _rigidity_precision(setup, basis[soft])
+def start(setup: Setup) -> State:
+    """The state at epoch 0: rigid map, elastic modes, spectral start."""
+    settings = setup.settings
+    transfer2 = mean_transfer2(setup)
+    rigid = rigid_map(setup, transfer2)
+    basis = displacement_basis(setup.mesh, setup.group, setup.device)
+    soft = spectral_fields(len(basis))
+    canonical = canonical_map(setup, setup.operator, transfer2)
+    canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=setup.device), setup.operator.voxels)
+    forces = _forces(setup, canonical, basis[soft])
+    prior = rigidity_precision(setup.rigidity, setup.operator.vertices_A, basis[soft], setup.rigidity_nats)
     spectrum = setup.group.from_first(lambda: spectral_start(forces, settings.latent_dims, prior))
     logger.info(
         "spectral start: leading eigenvalues %s (noise edge %.2f), suggested dims %d",
@@ -92,127 +96,100 @@ def _start(setup: Setup) -> State:
         spectrum.noise_edge,
         spectrum.suggested_dims,
     )
-    state = _new_state(setup, canonical, rigid.values, spectrum, basis, forces)
+    flow, drawn = new_flow(setup, basis, (len(setup.source), settings.latent_dims))
+    initial = initial_latents(settings, setup.particles, drawn, forces, spectrum, prior)
+    with torch.no_grad():
+        flow.linear[:, soft] = torch.as_tensor(initial.directions, device=setup.device)
+    state = new_state(setup, flow, canonical, rigid.values, spectrum, initial)
     if settings.init_from is not None and settings.init_from.is_dir():
         _continue_from(setup, state, settings.init_from)
-    follow_first(setup, state)
+    state.follow_first(setup.group)
     return state
 
 
-def _basis(setup: Setup) -> torch.Tensor:
-    stiffness, modes = setup.group.from_first(lambda: elastic_modes(setup.mesh, NUM_MODES))
-    basis = displacement_basis_A(modes, stiffness, setup.mesh.vertices_A) * BASIS_UNIT_A
-    return torch.as_tensor(basis, device=setup.device)
+def rigid_map(setup: Setup, transfer2: torch.Tensor) -> CanonicalMap:
+    """The map of the training particles without motion."""
+    rigid = canonical_map(setup, setup.rigid, transfer2)
+    for number, newton_steps in enumerate(RIGID_STEPS):
+        order = np.random.default_rng((setup.settings.seed, 2, number)).permutation(setup.training_rows)
+        rate = newton_steps * setup.batch_size / len(order)
+        total = map_pass(setup, rigid, setup.rigid, order, rate)
+        logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
+    return rigid
 
 
-def _spectral_fields(basis_A: torch.Tensor) -> np.ndarray:
-    """Which of the fields the spectral start uses: the softest modes, and the six rigid-body motions at the end."""
-    modes = len(basis_A) - 6
-    return np.r_[: min(SPECTRAL_MODES, modes), modes : modes + 6]
+def _forces(setup: Setup, canonical: CanonicalMap, fields_A: torch.Tensor) -> FieldForces:
+    """Of all particles on the fields (m, nv, 3), at the first band."""
+    mine = split_batches(setup.group.share(np.arange(len(setup.source))), setup.batch_size)
+    return measure_forces(
+        setup.operator,
+        canonical.values,
+        read_ahead(setup.source, mine, setup.device),
+        len(setup.source),
+        fields_A,
+        setup.schedule.band(0),
+        setup.group,
+    )
 
 
-def _rigidity_precision(setup: Setup, basis_A: torch.Tensor) -> np.ndarray:
-    """(m,) float64 precision that the rigidity, as a prior, gives the coefficient of each displacement field.
-
-    Its energy is taken at a thousandth of the field's size, where it is quadratic.
-    """
-    energy = 1e6 * mesh_rigidity(setup.rigidity, setup.operator.vertices_A + 1e-3 * basis_A)
-    return (2 * setup.settings.rigidity * RIGIDITY_NATS * energy).cpu().double().numpy()
-
-
-def _mean_transfer2(setup: Setup) -> torch.Tensor:
+def mean_transfer2(setup: Setup) -> torch.Tensor:
     """(box//2,) mean |transfer|^2 a shell, over a sample of the particles."""
     box = setup.source.box
     sample = setup.training_rows[:: max(1, len(setup.training_rows) // 1000)]
-    shell = shell_radius(box).round().long().flatten()
-    power = torch.zeros(box * (box // 2 + 1), dtype=torch.float64)
+    power = torch.zeros((box, box // 2 + 1), dtype=torch.float64)
     for rows in split_batches(setup.group.share(sample), 100):
-        power += setup.source.transfer(rows).abs().square().sum(0).flatten().double()
+        power += setup.source.transfer(rows).abs().square().sum(0).double()
     setup.group.add(power)
-    mean = torch.bincount(shell, power) / torch.bincount(shell).clamp(min=1) / len(sample)
-    return mean[: box // 2].float().to(setup.device)
+    return (shell_means(power, 2) / len(sample)).float().to(setup.device)
 
 
-def _canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
+def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
+    """The consensus, ready to be improved at the voxels of ``operator``."""
     volume = torch.as_tensor(setup.consensus.data, device=setup.device)
     mask = torch.as_tensor(setup.mask.data, device=setup.device)
     return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows))
 
 
-def _new_state(
+def new_flow(setup: Setup, basis: torch.Tensor, drawn: tuple[int, int]) -> tuple[FlowGenerator, torch.Tensor]:
+    """A flow on the fields ``basis`` that moves nothing yet, and as many standard normal numbers, (n, K); seeded."""
+    settings = setup.settings
+    torch.manual_seed(derived_seed(settings.seed, 4))
+    flow = FlowGenerator(basis.cpu(), settings.latent_dims, settings.layers, settings.hidden_units).to(setup.device)
+    return flow, torch.randn(drawn)
+
+
+def new_state(
     setup: Setup,
+    flow: FlowGenerator,
     canonical: CanonicalMap,
     rigid_values: torch.Tensor,
     spectrum: SpectralStart,
-    basis: torch.Tensor,
-    forces: FieldForces | None,
+    initial: InitialLatents,
 ) -> State:
-    """A state at epoch 0; without ``forces`` its flow and latents wait for a checkpoint's."""
-    settings, device, dims = setup.settings, setup.device, setup.settings.latent_dims
-    torch.manual_seed(derived_seed(settings.seed, 4))
-    flow = FlowGenerator(basis.cpu(), dims, settings.layers, settings.hidden_units).to(device)
-    num = len(setup.source)
-    latents, given, directions = torch.randn((num, dims)), None, None
-    if forces is not None:
-        file = _latents_file(settings)
-        if file is not None:
-            own = _read_own_latents(setup, file)
-            latents, _ = standard_scale(own)
-            given = own.to(device) if settings.freeze_latents else None
-            logger.info("latents start from %s", file)
-        if file is not None or settings.latent_init == "random":
-            prior = _rigidity_precision(setup, basis[_spectral_fields(basis)])
-            directions = fields_of_latents(forces, latents.numpy(), prior)
-        if file is None and settings.latent_init == "spectral":
-            latents, directions = torch.as_tensor(spectrum.latents), spectrum.directions
-        with torch.no_grad():
-            flow.linear[:, _spectral_fields(basis)] = torch.as_tensor(directions, device=device)
-    latents = latents.to(device)
+    """A state at epoch 0."""
+    latents = initial.latents.to(setup.device)
+    num, dims = latents.shape
     return State(
-        flow,
-        torch.optim.Adam(flow.parameters(), lr=FLOW_RATE, fused=True),
-        canonical,
-        latents,
-        INFORMATION_AT_START * torch.eye(dims, device=device).repeat(num, 1, 1),
-        latents[torch.as_tensor(setup.validation_rows)].clone(),
-        rigid_values,
-        spectrum,
-        given,
-        [],
+        flow=flow,
+        optimiser=torch.optim.Adam(flow.parameters(), lr=FLOW_RATE, fused=True),
+        canonical=canonical,
+        latents=latents,
+        information=INFORMATION_AT_START * torch.eye(dims, device=setup.device).repeat(num, 1, 1),
+        held_latents=latents[torch.as_tensor(setup.validation_rows)].clone(),
+        rigid_values=rigid_values,
+        spectrum=spectrum,
+        given_latents=None if initial.given is None else initial.given.to(setup.device),
+        log=[],
     )
 
 
-def _latents_file(settings: TrainSettings) -> Path | None:
-    """The file that latents start from: ``latent_init``, else what ``init_from`` names or holds."""
-    if isinstance(settings.latent_init, Path):
-        return settings.latent_init
-    if settings.init_from is None:
-        return None
-    return settings.init_from / "latents.star" if settings.init_from.is_dir() else settings.init_from
-
-
-def _read_own_latents(setup: Setup, file: Path) -> torch.Tensor:
-    """(n, K) float32 latents of ``file`` in its own scale. Raises InputError where it has too few dims."""
-    own, dims = read_latents(file, setup.particles_dir), setup.settings.latent_dims
-    if own.shape[1] < dims:
-        raise InputError(f"{file}: {own.shape[1]} latent dims, but train.latent_dims is {dims}")
-    if own.shape[1] > dims:
-        logger.warning("%s: has %d latent dims; the first %d are used", file, own.shape[1], dims)
-    if not own[:, :dims].std(0).all():
-        raise InputError(f"{file}: latent dim {int(np.argmin(own[:, :dims].std(0))) + 1} is the same for all particles")
-    return torch.as_tensor(own[:, :dims], dtype=torch.float32)
-
-
-def standard_scale(own: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """(n, K) latents at zero mean and unit variance, and (scale, offset) with ``own = scale * standard + offset``."""
-    scale, offset = own.std(0), own.mean(0)
-    return (own - offset) / scale, (scale, offset)
-
-
 def _continue_from(setup: Setup, state: State, train_dir: Path) -> None:
-    """Start from the flow and the map of a trained point; its latents have been read already.
+    """Start from the flow and the map of a trained sweep point; its latents have been read already.
 
-    Raises InputError where its mesh, latent dims or network differ.
+    Raises
+    ------
+    InputError
+        Its mesh, latent dims or network differ.
     """
     model = FlexModel.load(train_dir)
     settings = setup.settings
@@ -226,7 +203,7 @@ def _continue_from(setup: Setup, state: State, train_dir: Path) -> None:
             f"{train_dir}: train.init_from must have this point's mesh, train_box, latent_dims, layers and hidden_units"
         )
     state.flow.load_state_dict(model.flow.state_dict())
-    own = _read_own_latents(setup, train_dir / "latents.star")
+    own = read_own_latents(TrainFolder(train_dir).latents, setup.particles, settings.latent_dims)
     scale, offset = standard_scale(own)[1]
     state.flow.rescale_latents(torch.diag(scale).to(setup.device), offset.to(setup.device))
     state.canonical.values = gather_volume(torch.as_tensor(model.canonical, device=setup.device), setup.operator.voxels)

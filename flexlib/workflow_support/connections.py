@@ -1,4 +1,4 @@
-"""How segments hang together, as text; and which mesh keys fit together. Light: the workflow asks before any job."""
+"""How segments hang together, as text; and which mesh keys fit together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What a stage will need of memory, time and disk, from the size of the data.
 
-For schedulers and for refusing early, so on the generous side; measured figures are in docs/workflow.md. Plain Python
-only: the workflow imports this each time it is parsed.
+For schedulers and for refusing early, so on the generous side; measured figures are in docs/workflow.md.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlib.errors import InputError
-from flexlib.files import read_json
+from flexlib.records import PreparedRecord
 
 BASE_MB = 1500  # Python, torch and numba's compiler, and the two processes of Snakemake around a SLURM job
 LONGEST_MIN = 1440  # of most clusters' queues; the training resumes where its limit cut it off
@@ -45,7 +44,10 @@ class MapSize:
 
 
 def read_map_size(path: str | Path) -> MapSize | None:
-    """Size in an MRC header, of either byte order; None where the file is too short for one."""
+    """Size in an MRC header, of either byte order; None where the file is too short for one.
+
+    By hand: mrcfile's ``header_only`` was considered, but needs numpy, which a Snakemake that only plans has not.
+    """
     with Path(path).open("rb") as file:
         raw = file.read(52)
     if len(raw) < 52:
@@ -60,8 +62,8 @@ def data_size(config: Mapping[str, Any], prepared_json: str | Path) -> DataSize:
     ``config`` is a checked one.
     """
     if Path(prepared_json).exists():
-        record = read_json(prepared_json)
-        return DataSize(record["num_rows"], record["crop_box"], record["train_box"])
+        record = PreparedRecord.read(prepared_json)
+        return DataSize(record.num_rows, record.crop_box, record.train_box)
     simulate, prepare = config.get("simulate"), config["prepare"]
     if simulate is not None:
         rows, box = simulate["num_particles"], simulate["box"]
@@ -91,11 +93,16 @@ def memory_mb(
 
     Parameters
     ----------
-    stage : a rule of the workflow
-    size : of the data
-    all_in_ram : ``reconstruct.all_in_ram``
-    volume : ``generate.volume``, deformed in place of the canonical map
-    processes : ``train.processes``, each of which holds the maps and the metadata
+    stage
+        A rule of the workflow.
+    size
+        Of the data.
+    all_in_ram
+        ``reconstruct.all_in_ram``.
+    volume
+        ``generate.volume``, deformed instead of the canonical map.
+    processes
+        ``train.processes``, each of which holds the maps and the metadata.
     """
     rows_mb = size.num_rows / 2**20
     if stage in ("simulate", "prepare"):
@@ -124,7 +131,7 @@ def runtime_min(stage: str, size: DataSize) -> int:
 
 
 def disk_mb(stage: str, size: DataSize, *, maps: int = 0, volume: str | Path | None = None) -> int:
-    """What ``stage`` writes, in MiB; ``maps`` is the number of maps of a point's series (generate)."""
+    """What ``stage`` writes, in MiB; ``maps`` is the number of maps in a sweep point's series (generate)."""
     images_mb = size.num_rows / 2**20 * 4
     written = {
         "simulate": images_mb * size.full_box**2 + 10 * _map_mb(size.full_box),
@@ -143,19 +150,22 @@ def check_free_space(folder: str | Path, needed_mb: float, what: str) -> None:
 
     Parameters
     ----------
-    folder : where it is written; it or a parent of it exists
-    needed_mb : MiB
-    what : is written, for the message
+    folder
+        Where it is written; it or a parent of it exists.
+    needed_mb
+        MiB.
+    what
+        Is written, for the message.
 
     Raises
     ------
     InputError
         The disk under ``folder`` has less free space than that and 2 % of its size.
     """
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    usage = shutil.disk_usage(place)
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    usage = shutil.disk_usage(existing)
     free_mb = (usage.free - SPARE * usage.total) / 2**20
     if needed_mb > free_mb:
         raise InputError(

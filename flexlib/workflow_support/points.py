@@ -1,4 +1,4 @@
-"""The sweep points that a config asks for. Plain Python: the workflow imports this each time it is parsed."""
+"""The sweep points that a config asks for."""
 
 from __future__ import annotations
 

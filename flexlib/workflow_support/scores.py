@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from flexlib.errors import InputError
-from flexlib.files import read_json
 from flexlib.layout import TrainFolder
+from flexlib.records import ValidationRecord
 from flexlib.workflow_support.points import SweepPoint
 
 SIGNIFICANT_ERRORS = 3.0  # standard errors of held-out gain below which no motion is claimed
@@ -28,7 +28,7 @@ def confirms_motion(gain: float, standard_error: float) -> bool:
 
 @dataclass(frozen=True)
 class Score:
-    """The held-out score of one trained point, in nats per particle, flexible minus rigid."""
+    """The held-out score of one sweep point, in nats per particle, flexible minus rigid."""
 
     point: SweepPoint
     gain: float
@@ -49,7 +49,7 @@ class Score:
 
 
 def choose_point(scores: Sequence[Score]) -> Score:
-    """The simplest point within one standard error of the best held-out score (the one-standard-error rule).
+    """The simplest sweep point within one standard error of the best held-out score (the one-standard-error rule).
 
     The standard error is the best point's own, over the held-out particles. (That of the paired difference is far
     smaller, and one such error is what chance alone gives the luckiest of a dozen points that are equally good.)
@@ -83,11 +83,8 @@ def _simplicity(score: Score) -> tuple[float, ...]:
 
 
 def read_score(point: SweepPoint, validation_json: str | Path) -> Score:
-    """The score in a point's ``validation.json`` and ``held_out.csv`` beside it; nan where nothing was held out."""
-    validation = read_json(validation_json)
-    gain, error = (validation.get(key) for key in ("validation_gain", "validation_gain_se"))
+    """The score in a sweep point's ``validation.json`` and ``held_out.csv`` beside it; nan where none was held out."""
+    validation = ValidationRecord.read(validation_json)
     with TrainFolder(Path(validation_json).parent).held_out.open(newline="") as file:
         particles = {int(row["row"]): float(row["gain"]) for row in csv.DictReader(file)}
-    return Score(
-        point, math.nan if gain is None else float(gain), math.nan if error is None else float(error), particles
-    )
+    return Score(point, validation.gain, validation.gain_se, particles)

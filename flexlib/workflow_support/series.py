@@ -11,8 +11,6 @@ from pathlib import Path
 from flexlib.errors import InputError
 
 FILE_SUFFIXES = (".csv", ".txt", ".npy", ".star", ".cs")
-
-
 SPELLINGS = "axes, curve, kmeans 8, between 12 340, between -1,0 1,0.5, or a .csv, .txt, .npy, .star or .cs file"
 
 

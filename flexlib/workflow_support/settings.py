@@ -1,108 +1,296 @@
-"""The settings of each stage: one dataclass per section of the config, the contract's keys and defaults.
+"""The settings of a run, each in one line: its key, type, default, meaning and limits; a dataclass for each section.
 
-The config schema (``workflow/schemas/config.schema.yaml``) adds ranges and descriptions; a test holds the two together.
+The contract's keys and defaults. The schema of the config and the tables of ``config/README.md`` are made from these
+lines (``schema.py``), and a checked config (``checks.py``) becomes these dataclasses again (``make_settings``).
 """
+
+# ruff: noqa: RUF009 (``setting`` is ``dataclasses.field`` and the user's reference in one)
 
 from __future__ import annotations
 
-import copy
-import difflib
-import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from flexlib.errors import InputError
-from flexlib.workflow_support.estimates import MapSize, read_map_size
-from flexlib.workflow_support.series import series_files
 
 Auto = Literal["auto"]
+PointChoice = dict[str, int | float]  # some or all of the swept keys, with a value each
 Settings = TypeVar("Settings")
+
+
+def setting(default: Any, meaning: str, *, swept: bool = False, written: bool = False, **limits: Any) -> Any:
+    """A key of the config.
+
+    Parameters
+    ----------
+    default
+        Its value where the config says nothing; ``...`` where the config must.
+    meaning
+        For the user.
+    swept
+        Whether a list of values is allowed, each of which makes sweep points of its own.
+    written
+        Whether it is a path that a stage makes, so that nothing need be there.
+    limits
+        Of its value, in JSON schema's words (``minimum``, ``multipleOf``, ``pattern``, ...).
+    """
+    metadata = {"meaning": meaning, "swept": swept, "written": written, "limits": limits}
+    if default is ...:
+        return field(metadata=metadata)
+    if isinstance(default, (list, type)):
+        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class SimulateSettings:
-    """``simulate:`` (demo and tests only); ``box`` in pixels."""
+    """``simulate:`` (demo and tests only)."""
 
-    phantom: str = "antibody"
-    num_particles: int = 1000
-    box: int = 64
-    pixel_size_A: float = 4.0
-    snr: float = 0.08
-    seed: int = 0
+    phantom: str = setting("antibody", "Which moving phantom.")
+    num_particles: int = setting(1000, "Number of particles.", minimum=10)
+    box: int = setting(64, "Box in pixels.", minimum=16, multipleOf=2)
+    pixel_size_A: float = setting(4.0, "Pixel size, Angstrom.", exclusiveMinimum=0)
+    snr: float = setting(0.08, "Signal's variance over the noise's, per pixel.", exclusiveMinimum=0)
+    seed: int = setting(0, "Seed of the random numbers.")
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """``prepare:``; boxes in pixels."""
+    """``prepare:``."""
 
-    crop_box: int | None = None
-    train_box: int = 128
-    max_particles: int | None = None
-    min_scale: float | None = None
-    symmetry: str = "C1"
-    resplit: bool = False
+    crop_box: int | None = setting(
+        None,
+        "Box for reconstruction, pixels of the finest optics group; null keeps the widest that all images fill.",
+        minimum=16,
+        multipleOf=2,
+    )
+    train_box: int = setting(
+        128, "Box for training, pixels; images are Fourier-cropped to it.", minimum=16, multipleOf=2
+    )
+    max_particles: int | None = setting(
+        None,
+        "Use at most this many particles (a random choice that keeps the half-sets' balance); null uses all.",
+        minimum=2,
+    )
+    min_scale: float | None = setting(None, "Drop particles whose per-particle scale is below this; null keeps all.")
+    symmetry: str = setting(
+        "C1",
+        "Point group of the consensus (Cn, Dn, T, O, I1 to I4, axes as RELION's; I is I2); each particle is used in "
+        "all its equivalent poses.",
+        pattern="^([Cc][1-9][0-9]*|[Dd][1-9][0-9]*|[Tt]|[Oo]|[Ii][1-4]?)$",
+    )
+    resplit: bool = setting(False, "Draw new half-sets instead of keeping the input's.")
 
 
 @dataclass(frozen=True)
-class MeshSettings:
-    """``mesh:`` with one value of ``cells``; ``threshold`` is an absolute density level or "auto"."""
+class CellsSettings:
+    """The key of ``mesh:`` that is swept; a class of its own so that it comes first, as in the reference."""
 
-    cells: int = 20
-    lowpass_A: float = 10.0
-    threshold: float | Auto = "auto"
-    dilate_A: float = 2.0
-    pad_A: float = 5.0
-    segmentation: Path | None = None
-    connections: str | None = None
-    rigid_segments: tuple[int, ...] = ()
-    min_rigidity_weight: float = 0.5
-    stiffen_low_density: bool = False
-    rigidity_weights: Path | None = None
-    custom: Literal["surface"] | Path | None = None
+    cells: int = setting(
+        20, "Coarseness, the number of tetra cells across the box; a list is swept.", swept=True, minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """The keys of ``mesh:`` that make the solvent mask, which prepare does."""
+
+    lowpass_A: float = setting(
+        10.0, "Low-pass filter on the consensus before the mask is made, Angstrom.", exclusiveMinimum=0
+    )
+    threshold: float | Auto = setting("auto", "Density level of the mask, a number, or auto.")
+    dilate_A: float = setting(2.0, "Mask dilation, Angstrom.", minimum=0)
+    pad_A: float = setting(5.0, "Width of the mask's soft edge, Angstrom.", minimum=0)
+
+
+@dataclass(frozen=True)
+class MeshSettings(MaskSettings, CellsSettings):
+    """``mesh:`` with one value of ``cells``."""
+
+    segmentation: Path | None = setting(
+        None, "Segments of the mask, a Segger .seg or a label map .mrc; null makes one segment."
+    )
+    connections: str | None = setting(
+        None,
+        "Which segments are joined, a tree such as 0>3, 0>4, 3>2 (root first; a number alone moves freely); null "
+        "joins all that touch.",
+    )
+    rigid_segments: tuple[int, ...] = setting(
+        (), "Segments that hardly deform (rigidity weight 20).", minimum=0, uniqueItems=True
+    )
+    min_rigidity_weight: float = setting(
+        0.5, "Rigidity weight of empty cells (that of the densest is 1).", exclusiveMinimum=0, maximum=1
+    )
+    stiffen_low_density: bool = setting(False, "Give the weak, outer density a higher rigidity weight.")
+    rigidity_weights: Path | None = setting(
+        None,
+        "Rigidity weights in place of those from the density, a .csv (segment, weight), .npy (one per cell) or .mrc "
+        "(a map of weights).",
+    )
+    custom: Literal["surface"] | Path | None = setting(
+        None,
+        "In place of the regular mesh, surface (cells follow the segments' surfaces; needs tetgen) or the path of a "
+        "mesh (.vtu, .msh, .vtk, CryoSPARC's flex_mesh .pkl) or closed surface (.stl, .ply).",
+    )
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """``train:`` with one value of each swept key; ``rigidity`` is 3DFlex's lambda."""
+    """``train:`` with one value of each swept key."""
 
-    latent_dims: int = 2
-    rigidity: float = 2.0
-    seed: int = 0
-    layers: int = 6
-    hidden_units: int = 64
-    epochs: int | Auto = "auto"
-    noise_injection: float = 0.15
-    centering: float | Auto = "auto"
-    latent_init: Literal["spectral", "random"] | Path = "spectral"
-    init_from: Path | None = None
-    freeze_latents: bool = False
-    validation_fraction: float = 0.05
-    processes: int = 1
+    latent_dims: int = setting(2, "Number of latent dimensions; a list is swept.", swept=True, minimum=1)
+    rigidity: float = setting(
+        2.0, "Strength of the rigidity prior (3DFlex's lambda); a list is swept.", swept=True, minimum=0
+    )
+    seed: int = setting(0, "Seed of the random numbers; a list is swept.", swept=True, minimum=0)
+    layers: int = setting(6, "Layers of the flow's network.", minimum=1)
+    hidden_units: int = setting(64, "Units per hidden layer.", minimum=1)
+    epochs: int | Auto = setting("auto", "Passes over the particles, a whole number, or auto.", minimum=1)
+    noise_injection: float = setting(
+        0.15,
+        "Standard deviation of the noise added in training to latents drawn from their posteriors, in units of their "
+        "own spread.",
+        minimum=0,
+    )
+    centering: float | Auto = setting(
+        "auto",
+        "Pull of the latents to their centre; auto keeps them at zero mean and unit spread and needs no tuning, a "
+        "number is 3DFlex's penalty on the fourth power (its default is 20).",
+        minimum=0,
+    )
+    latent_init: Literal["spectral", "random"] | Path = setting(
+        "spectral",
+        "Where latents start, spectral, random, or a file of latents (a latents.star of ours, CryoSPARC's 3D Flex "
+        "latents or 3DVA components as .cs, a .npy or .csv with one row a particle).",
+    )
+    init_from: Path | None = setting(
+        None,
+        "Start from what was trained before, a folder of a trained point (its flow, map and latents; same mesh, "
+        "train_box, dims and network), or a file of latents as for latent_init.",
+    )
+    freeze_latents: bool = setting(
+        False, "Keep the latents as they start, in their own scale; only flow and map are trained."
+    )
+    validation_fraction: float = setting(
+        0.05, "Share of the particles held out of training to score it.", minimum=0, exclusiveMaximum=1
+    )
+    processes: int = setting(
+        1,
+        "Processes that share the particles of a training or reconstruction, one on each GPU or on a part of the "
+        "CPU's cores; changes no result but for rounding.",
+        minimum=1,
+    )
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """``sweep:``, which ``points.sweep_points`` reads."""
+
+    exclude: list[PointChoice] = setting(
+        [],
+        "Points to leave out of the product, a list such as [{cells: 40, latent_dims: 4}]; an entry leaves out all "
+        "points that agree with it.",
+    )
+    points: list[PointChoice] = setting(
+        [],
+        "Points besides the product, a list such as [{rigidity: 50.0}]; what an entry does not name is the first "
+        "value of its list.",
+    )
 
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """``generate:``; ``series`` as ``series.py`` reads it; ``volume`` is deformed instead of the canonical map."""
+    """``generate:``; ``series`` is read by ``series.parse_series``."""
 
-    frames: int = 41
-    series: str | list[str] = "axes"
-    volume: Path | None = None
-    lowpass_A: float | None = None
-    bfactor_A2: float | None = None
+    frames: int = setting(
+        41,
+        "Maps per series; along an axis an even number becomes the next odd one, so that the middle map is at the "
+        "origin. Series of clusters and of files have a map for each of theirs.",
+        minimum=2,
+    )
+    series: str | list[str] = setting(
+        "axes",
+        "Which series. axes (one along each latent dimension), curve (the curve through the middle of the particles), "
+        "kmeans 8 (eight clusters), between 12 340 (two particles by their rows in the input file, from 1) or between "
+        "-1,0 1,0.5 (two points), or a file of points (.csv, .txt, .npy, .star, .cs). A list makes several.",
+        minItems=1,
+    )
+    volume: Path | None = setting(
+        None, "A map to deform instead of the canonical one, MRC, at any box of the same centre."
+    )
+    lowpass_A: float | None = setting(
+        None, "Low-pass filter on the map that is deformed, Angstrom.", exclusiveMinimum=0
+    )
+    bfactor_A2: float | None = setting(
+        None, "B-factor put on the map that is deformed, square Angstrom; negative sharpens."
+    )
 
 
 @dataclass(frozen=True)
 class ReconstructSettings:
-    """``reconstruct:``; ``points`` ("best", "all" or a list of points) is the workflow's to interpret."""
+    """``reconstruct:``; ``points`` is for the workflow to interpret."""
 
-    max_bfgs_iterations: int = 20
-    rigid_baseline: bool = True
-    all_in_ram: bool = False
-    cache_dir: Path | None = None
-    points: str | list[dict] = field(default="best")
+    max_bfgs_iterations: int = setting(20, "Upper limit of L-BFGS iterations per half-map.", minimum=1)
+    rigid_baseline: bool = setting(True, "Reconstruct the same particles without motion too.")
+    all_in_ram: bool = setting(
+        False,
+        "Hold the CTFs and moved mesh vertices of a half-set in memory instead of computing them in every iteration.",
+    )
+    cache_dir: Path | None = setting(
+        None,
+        "Folder on fast scratch where the images are copied once while they are read and removed afterwards; without "
+        "room there, they are read where they are.",
+        written=True,
+    )
+    points: Literal["best", "all"] | list[PointChoice] = setting(
+        "best",
+        "Which points of the sweep are reconstructed: best (the simplest within one standard error of the best "
+        "held-out score), all, or a list such as [{cells: 20, rigidity: 2.0}].",
+        minItems=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The whole config: its top level, and a section for each stage."""
+
+    name: str = setting(
+        ...,
+        "Name of the run; everything is written below results/NAME/. Letters, digits, dot, dash, underscore.",
+        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    particles: Path = setting(..., "Particles with poses and CTF, a RELION (3.0 to 5) .star or a CryoSPARC .cs file.")
+    passthrough: Path | None = setting(None, "A CryoSPARC passthrough .cs that carries further columns; joined by uid.")
+    image_root: Path | None = setting(
+        None,
+        "Folder that image paths are relative to; default is the particles file's own folder, then its parents.",
+    )
+    consensus: Path = setting(..., "The consensus (rigid) refinement's map, MRC.")
+    mask: Path | None = setting(
+        None,
+        "Solvent mask, MRC, of any box and voxel size with the consensus map's centre; made from the consensus when "
+        "not given.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto",
+        "Where training and reconstruction compute, cuda (a GPU, or the run is refused), cpu, or auto (a GPU if there "
+        "is one).",
+    )
+    simulate: SimulateSettings | None = setting(
+        None,
+        "Demo and tests only; simulate particles of a flexible phantom into the folder that `particles` names.",
+    )
+    prepare: PrepareSettings = setting(PrepareSettings, "Preparation of the particles.")
+    mesh: MeshSettings = setting(MeshSettings, "The tetrahedral mesh and its rigidity.")
+    train: TrainSettings = setting(TrainSettings, "Training of flow, latents and canonical map.")
+    sweep: SweepSettings = setting(
+        SweepSettings,
+        "The sweep beyond the product of the lists of mesh.cells, train.latent_dims, train.rigidity and train.seed.",
+    )
+    generate: GenerateSettings = setting(GenerateSettings, "Series of maps along the latent space.")
+    reconstruct: ReconstructSettings = setting(ReconstructSettings, "Half-maps at full resolution.")
 
 
 SECTIONS: dict[str, type] = {
@@ -110,16 +298,10 @@ SECTIONS: dict[str, type] = {
     "prepare": PrepareSettings,
     "mesh": MeshSettings,
     "train": TrainSettings,
+    "sweep": SweepSettings,
     "generate": GenerateSettings,
     "reconstruct": ReconstructSettings,
 }
-
-# What the config names outside its sections, and what prepare reads
-INPUT_PATHS = ("particles", "passthrough", "image_root", "consensus", "mask")
-# Places that a stage makes itself
-OUTPUT_PATHS = ("cache_dir",)
-
-_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def make_settings(kind: type[Settings], section: Mapping[str, Any]) -> Settings:
@@ -146,200 +328,3 @@ def _typed(value: Any, hint: Any) -> Any:
     if float in (hint, *kinds) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
-
-
-def check_config(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that is valid and complete: numbers read as numbers, defaults filled in.
-
-    Parameters
-    ----------
-    config
-        As read from YAML; empty sections (``mesh:`` and nothing below) are allowed.
-    schema
-        ``workflow/schemas/config.schema.yaml``, read.
-
-    Raises
-    ------
-    InputError
-        The first thing wrong, in one line that names the key; an unknown key with the nearest known one.
-    """
-    import jsonschema
-
-    checked = _fill(_understand_numbers(config, schema), schema)
-    errors = jsonschema.Draft202012Validator(schema).iter_errors(checked)
-    if error := min(
-        errors, key=lambda error: ([str(part) for part in error.absolute_path], error.message), default=None
-    ):
-        raise InputError(f"config: {_explain(error)}")
-    return checked
-
-
-def _understand_numbers(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy in which 1e-3, text to YAML 1.1 for want of a point, is a number; empty sections are empty dicts."""
-
-    def understand(value: Any) -> Any:
-        if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
-            return float(value)
-        if isinstance(value, list):
-            return [understand(item) for item in value]
-        if isinstance(value, dict):
-            return {key: understand(item) for key, item in value.items()}
-        return copy.deepcopy(value)
-
-    def is_section(key: str) -> bool:
-        return schema["properties"].get(key, {}).get("type") == "object"
-
-    result = {key: understand(value) if isinstance(value, dict) else value for key, value in config.items()}
-    return {key: {} if value is None and is_section(key) else value for key, value in result.items()}
-
-
-def _fill(instance: Any, schema: Mapping[str, Any]) -> Any:
-    """``instance`` with the schema's defaults where it says nothing, section by section.
-
-    Keys come in the schema's order: Snakemake compares parameters as text, and a config that says the same in another
-    order must not repeat what is done.
-    """
-    if not isinstance(instance, dict):
-        return instance
-    filled = {}
-    for key, subschema in schema.get("properties", {}).items():
-        if key in instance:
-            filled[key] = _fill(instance[key], subschema)
-        elif "default" in subschema:
-            filled[key] = _fill(copy.deepcopy(subschema["default"]), subschema)
-    return {**filled, **{key: value for key, value in instance.items() if key not in filled}}
-
-
-def _explain(error: Any) -> str:
-    """One line for one jsonschema error."""
-    where = ".".join(str(part) for part in error.absolute_path)
-    if error.validator == "additionalProperties":
-        known = list(error.schema.get("properties", {}))
-        unknown = min(str(key) for key in error.instance if key not in known)
-        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-        return f"unknown key {unknown!r}{f' in {where}' if where else ''}; {hint}"
-    if error.validator == "required":
-        missing = next(key for key in error.validator_value if key not in error.instance)
-        return f"the key {missing!r} is missing{f' in {where}' if where else ''}"
-    if error.validator in ("anyOf", "oneOf", "pattern"):
-        return f"{where}: {error.instance!r} is not understood; {error.schema.get('description', error.message)}"
-    return f"{where}: {error.message}"
-
-
-def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
-    """Every path that a checked config asks to be read, as (dotted key, path).
-
-    Raises
-    ------
-    InputError
-        ``generate.series`` is not understood.
-    """
-    for key in INPUT_PATHS:
-        if config.get(key) is not None:
-            yield key, Path(config[key])
-    for section, kind in SECTIONS.items():
-        values: Any = make_settings(kind, _without_lists(config.get(section) or {}))
-        for item in fields(kind):
-            value = getattr(values, item.name)
-            if isinstance(value, Path) and item.name not in OUTPUT_PATHS:
-                yield f"{section}.{item.name}", value
-    for path in series_files((config.get("generate") or {}).get("series", "axes")):
-        yield "generate.series", path
-
-
-def _without_lists(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if not isinstance(value, list)}
-
-
-def check_paths(config: Mapping[str, Any]) -> None:
-    """Refuse a config that names a file that is not there, before any job; what ``simulate`` will make is excused.
-
-    Raises
-    ------
-    InputError
-        Names the key and the path.
-    """
-    made = Path(config["particles"]).parent if config.get("simulate") is not None else None
-    for key, path in input_paths(config):
-        if not path.exists() and path.parent != made:
-            raise InputError(f"config: {key}: {path} does not exist (looked for at {path.absolute()})")
-
-
-def check_maps(config: Mapping[str, Any]) -> None:
-    """Refuse a consensus or mask that no preparation can use, by their headers alone; what is not there is passed over.
-
-    A mask may have another box than the consensus (it is resampled), but must be a cube of the same extent.
-
-    Raises
-    ------
-    InputError
-        Names the file and both sizes.
-    """
-    sizes = {
-        key: size
-        for key in ("consensus", "mask")
-        if config.get(key) is not None and Path(config[key]).is_file() and (size := read_map_size(config[key]))
-    }
-    for key, size in sizes.items():
-        if len(set(size.voxels)) != 1:
-            box = " x ".join(str(side) for side in size.voxels)
-            raise InputError(f"config: {key}: {config[key]} has {box} voxels; a cubic map is needed")
-    if len(sizes) < 2 or not all(size.extent_A[0] > 0 for size in sizes.values()):
-        return
-    consensus, mask = sizes["consensus"], sizes["mask"]
-    voxel_A = max(size.extent_A[0] / size.voxels[0] for size in sizes.values())
-    if abs(mask.extent_A[0] - consensus.extent_A[0]) > max(voxel_A, 0.01 * consensus.extent_A[0]):
-        raise InputError(
-            f"config: mask: {config['mask']} is {_extent(mask)}, but the consensus {config['consensus']} is "
-            f"{_extent(consensus)}: make the mask in the consensus' box"
-        )
-
-
-def _extent(size: MapSize) -> str:
-    voxels, extent_A = size.voxels[0], size.extent_A[0]
-    return f"{extent_A:.5g} A wide ({voxels} voxels of {extent_A / voxels:.5g} A)"
-
-
-def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any], processes: int = 1) -> str | None:
-    """Why the GPUs that the config wants cannot be had here, in one line; None where they can, or none are wanted.
-
-    Parameters
-    ----------
-    device : ``device`` of the config
-    local : whether jobs run on this machine
-    asked_for : GPUs that each rule which uses one asks the scheduler for
-    processes : ``train.processes``; where there is a GPU each needs its own
-    """
-    if device == "cpu":
-        return None
-    gpus = _count_gpus() if local else min((int(n) for n in asked_for.values() if str(n).isdecimal()), default=0)
-    if processes > gpus > 0:
-        more = "lower it, or set device: cpu" if local else "raise gpu of train and reconstruct in the profile"
-        found = "this machine shows" if local else "jobs are given"
-        return f"config: train.processes: {processes}, one a GPU, but {found} {gpus}: {more}"
-    if device == "auto":
-        return None
-    if local and not gpus:
-        return (
-            "config: device: cuda, but this machine shows no GPU: set device: auto, "
-            "or run on a cluster with --profile slurm"
-        )
-    without = [rule for rule, gpus in asked_for.items() if str(gpus) == "0"]
-    if not local and without:
-        return (
-            f"config: device: cuda, but no GPU is asked for {' and '.join(without)}: give them gpu: 1 in the profile's "
-            "set-resources, or set device: auto"
-        )
-    return None
-
-
-def _count_gpus() -> int:
-    """How many GPUs there are and are not hidden, without importing torch (seconds)."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible in ("", "-1") or not any(Path(place).exists() for place in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
-        return 0
-    if visible:
-        return len(visible.split(","))
-    # WSL and ROCm do not show how many: the job, where torch counts them, will tell
-    return len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()]) or 64

@@ -1,7 +1,4 @@
-"""The sweep: its points, where each lives on disk, which point is best, and the table of them all.
-
-Plain Python only: the workflow imports this each time it is parsed.
-"""
+"""What a sweep came to: the record of the best sweep point, and the table of them all."""
 
 from __future__ import annotations
 
@@ -12,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flexlib.files import atomic_path, read_json, write_json
+from flexlib.files import atomic_path
+from flexlib.layout import RunFolder
+from flexlib.records import ChoiceRecord, ResolutionRecord, ValidationRecord
 from flexlib.workflow_support.points import SweepPoint
 from flexlib.workflow_support.scores import Score, best_score, choose_point, read_score
 
-# Of sweep.csv; the points' keys, and gains in nats per particle
+# Of sweep.csv; the swept keys, and gains in nats per particle
 COLUMNS = (
     "cells",
     "latent_dims",
@@ -34,24 +33,22 @@ COLUMNS = (
 
 
 def choose_from_files(points: Sequence[SweepPoint], validations: Sequence[str | Path], out_json: str | Path) -> Score:
-    """Choose among trained points by their ``validation.json`` (in the order of ``points``) and record the choice."""
+    """Choose among sweep points by their ``validation.json`` (in the order of ``points``) and record the choice."""
     scores = [read_score(point, path) for point, path in zip(points, validations, strict=True)]
     chosen = choose_point(scores)
     best = best_score(scores) or chosen
     difference, error = chosen.difference(best)
-    write_json(
-        out_json,
-        {
-            **asdict(chosen.point),
-            "path": chosen.point.path,
-            "validation_gain": chosen.gain,
-            "validation_gain_se": chosen.standard_error,
-            "highest_validation_gain": best.gain,
-            "highest_validation_gain_path": best.point.path,
-            "difference_to_best": difference,
-            "difference_to_best_se": error,
-        },
+    record = ChoiceRecord(
+        **asdict(chosen.point),
+        path=chosen.point.path,
+        validation_gain=chosen.gain,
+        validation_gain_se=chosen.standard_error,
+        highest_validation_gain=best.gain,
+        highest_validation_gain_path=best.point.path,
+        difference_to_best=difference,
+        difference_to_best_se=error,
     )
+    record.write(out_json)
     return chosen
 
 
@@ -61,26 +58,26 @@ def summarise_sweep(
     reconstructed: Sequence[SweepPoint],
     out_csv: str | Path,
 ) -> None:
-    """Write ``sweep.csv`` from each point's ``validation.json`` and, of the reconstructed ones, ``resolution.json``.
+    """Write ``sweep.csv`` from each point's ``ValidationRecord`` and, of the reconstructed ones, ``ResolutionRecord``.
 
-    ``difference_to_best`` is a point's gain minus the highest of all, with its standard error (``Score.difference``).
-    ``chosen`` marks the point that ``choose_point`` takes among the reconstructed ones: the one that the report shows.
-    Where several were reconstructed and none has a held-out score, none is chosen.
+    ``difference_to_best`` is a sweep point's gain minus the highest of all, with its standard error
+    (``Score.difference``). ``chosen`` marks the one that ``choose_point`` takes among the reconstructed, which the
+    report shows. Where several were reconstructed and none has a held-out score, none is chosen.
     """
-    results_dir = Path(results_dir)
-    validations = {point: results_dir / "train" / point.path / "validation.json" for point in points}
+    run = RunFolder(Path(results_dir))
+    validations = {point: run.train(point.path).validation for point in points}
     scores = {point: read_score(point, path) for point, path in validations.items()}
     chosen = _chosen([scores[point] for point in reconstructed])
     best = best_score(scores.values())
     rows = []
     for point in points:
-        wall_s = read_json(validations[point]).get("wall_s")
+        wall_s = ValidationRecord.read(validations[point]).wall_s
         row: dict[str, Any] = {**asdict(point), "wall_s": wall_s, "chosen": point == chosen}
         row |= {"validation_gain": scores[point].gain, "validation_gain_se": scores[point].standard_error}
         if best is not None:
             row["difference_to_best"], row["difference_to_best_se"] = scores[point].difference(best)
         if point in reconstructed:
-            row |= read_resolutions(results_dir / "reconstruct" / point.path / "resolution.json")
+            row |= read_resolutions(run.reconstruct(point.path).resolution)
         rows.append(row)
     write_sweep_table(rows, out_csv)
 
@@ -93,16 +90,16 @@ def _chosen(candidates: Sequence[Score]) -> SweepPoint | None:
 
 def read_resolutions(path: str | Path) -> dict[str, float]:
     """Resolutions in Angstrom at FSC 0.143 from a ``resolution.json``: flexible and, where there is one, rigid."""
-    resolutions = read_json(path)
+    resolutions_A = ResolutionRecord.read(path).resolutions_A
     return {
-        f"resolution_{kind}_A": resolutions[f"{kind}_0.143_A"]
+        f"resolution_{kind}_A": resolutions_A[f"{kind}_0.143"]
         for kind in ("flex", "rigid")
-        if f"{kind}_0.143_A" in resolutions
+        if f"{kind}_0.143" in resolutions_A
     }
 
 
 def write_sweep_table(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
-    """Write ``sweep.csv``: one row a point, the columns ``COLUMNS``; what a point does not have is left empty."""
+    """Write ``sweep.csv``: one row a sweep point, the columns ``COLUMNS``; what a point does not have is left empty."""
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()

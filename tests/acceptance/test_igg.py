@@ -13,8 +13,8 @@ from scipy.spatial import cKDTree
 
 from flexlib.imaging.fsc import fsc
 from flexlib.imaging.maps import read_map
+from flexlib.model.deformed import deform_at_latent
 from flexlib.model.flex_model import FlexModel
-from flexlib.tetra.deform import deform_at_latent
 
 POINT = "cells~20/dims~2/rigidity~2.0/seed~0"
 NEIGHBOURS = 30

@@ -1,4 +1,4 @@
-"""How near training comes to what the images can tell (`pytest --data DIR`): the IgG set over seeds, and a harder one.
+"""How near training comes to what the images can say (`pytest --data DIR`): the IgG set over seeds, and a harder one.
 
 Takes about a quarter of an hour on two cores. Run with ``-s`` to see the figures.
 """
@@ -16,12 +16,13 @@ from training_sets import latents_of, prepared
 from flexlib import train as training
 from flexlib.imaging.fsc import fsc
 from flexlib.imaging.maps import read_map
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.build import build_mesh
+from flexlib.model.deformed import deform_at_latent
 from flexlib.model.flex_model import FlexModel
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import scatter_volume
-from flexlib.tetra.deform import deform_at_latent
-from flexlib.train.state import set_up
+from flexlib.train.setup import set_up
 from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 SEEDS = (0, 1, 2)
@@ -76,7 +77,7 @@ def test_maps_of_the_moving_arms_are_right_at_the_truth_states(folder, trained, 
     model = FlexModel.load(trained)
     canonical = read_map(trained / "canonical.mrc")
     last = int(0.8 * canonical.box / 2)
-    setup = set_up(folder / "particles", folder / "mesh", TrainSettings(), "cpu")
+    setup = set_up(ParticlesFolder(folder / "particles"), MeshFolder(folder / "mesh"), TrainSettings(), "cpu")
     checkpoint = torch.load(trained / "checkpoints/checkpoint.pt", weights_only=True)
     still_map = scatter_volume(checkpoint["rigid_values"], setup.rigid.voxels).numpy()
     masks = arm_masks(igg)
@@ -93,17 +94,17 @@ def test_maps_of_the_moving_arms_are_right_at_the_truth_states(folder, trained, 
 
 
 @pytest.mark.parametrize("change", ["one thread", "batches of 50", "batches of 200"])
-def test_score_does_not_depend_on_threads_or_batch_size(folder, tmp_path, monkeypatch, change):
+def test_score_does_not_depend_on_threads_or_batch_size(folder, tmp_path, change):
     reference = folder / "train0"
     if not (reference / "validation.json").exists():
         training.train(folder / "particles", folder / "mesh", reference, TrainSettings())
-    threads = torch.get_num_threads()
+    threads, batch_size = torch.get_num_threads(), None
     try:
         if change == "one thread":
             torch.set_num_threads(1)
         else:
-            monkeypatch.setattr("flexlib.train.state.BATCH_SIZE", int(change.split()[-1]))
-        training.train(folder / "particles", folder / "mesh", tmp_path, TrainSettings())
+            batch_size = int(change.split()[-1])
+        training.train(folder / "particles", folder / "mesh", tmp_path, TrainSettings(), batch_size=batch_size)
     finally:
         torch.set_num_threads(threads)
     one, other = scores_of(reference), scores_of(tmp_path)
@@ -112,7 +113,7 @@ def test_score_does_not_depend_on_threads_or_batch_size(folder, tmp_path, monkey
 
 
 def test_weak_signal_of_a_third_of_the_mass(tmp_path):
-    """A jaw, a third of the mass, at three eighths of the IgG set's signal: within 0.05 of what can be told at all.
+    """A jaw, a third of the mass, at three eighths of the IgG set's signal: within 0.05 of what can be known at all.
 
     That is the exact posterior mean. The Cramer-Rao bound is .977 here, but noise makes far angles likely in some
     images: the best estimate that knows map and motion reaches .949, its most likely angle .927.

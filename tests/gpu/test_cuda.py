@@ -77,12 +77,12 @@ def test_projection_and_gradients_agree_with_the_cpu(kernel, oversampling):
     case = random_case(num_voxels=5000, batch=4, num_cells=200, spread=10.0)
     residual = torch.as_tensor(np.random.default_rng(0).normal(size=(4, BOX, BOX // 2 + 1, 2)), dtype=torch.float32)
     results = []
-    for place in ("cuda", "cpu"):
-        here = case.to(place)
-        voxels = VoxelTensors(BOX, here.vertices.shape[1], *here.mesh(), torch.arange(5000, device=place))
+    for device in ("cuda", "cpu"):
+        here = case.to(device)
+        voxels = VoxelTensors(BOX, here.vertices.shape[1], *here.mesh(), torch.arange(5000, device=device))
         values, vertices = here.values.clone().requires_grad_(), here.vertices.clone().requires_grad_()
         spectra = project(values, vertices, voxels, kernel, oversampling)
-        torch.view_as_real(spectra).backward(residual.to(place))
+        torch.view_as_real(spectra).backward(residual.to(device))
         results.append((torch.view_as_real(spectra.detach()), values.grad, vertices.grad))
     for gpu, cpu in zip(*results, strict=True):
         assert relative_error(gpu.cpu(), cpu.double()) < 2e-5
@@ -108,7 +108,7 @@ def test_vertices_that_are_not_finite_stay_inside_their_image():
     for image, bad in enumerate((torch.nan, torch.inf, 1e30)):
         case.vertices[image] = bad
     images, _, grad_vertices = both_ways(case, 4)
-    torch.cuda.synchronize()  # an address outside would be told here
+    torch.cuda.synchronize()  # an address outside would show here
     assert images[:2].isnan().any((1, 2)).all() and images[2:].isfinite().all()
     assert grad_vertices[3].isfinite().all()
 

@@ -104,7 +104,7 @@ PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 }
 
-tell_log() {
+show_log() {
     echo "ERROR $1 did not start; the end of its log:" >&2
     tail -n 5 "/var/log/slurm/$1.log" >&2
     exit 1
@@ -115,8 +115,8 @@ start() {
     write_config
     start_munge
     # -c forgets the jobs of an earlier start
-    running /run/slurm/slurmctld.pid || slurmctld -c || tell_log slurmctld
-    running /run/slurm/slurmd.pid || slurmd || tell_log slurmd
+    running /run/slurm/slurmctld.pid || slurmctld -c || show_log slurmctld
+    running /run/slurm/slurmd.pid || slurmd || show_log slurmd
     for _ in $(seq 100); do
         [ "$(sinfo -h -o %T 2>/dev/null)" != idle ] || break
         sleep 0.2

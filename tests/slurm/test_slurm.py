@@ -63,7 +63,7 @@ def start_snakemake(folder: Path, log: Path, *arguments: str, **environment: str
 
 def clone(folder: Path) -> Path:
     """The workflow as a user has it, and the config."""
-    for name in ("Snakefile", "workflow", "flexlib", "slurm", "envs"):
+    for name in ("Snakefile", "workflow", "profiles", "flexlib", "slurm", "envs"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         folder.mkdir(exist_ok=True)
         copy(ROOT / name, folder / name)

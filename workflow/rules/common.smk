@@ -1,33 +1,26 @@
 """The checked config, the sweep, and the functions that rules ask for their settings. No rules here."""
 
-import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-import yaml
-
-from flexlib.workflow_support import estimates
 from flexlib.errors import InputError
+from flexlib.layout import MESH_PATTERN, POINT_PATTERN, RunFolder, SimulationFolder
+from flexlib.records import ChoiceRecord
+from flexlib.workflow_support import estimates
+from flexlib.workflow_support.checks import check_config, check_maps, check_paths, input_paths
 from flexlib.workflow_support.connections import check_mesh_keys
-from flexlib.workflow_support.series import check_series, count_maps
-from flexlib.workflow_support.settings import (
-    MeshSettings,
-    check_config,
-    check_maps,
-    check_paths,
-    gpu_complaint,
-    input_paths,
-    make_settings,
-)
-from flexlib.layout import MESH_PATTERN, POINT_PATTERN
+from flexlib.workflow_support.gpus import gpu_complaint
+from flexlib.workflow_support.locks import remove_dead_locks
 from flexlib.workflow_support.points import select_points, sweep_points
+from flexlib.workflow_support.series import check_series, count_maps
+from flexlib.workflow_support.settings import MaskSettings, MeshSettings, make_settings
 
 
 def checked(config):
     """The config, valid and complete, and its sweep; ends the run with one line where something is wrong."""
     try:
-        schema = yaml.safe_load(Path(workflow.source_path("../schemas/config.schema.yaml")).read_text())
-        complete = check_config(config, schema)
+        complete = check_config(config)
         check_paths(complete)
         check_maps(complete)
         check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
@@ -43,26 +36,17 @@ def checked(config):
 _complete, POINTS = checked(config)
 config.update(_complete)
 
-RESULTS = f"results/{config['name']}"
+RUN = RunFolder(Path("results", config["name"]))  # with wildcards where there is one folder a sweep point
 LOGS = f"logs/{config['name']}"
-BENCHMARKS = f"{RESULTS}/benchmarks"
-PARTICLES = f"{RESULTS}/particles"
-MESH = f"{RESULTS}/mesh/{MESH_PATTERN}"
-TRAIN = f"{RESULTS}/train/{POINT_PATTERN}"
-GENERATE = f"{RESULTS}/generate/{POINT_PATTERN}"
-RECONSTRUCT = f"{RESULTS}/reconstruct/{POINT_PATTERN}"
-
-PREPARED = f"{PARTICLES}/prepared.json"
+BENCHMARKS = RUN.benchmarks
 
 GPU_RULES = ["train", "reconstruct"]
 PROCESSES = config["train"]["processes"]
 # asked for where the config insists on them; with device: auto the profile decides
 GPUS = PROCESSES if config["device"] == "cuda" else 0
 
-# how Snakemake's own report names a point
+# how Snakemake's own report names a sweep point
 POINT_LABELS = {"cells": "{cells}", "dims": "{dims}", "rigidity": "{rigidity}", "seed": "{seed}"}
-
-MASK_KEYS = ["lowpass_A", "threshold", "dilate_A", "pad_A"]
 
 
 wildcard_constraints:
@@ -89,7 +73,7 @@ def point_of(wildcards):
 
 def mask_settings(wildcards):
     """The part of ``mesh:`` that makes the mask; the rest must not repeat the preparation."""
-    return {key: config["mesh"][key] for key in MASK_KEYS}
+    return {key.name: config["mesh"][key.name] for key in fields(MaskSettings)}
 
 
 def mesh_settings(wildcards):
@@ -98,7 +82,7 @@ def mesh_settings(wildcards):
 
 
 def train_settings(wildcards):
-    """``train:`` at one point, without the number of processes: another must not repeat what is done."""
+    """``train:`` at one sweep point, without the number of processes: another must not repeat what is done."""
     point = point_of(wildcards)
     return {
         **{key: value for key, value in config["train"].items() if key != "processes"},
@@ -114,24 +98,24 @@ def reconstruct_settings(wildcards):
 
 
 def reconstructed_points():
-    """Paths of the points to reconstruct; the best of several is known once all are trained."""
+    """Paths of the sweep points to reconstruct; the best of several is known once all are trained."""
     wanted = config["reconstruct"]["points"]
     if isinstance(wanted, list):
         return [point.path for point in select_points(list(POINTS.values()), wanted)]
     if wanted == "all" or len(POINTS) == 1:
         return list(POINTS)
     best = checkpoints.choose.get().output.best
-    return [json.loads(Path(best).read_text())["path"]]
+    return [ChoiceRecord.read(best).path]
 
 
-def reconstructed(name):
-    """An input function: the file called ``name`` of each reconstructed point."""
-    return lambda wildcards: expand(f"{RESULTS}/reconstruct/{{point}}/{name}", point=reconstructed_points())
+def reconstructed(file):
+    """An input function: ``file`` of the ``ReconstructFolder`` of each reconstructed sweep point."""
+    return lambda wildcards: [file(RUN.reconstruct(path)) for path in reconstructed_points()]
 
 
 def data_size():
     """The size of the data as known by now."""
-    return estimates.data_size(config, PREPARED)
+    return estimates.data_size(config, RUN.particles.record)
 
 
 def memory(stage, **more):
@@ -152,12 +136,12 @@ def disk(stage):
 
 
 def generate_disk(wildcards):
-    """What the series of one point take, in MiB."""
+    """What the series of a job's sweep point take, in MiB."""
     return point_generate_disk(point_of(wildcards))
 
 
 def point_generate_disk(point):
-    """What the series of a point take, in MiB."""
+    """What the series of a sweep point take, in MiB."""
     settings = config["generate"]
     maps = count_maps(settings["series"], settings["frames"], point.latent_dims)
     return estimates.disk_mb("generate", data_size(), maps=maps, volume=settings["volume"])
@@ -165,13 +149,13 @@ def point_generate_disk(point):
 
 def check_disk():
     """Refuse a run whose results have no room, as far as sizes are known; what exists already is not counted."""
-    needed_mb = 0 if Path(PREPARED).exists() else estimates.disk_mb("prepare", data_size())
-    missing = [point for path, point in POINTS.items() if not Path(RESULTS, "generate", path).exists()]
-    needed_mb += sum(point_generate_disk(point) for point in missing)
-    wanted = config["reconstruct"]["points"]
-    needed_mb += estimates.disk_mb("reconstruct", data_size()) * (len(missing) if wanted == "all" else 1)
     try:
-        estimates.check_free_space(RESULTS, needed_mb, f"the results of {len(POINTS)} points")
+        needed_mb = 0 if RUN.particles.record.exists() else estimates.disk_mb("prepare", data_size())
+        missing = [point for path, point in POINTS.items() if not RUN.generate(path).path.exists()]
+        needed_mb += sum(point_generate_disk(point) for point in missing)
+        wanted = config["reconstruct"]["points"]
+        needed_mb += estimates.disk_mb("reconstruct", data_size()) * (len(missing) if wanted == "all" else 1)
+        estimates.check_free_space(RUN.path, needed_mb, f"the results of {len(POINTS)} points")
     except InputError as error:
         sys.exit(f"ERROR {error}")
 
@@ -186,3 +170,5 @@ def check_gpu():
 
 if workflow.is_main_process:
     check_disk()
+    simulated = [config["particles"]] if config["simulate"] is not None else []
+    remove_dead_locks(config["name"], [f"{RUN.path}/", *simulated])

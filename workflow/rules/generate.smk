@@ -1,4 +1,4 @@
-"""Series of maps along the latent space, for every point."""
+"""Series of maps along the latent space, for every sweep point."""
 
 
 rule generate:
@@ -8,8 +8,8 @@ rule generate:
         extra=user_files("generate"),
     output:
         series=report(
-            directory(GENERATE),
-            patterns=["{series}.webp"],
+            directory(RUN.generate().path),
+            patterns=[RUN.generate().film("{series}").name],
             caption="../report/series.rst",
             category="Motion",
             labels={**POINT_LABELS, "series": "{series}"},

@@ -7,11 +7,11 @@ rule mesh:
         mask=rules.prepare.output.mask,
         extra=user_files("mesh"),
     output:
-        mesh=f"{MESH}/mesh.vtu",
-        index=f"{MESH}/tetra_index.mrc",
-        quality=f"{MESH}/mesh_quality.json",
-        chimerax=f"{MESH}/mesh.cxc",
-        bild=expand(f"{MESH}/mesh_{{name}}.bild", name=["segments", "rigidity"], allow_missing=True),
+        mesh=RUN.mesh().mesh,
+        index=RUN.mesh().tetra_index,
+        quality=RUN.mesh().quality,
+        chimerax=RUN.mesh().chimerax,
+        bild=[RUN.mesh().bild(name) for name in ["segments", "rigidity"]],
     log:
         f"{LOGS}/mesh/{MESH_PATTERN}.log",
     benchmark:

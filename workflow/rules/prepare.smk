@@ -1,13 +1,13 @@
 """Particles and consensus as the later stages read them."""
 
 if config["simulate"] is not None:
-    SIMULATED = Path(config["particles"]).parent
+    SIMULATION = SimulationFolder(Path(config["particles"]).parent)
 
     rule simulate:
         output:
             particles=config["particles"],
             consensus=config["consensus"],
-            truth=SIMULATED / "truth.npz",
+            truth=SIMULATION.truth,
         log:
             f"{LOGS}/simulate.log",
         benchmark:
@@ -34,14 +34,14 @@ rule prepare:
         mask=given("mask"),
         passthrough=given("passthrough"),
     output:
-        particles=f"{PARTICLES}/particles.star",
-        images=f"{PARTICLES}/train.mrcs",
-        consensus=f"{PARTICLES}/consensus.mrc",
-        mask=f"{PARTICLES}/mask.mrc",
-        full_consensus=f"{PARTICLES}/full/consensus.mrc",
-        full_mask=f"{PARTICLES}/full/mask.mrc",
-        noise=f"{PARTICLES}/noise.csv",
-        record=PREPARED,
+        particles=RUN.particles.particles,
+        images=RUN.particles.images,
+        consensus=RUN.particles.consensus,
+        mask=RUN.particles.mask,
+        full_consensus=RUN.particles.full_consensus,
+        full_mask=RUN.particles.full_mask,
+        noise=RUN.particles.noise,
+        record=RUN.particles.record,
     log:
         f"{LOGS}/prepare.log",
     benchmark:

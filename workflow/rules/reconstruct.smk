@@ -1,4 +1,4 @@
-"""Half-maps at full resolution, for the points that the config asks for."""
+"""Half-maps at full resolution, for the sweep points that the config asks for."""
 
 RECONSTRUCTED = ["flex", "rigid"] if config["reconstruct"]["rigid_baseline"] else ["flex"]
 
@@ -9,25 +9,17 @@ rule reconstruct:
         mask=rules.prepare.output.full_mask,
         model=rules.train.output.model,
     output:
-        maps=expand(
-            f"{RECONSTRUCT}/{{kind}}_{{map}}.mrc",
-            kind=RECONSTRUCTED,
-            map=["half1", "half2", "map"],
-            allow_missing=True,
-        ),
-        derived=expand(
-            f"{RECONSTRUCT}/{{map}}.mrc",
-            map=["flex_sharpened", "flex_local_resolution", "moving_mask"],
-            allow_missing=True,
-        ),
+        halves=[RUN.reconstruct().half(kind, number) for kind in RECONSTRUCTED for number in (1, 2)],
+        maps=[RUN.reconstruct().map(kind) for kind in RECONSTRUCTED],
+        derived=[RUN.reconstruct().sharpened, RUN.reconstruct().local_resolution, RUN.reconstruct().moving_mask],
         fsc=report(
-            f"{RECONSTRUCT}/fsc.csv",
+            RUN.reconstruct().fsc,
             caption="../report/fsc.rst",
             category="Resolution",
             labels=POINT_LABELS,
         ),
-        resolution=f"{RECONSTRUCT}/resolution.json",
-        convergence=f"{RECONSTRUCT}/convergence.csv",
+        resolution=RUN.reconstruct().resolution,
+        convergence=RUN.reconstruct().convergence,
     log:
         f"{LOGS}/reconstruct/{POINT_PATTERN}.log",
     benchmark:

@@ -1,16 +1,15 @@
-"""What the sweep came to: the best point, the table, the report."""
+"""What the sweep came to: the best sweep point, the table, the report."""
 
-TRAINED = {
-    name: expand(f"{RESULTS}/train/{{point}}/{name}", point=POINTS) for name in ["validation.json", "held_out.csv"]
-}
+VALIDATIONS = [RUN.train(path).validation for path in POINTS]
+HELD_OUT = [RUN.train(path).held_out for path in POINTS]
 
 
 checkpoint choose:
     input:
-        validation=TRAINED["validation.json"],
-        held_out=TRAINED["held_out.csv"],
+        validation=VALIDATIONS,
+        held_out=HELD_OUT,
     output:
-        best=f"{RESULTS}/best_point.json",
+        best=RUN.best_point,
     log:
         f"{LOGS}/choose.log",
     benchmark:
@@ -25,18 +24,18 @@ checkpoint choose:
     params:
         points=list(POINTS.values()),
     message:
-        "Choose the simplest point within one standard error of the best"
+        "Choose the simplest sweep point within one standard error of the best"
     script:
         "../scripts/choose.py"
 
 
 rule summarise:
     input:
-        validation=TRAINED["validation.json"],
-        held_out=TRAINED["held_out.csv"],
-        resolutions=reconstructed("resolution.json"),
+        validation=VALIDATIONS,
+        held_out=HELD_OUT,
+        resolutions=reconstructed(lambda folder: folder.resolution),
     output:
-        table=report(f"{RESULTS}/sweep.csv", caption="../report/sweep.rst", category="Sweep"),
+        table=report(RUN.table, caption="../report/sweep.rst", category="Sweep"),
     log:
         f"{LOGS}/summarise.log",
     benchmark:
@@ -59,12 +58,12 @@ rule summarise:
 rule report:
     input:
         table=rules.summarise.output.table,
-        series=expand(f"{RESULTS}/generate/{{point}}", point=POINTS),
-        maps=reconstructed("flex_map.mrc"),
-        fsc=reconstructed("fsc.csv"),
+        series=[RUN.generate(path).path for path in POINTS],
+        maps=reconstructed(lambda folder: folder.map("flex")),
+        fsc=reconstructed(lambda folder: folder.fsc),
         truth=rules.simulate.output.truth if config["simulate"] is not None else [],
     output:
-        page=report(f"{RESULTS}/report.html", caption="../report/report.rst", category="Report"),
+        page=report(RUN.report, caption="../report/report.rst", category="Report"),
     log:
         f"{LOGS}/report.log",
     benchmark:

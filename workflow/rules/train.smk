@@ -14,18 +14,18 @@ rule train:
         mesh=rules.mesh.output.mesh,
         extra=user_files("train"),
     output:
-        model=f"{TRAIN}/model.pt",
-        canonical=f"{TRAIN}/canonical.mrc",
-        latents=f"{TRAIN}/latents.star",
+        model=RUN.train().model,
+        canonical=RUN.train().canonical,
+        latents=RUN.train().latents,
         history=report(
-            f"{TRAIN}/log.csv",
+            RUN.train().log,
             caption="../report/training.rst",
             category="Training",
             labels=POINT_LABELS,
         ),
-        spectrum=f"{TRAIN}/spectrum.csv",
-        validation=f"{TRAIN}/validation.json",
-        held_out=f"{TRAIN}/held_out.csv",
+        spectrum=RUN.train().spectrum,
+        validation=RUN.train().validation,
+        held_out=RUN.train().held_out,
     log:
         f"{LOGS}/train/{POINT_PATTERN}.log",
     benchmark:

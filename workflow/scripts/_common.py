@@ -1,4 +1,4 @@
-"""What every script does besides calling its stage: threads, logging, and the user's mistakes told in one line."""
+"""What every script does besides calling its stage: threads, logging, and the user's mistakes in one line."""
 
 import logging
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 from flexlib.errors import InputError
 from flexlib.workflow_support.estimates import check_free_space
+from flexlib.workflow_support.locks import wait_for_orphan
 
 
 def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
@@ -17,10 +18,12 @@ def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
     Threads are set before ``stage`` imports anything, because numba reads its number once.
     """
     _set_threads(snakemake.threads)
+    wait_for_orphan(snakemake.log[0])
     _log_to(snakemake.log[0])
     try:
-        place = folder(snakemake.output[0])
-        check_free_space(place, snakemake.resources.get("disk_mb", 0), f"what {snakemake.rule} writes")
+        check_free_space(
+            folder(snakemake.output[0]), snakemake.resources.get("disk_mb", 0), f"what {snakemake.rule} writes"
+        )
         stage(snakemake)
     except InputError as error:
         logging.getLogger(snakemake.rule).error("%s", error)
@@ -31,19 +34,10 @@ def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
 
 
 def chosen_device(snakemake: Any) -> str:
-    """``device:`` of the config, which is no parameter of a rule: another device must not repeat what is done.
+    """``device:`` of the config, which is no parameter of a rule: another device must not repeat what is done."""
+    from flexlib.runtime import resolve_device
 
-    Raises
-    ------
-    InputError
-        A GPU is asked for and torch sees none.
-    """
-    import torch
-
-    device = snakemake.config["device"]
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda, but torch sees no GPU here: ask for one (resources: gpu) or set device: auto")
-    return device
+    return resolve_device(snakemake.config["device"]).type
 
 
 def use_torch_threads(snakemake: Any) -> None:

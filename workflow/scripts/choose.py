@@ -1,12 +1,12 @@
-"""Checkpoint choose: the simplest point within one standard error of the best held-out score."""
+"""Checkpoint choose: the simplest sweep point within one standard error of the best held-out score."""
 
 from _common import run_stage
 
 
-def choose(snakemake):
+def run(snakemake):
     from flexlib.workflow_support.sweep import choose_from_files
 
     choose_from_files(snakemake.params.points, snakemake.input.validation, snakemake.output.best)
 
 
-run_stage(choose, snakemake)
+run_stage(run, snakemake)

@@ -1,10 +1,10 @@
-"""Rule generate: series of maps along the latent space of one point."""
+"""Rule generate: series of maps along the latent space of one sweep point."""
 
 from _common import folder, run_stage, use_torch_threads
 
 
-def generate(snakemake):
-    from flexlib.generate.run import generate_series
+def run(snakemake):
+    from flexlib.generate import generate_series
     from flexlib.workflow_support.settings import GenerateSettings, make_settings
 
     use_torch_threads(snakemake)
@@ -16,4 +16,4 @@ def generate(snakemake):
     )
 
 
-run_stage(generate, snakemake)
+run_stage(run, snakemake)

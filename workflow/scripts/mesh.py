@@ -3,8 +3,8 @@
 from _common import folder, run_stage, use_torch_threads
 
 
-def mesh(snakemake):
-    from flexlib.mesh.build import build_mesh
+def run(snakemake):
+    from flexlib.mesh import build_mesh
     from flexlib.workflow_support.settings import MeshSettings, make_settings
 
     use_torch_threads(snakemake)
@@ -15,4 +15,4 @@ def mesh(snakemake):
     )
 
 
-run_stage(mesh, snakemake)
+run_stage(run, snakemake)

@@ -3,9 +3,9 @@
 from _common import folder, optional, run_stage, use_torch_threads
 
 
-def prepare(snakemake):
-    from flexlib.prepare.run import prepare_particles
-    from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, make_settings
+def run(snakemake):
+    from flexlib.prepare import prepare_particles
+    from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, make_settings
 
     use_torch_threads(snakemake)
     prepare_particles(
@@ -16,8 +16,8 @@ def prepare(snakemake):
         passthrough=optional(snakemake.input.passthrough),
         image_root=optional(snakemake.params.image_root),
         settings=make_settings(PrepareSettings, snakemake.params.settings),
-        mask_settings=make_settings(MeshSettings, snakemake.params.mask_settings),
+        mask_settings=make_settings(MaskSettings, snakemake.params.mask_settings),
     )
 
 
-run_stage(prepare, snakemake)
+run_stage(run, snakemake)

@@ -1,14 +1,14 @@
-"""Rule reconstruct: half-maps of one point, with and without its motion."""
+"""Rule reconstruct: half-maps of one sweep point, with and without its motion."""
 
 from _common import chosen_device, folder, run_stage, use_torch_threads
 
 
-def reconstruct(snakemake):
-    from flexlib.reconstruct import run as stage
+def run(snakemake):
+    from flexlib.reconstruct import reconstruct
     from flexlib.workflow_support.settings import ReconstructSettings, make_settings
 
     use_torch_threads(snakemake)
-    stage.reconstruct(
+    reconstruct(
         folder(snakemake.input.particles),
         folder(snakemake.input.model),
         folder(snakemake.output.fsc),
@@ -18,4 +18,4 @@ def reconstruct(snakemake):
     )
 
 
-run_stage(reconstruct, snakemake)
+run_stage(run, snakemake)

@@ -3,7 +3,7 @@
 from _common import folder, optional, run_stage
 
 
-def report(snakemake):
+def run(snakemake):
     from flexlib.report import write_report
 
     write_report(
@@ -14,4 +14,4 @@ def report(snakemake):
     )
 
 
-run_stage(report, snakemake)
+run_stage(run, snakemake)

@@ -3,11 +3,12 @@
 from _common import folder, run_stage, use_torch_threads
 
 
-def simulate(snakemake):
-    from flexlib.simulate.run import simulate_particles
+def run(snakemake):
+    from flexlib.simulate import Simulation, simulate_particles
+    from flexlib.workflow_support.settings import make_settings
 
     use_torch_threads(snakemake)
-    simulate_particles(folder(snakemake.output.particles), **snakemake.params.settings)
+    simulate_particles(folder(snakemake.output.particles), make_settings(Simulation, snakemake.params.settings))
 
 
-run_stage(simulate, snakemake)
+run_stage(run, snakemake)

@@ -1,17 +1,17 @@
-"""Rule train: flow, latents and canonical map of one point of the sweep."""
+"""Rule train: flow, latents and canonical map of one sweep point."""
 
 from _common import chosen_device, folder, run_stage, use_torch_threads
 
 
-def train(snakemake):
+def run(snakemake):
     from dataclasses import replace
 
-    from flexlib import train as training
+    from flexlib.train import train
     from flexlib.workflow_support.settings import TrainSettings, make_settings
 
     use_torch_threads(snakemake)
     processes = snakemake.config["train"]["processes"]  # no parameter: another number must not repeat what is done
-    training.train(
+    train(
         folder(snakemake.input.particles),
         folder(snakemake.input.mesh),
         folder(snakemake.output.model),
@@ -21,4 +21,4 @@ def train(snakemake):
     )
 
 
-run_stage(train, snakemake)
+run_stage(run, snakemake)

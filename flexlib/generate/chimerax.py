@@ -1,0 +1,57 @@
+"""ChimeraX commands that play a series."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+_CHIMERAX_INTERVAL = 4  # drawn frames per map while the labels are shown
+
+
+def frame_ranges(table: pd.DataFrame) -> str:
+    """The frames beyond the data as text such as ``1-3, 40`` (from 1)."""
+    numbers = table.loc[table["beyond_data"] > 0, "frame"].to_numpy() + 1
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs if len(run))
+
+
+def chimerax_script(name: str, table: pd.DataFrame, level: float) -> str:
+    """ChimeraX commands that open ``name``/*.mrc, beside the script, as one series and play it.
+
+    First to and fro with a label for each frame, red where it is beyond the data; then without labels for ever, with a
+    slider. ``table``: the series' rows of series.csv.
+    """
+    count = len(table)
+    lines = [
+        f"# {name}: {count} maps; the mesh's displacements are in {name}/*.vtu (ParaView)",
+        f"open {name}/frame_*.mrc vseries true",
+        f"volume #1 style surface step 1 level {level:.6g}",
+        "view",
+    ]
+    if count == 1:
+        return "\n".join(lines) + "\n"
+    # one label a frame, hidden: perframe can change which is shown, but not what it says
+    look = "xpos 0.03 ypos 0.04 size 20 visibility false"
+    for row in table.itertuples():
+        text, colour = f"frame {row.frame + 1} of {count}: {row.num_particles} particles near", "dim gray"
+        if row.beyond_data:
+            text, colour = f"{text} - BEYOND THE DATA", "red"
+        lines.append(f'2dlabels create flex{row.frame + 1} text "{text}" color "{colour}" {look}')
+    for end in (0, count + 1):
+        lines.append(f'2dlabels create flex{end} text " " {look}')
+    show = (
+        '"vseries play #1 jumpTo $1; 2dlabels change flex$2 visibility false; 2dlabels change flex$3 visibility true"'
+    )
+    interval = _CHIMERAX_INTERVAL
+    lines += [
+        f"perframe {show} range 0,{count - 1} range 0,{count - 1} range 1,{count} interval {interval}",
+        f"wait {count * interval + interval}",
+        f"perframe {show} range {count - 1},0 range {count + 1},2 range {count},1 interval {interval}",
+        f"wait {count * interval + interval}",
+        "2dlabels change flex1 visibility false",
+    ]
+    if beyond := frame_ranges(table):
+        text = f"beyond the data: frames {beyond}"
+        lines.append(f'2dlabels create flexbeyond text "{text}" color red xpos 0.03 ypos 0.04 size 20')
+    lines += ["vseries slider #1", "vseries play #1 direction oscillate loop true maxFrameRate 15"]
+    return "\n".join(lines) + "\n"

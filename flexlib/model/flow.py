@@ -1,0 +1,130 @@
+"""The flow: latents to displacements of the mesh's vertices."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class FlowGenerator(nn.Module):
+    """Latent coordinates (b, K) to displacements of the mesh vertices (b, nv, 3) in Angstrom.
+
+    A multilayer perceptron (3DFlex: 6 layers of 64 units) plus a linear path from z, both onto a basis of smooth
+    displacement fields: the mesh's elastic modes, each scaled so that one unit costs the same strain, and the six
+    rigid-body motions. The linear path carries the spectral start; the perceptron starts at zero.
+    """
+
+    basis_A: torch.Tensor
+    input_matrix: torch.Tensor
+    input_offset: torch.Tensor
+
+    def __init__(self, basis_A: torch.Tensor, latent_dims: int, layers: int, hidden_units: int) -> None:
+        """A flow without motion.
+
+        Parameters
+        ----------
+        basis_A
+            (m, nv, 3) displacement in Angstrom per unit coefficient.
+        latent_dims
+            K.
+        layers, hidden_units
+            Of the perceptron.
+        """
+        super().__init__()
+        num_fields = len(basis_A)
+        self.register_buffer("basis_A", basis_A)
+        # the standardised latents are mapped back to the scale that the network first saw (see ``rescale_latents``)
+        self.register_buffer("input_matrix", torch.eye(latent_dims))
+        self.register_buffer("input_offset", torch.zeros(latent_dims))
+        widths = [latent_dims] + [hidden_units] * layers
+        blocks: list[nn.Module] = []
+        for fan_in, fan_out in itertools.pairwise(widths):
+            blocks += [nn.Linear(fan_in, fan_out), nn.SiLU()]
+        self.hidden = nn.Sequential(*blocks)
+        self.output = nn.Linear(hidden_units, num_fields)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.linear = nn.Parameter(torch.zeros(latent_dims, num_fields))
+
+    def coefficients(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, K) latents to (b, m) basis coefficients."""
+        raw = z @ self.input_matrix.T + self.input_offset
+        return raw @ self.linear + self.output(self.hidden(raw))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, K) latents to (b, nv, 3) displacements in Angstrom."""
+        coefficients = self.coefficients(z)
+        return (coefficients @ self.basis_A.flatten(1)).view(len(z), -1, 3)
+
+    def assembled(self) -> AssembledFlow:
+        """The same flow with its last layer multiplied by the basis once, for as long as the parameters stay."""
+        last = torch.cat([self.output.weight.T, self.linear, self.output.bias[None]])
+        return AssembledFlow(self, last @ self.basis_A.flatten(1))
+
+    @torch.no_grad()
+    def stand_still(self) -> None:
+        """Make every displacement zero."""
+        self.linear.zero_()
+        self.output.weight.zero_()
+        self.output.bias.zero_()
+
+    @torch.no_grad()
+    def rescale_latents(self, matrix: torch.Tensor, offset: torch.Tensor) -> None:
+        """Keep every displacement while latents change: ``z_old = matrix @ z_new + offset``, (K, K) and (K,)."""
+        self.input_offset += self.input_matrix @ offset
+        self.input_matrix.copy_(self.input_matrix @ matrix)
+
+
+@dataclass(frozen=True)
+class AssembledFlow:
+    """A flow as a sum of few fields: a batch's displacements cost a fraction of what the whole basis does."""
+
+    flow: FlowGenerator
+    fields_A: torch.Tensor  # (hidden units + K + 1, 3 nv)
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, K) latents to (b, nv, 3) displacements in Angstrom."""
+        raw = z @ self.flow.input_matrix.T + self.flow.input_offset
+        factors = torch.cat([self.flow.hidden(raw), raw, raw.new_ones((len(raw), 1))], dim=1)
+        return (factors @ self.fields_A).view(len(z), -1, 3)
+
+
+def rigid_modes_A(vertices_A: np.ndarray) -> np.ndarray:
+    """Rigid-body displacement fields (6, nv, 3) of a mesh with vertices (nv, 3), each of unit rms displacement.
+
+    Three translations along x, y, z, then three infinitesimal rotations about the vertices' mean. In Angstrom.
+    """
+    centred = vertices_A - vertices_A.mean(0)
+    fields = [np.broadcast_to(axis, centred.shape) for axis in np.eye(3)]
+    fields += [np.cross(axis, centred) for axis in np.eye(3)]
+    return np.stack([f / np.sqrt((f**2).sum(1).mean()) for f in fields])
+
+
+def displacement_basis_A(modes: np.ndarray, stiffness: np.ndarray, vertices_A: np.ndarray) -> np.ndarray:
+    """Basis of the flow's output: elastic modes and rigid-body motions.
+
+    A unit coefficient moves the softest mode by one Angstrom rms and a stiffer one by ``sqrt(softest / stiffness)`` of
+    it. Modes that cost (nearly) nothing, such as the swing of a cell that hangs on one vertex, are scaled like the
+    softest elastic one.
+
+    Parameters
+    ----------
+    modes
+        (m, nv, 3), of unit rms displacement.
+    stiffness
+        (m,) strain energy of each mode.
+    vertices_A
+        (nv, 3) of the mesh at rest.
+
+    Returns
+    -------
+    basis_A
+        (m + 6, nv, 3) float32.
+    """
+    softest = stiffness[stiffness > 1e-4 * stiffness.mean()].min()
+    scale = np.sqrt(softest / np.maximum(stiffness, softest))
+    return np.concatenate([modes * scale[:, None, None], rigid_modes_A(vertices_A)]).astype(np.float32)

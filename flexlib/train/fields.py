@@ -1,0 +1,49 @@
+"""The displacement fields that a flow is made of, and what the rigidity says of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from flexlib.distributed import Group
+from flexlib.model.flow import displacement_basis_A
+from flexlib.tetra.elastic import elastic_modes
+from flexlib.tetra.rigidity import RigidityTensors, mesh_rigidity
+from flexlib.tetra.tetmesh import TetraMesh
+
+NUM_MODES = 800  # a hinge is sharp: with 150 the IgG set's second angle is known to .983, with 800 to .985
+SPECTRAL_MODES = 150  # the softest, in which motion is looked for at the start
+BASIS_UNIT_A = 5.0  # rms displacement of the softest field per unit network output
+
+
+def displacement_basis(mesh: TetraMesh, group: Group, device: torch.device | str) -> torch.Tensor:
+    """(m, nv, 3) float32 fields in Angstrom per unit coefficient: elastic modes, then six rigid-body motions."""
+    stiffness, modes = group.from_first(lambda: elastic_modes(mesh, NUM_MODES))
+    basis = displacement_basis_A(modes, stiffness, mesh.vertices_A) * BASIS_UNIT_A
+    return torch.as_tensor(basis, device=device)
+
+
+def spectral_fields(num_fields: int) -> np.ndarray:
+    """Which fields of a basis the spectral start uses: the softest modes, and the six rigid-body motions at the end."""
+    modes = num_fields - 6
+    return np.r_[: min(SPECTRAL_MODES, modes), modes : modes + 6]
+
+
+def rigidity_precision(
+    rigidity: RigidityTensors, vertices_A: torch.Tensor, basis_A: torch.Tensor, nats: float
+) -> np.ndarray:
+    """(m,) float64 precision that the rigidity, as a prior, gives the coefficient of each displacement field.
+
+    Its energy is taken at a thousandth of the field's size, where it is quadratic.
+
+    Parameters
+    ----------
+    rigidity, vertices_A
+        Of the mesh at rest, (nv, 3).
+    basis_A
+        (m, nv, 3) fields.
+    nats
+        Per unit of mean squared strain.
+    """
+    energy = 1e6 * mesh_rigidity(rigidity, vertices_A + 1e-3 * basis_A)
+    return (2 * nats * energy).cpu().double().numpy()

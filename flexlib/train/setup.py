@@ -1,0 +1,192 @@
+"""What stays fixed during a run: data, operators, priors, and which particles are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from flexlib.distributed import ALONE, Group
+from flexlib.errors import InputError
+from flexlib.images.batch import split_batches
+from flexlib.images.sources import TrainingImages, open_training_images
+from flexlib.imaging.image_transforms import plane_weight
+from flexlib.imaging.maps import Map, read_map
+from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
+from flexlib.layout import MeshFolder, ParticlesFolder
+from flexlib.model.forward import TRAINING, Accuracy, CoarseMap, Operator
+from flexlib.projection.op import VoxelTensors, gather_volume
+from flexlib.runtime import resolve_device
+from flexlib.tetra.io import read_mesh
+from flexlib.tetra.rigidity import RigidityTensors
+from flexlib.tetra.tetmesh import TetraMesh, single_cell_mesh
+from flexlib.train.latents import LatentPrior
+from flexlib.train.schedule import Schedule
+from flexlib.train.score import HeldOut, choose_held_out
+from flexlib.workflow_support.settings import TrainSettings
+
+RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
+COARSE_BOX = 64  # training boxes from here on have a coarse map too
+BATCH_SIZE = 200  # rows of a mini-batch, at most
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays fixed during a run."""
+
+    particles: ParticlesFolder
+    source: TrainingImages
+    mesh: TetraMesh
+    operator: Operator
+    rigid: Operator
+    coarse: CoarseMap | None
+    rigidity: RigidityTensors
+    density_share: torch.Tensor  # (nv,) of the consensus' density, by the vertex that it rides on
+    mask: Map
+    consensus: Map
+    training_rows: np.ndarray
+    validation_rows: np.ndarray
+    settings: TrainSettings
+    device: torch.device
+    batch_size: int
+    group: Group = ALONE
+
+    @property
+    def prior(self) -> LatentPrior:
+        """Of the latents: a unit normal, or 3DFlex's penalty on the fourth power.
+
+        3DFlex's unit is not known; its default of 20 is given the strength of the unit normal at |z| = 1.5, where it
+        says that latents pile up when centering is too weak.
+        """
+        centering = self.settings.centering
+        return LatentPrior() if centering == "auto" else LatentPrior(4.0 * float(centering) / 81.0, 4.0)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The course of the run."""
+        return Schedule(
+            epochs=self.settings.epochs,
+            box=self.source.box,
+            pixel_size_A=self.source.pixel_size_A,
+            batch_size=self.batch_size,
+            num_training_rows=len(self.training_rows),
+        )
+
+    @property
+    def rigidity_nats(self) -> float:
+        """Nats per unit of mean squared strain."""
+        return self.settings.rigidity * RIGIDITY_NATS
+
+    def weight(self, band: float) -> torch.Tensor:
+        """(box, box//2+1) weight of each stored Fourier pixel, up to the shell ``band``."""
+        return plane_weight(self.source.box, band).to(self.device)
+
+    def rows_on_device(self, rows: np.ndarray) -> torch.Tensor:
+        """Rows as an index on the run's device."""
+        return torch.as_tensor(rows, device=self.device)
+
+    def held_out(self) -> HeldOut:
+        """The held-out rows, and how they are scored."""
+        return HeldOut(
+            source=self.source,
+            rows=self.validation_rows,
+            particle=self.source.particles.image_index[self.validation_rows],
+            band=self.schedule.full_band,
+            seed=derived_seed(self.settings.seed, 7),
+            prior=self.prior,
+            batch_size=self.batch_size,
+            group=self.group,
+        )
+
+
+def set_up(
+    particles: ParticlesFolder,
+    mesh_folder: MeshFolder,
+    settings: TrainSettings,
+    device: str,
+    group: Group = ALONE,
+    *,
+    batch_size: int | None = None,
+    accuracy: Accuracy = TRAINING,
+) -> Setup:
+    """Read and build what stays fixed.
+
+    Parameters
+    ----------
+    particles, mesh_folder, settings
+        What prepare and mesh have written; ``train:`` at one sweep point.
+    device
+        "auto", "cpu" or "cuda".
+    group
+        The ranks that share the run.
+    batch_size
+        Rows of a mini-batch; None chooses by the number of rows.
+    accuracy
+        Of the projection.
+
+    Raises
+    ------
+    InputError
+        Files do not fit, or a mini-batch has fewer particles than there are processes.
+    """
+    chosen = resolve_device(device)
+    source = open_training_images(particles.path)
+    consensus, mask = read_map(particles.consensus), read_map(particles.mask)
+    mesh = read_mesh(mesh_folder.mesh)
+    rigid_mesh, inside = single_cell_mesh(source.box * source.pixel_size_A), inside_mask(mask.data, TRAINING_FLOOR)
+    flexible = Operator.on_mesh(mesh, inside, source.pixel_size_A, chosen, accuracy)
+    density = torch.as_tensor(consensus.data * mask.data, dtype=torch.float32, device=chosen)
+    training_rows, validation_rows = choose_held_out(
+        source.particles.image_index, settings.validation_fraction, settings.seed
+    )
+    batch_size = _fitting_batch_size(training_rows, batch_size, group)
+    return Setup(
+        particles=particles,
+        source=source,
+        mesh=mesh,
+        operator=flexible,
+        rigid=Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy),
+        coarse=_coarse_map(mesh, inside, flexible, accuracy),
+        rigidity=RigidityTensors.from_mesh(mesh, chosen),
+        density_share=density_at_vertices(flexible.voxels, gather_volume(density, flexible.voxels)),
+        mask=mask,
+        consensus=consensus,
+        training_rows=training_rows,
+        validation_rows=validation_rows,
+        settings=settings,
+        device=chosen,
+        batch_size=batch_size,
+        group=group,
+    )
+
+
+def _fitting_batch_size(rows: np.ndarray, wanted: int | None, group: Group) -> int:
+    """``wanted``, or what suits the number of rows; raises InputError where some rank would have no row of a batch."""
+    size = int(np.clip(len(rows) // 20, 10, BATCH_SIZE)) if wanted is None else wanted
+    least = min(len(batch) for batch in split_batches(rows, size))
+    if group.size > least:
+        raise InputError(f"train.processes: {group.size}, but the mini-batches of these particles have {least} each")
+    return size
+
+
+def _coarse_map(mesh: TetraMesh, inside: np.ndarray, fine: Operator, accuracy: Accuracy) -> CoarseMap | None:
+    """The map at half the box; None where the box is too small for one."""
+    if len(inside) < COARSE_BOX or len(inside) % 4:
+        return None
+    device, pixel_size_A = fine.vertices_A.device, 2 * fine.pixel_size_A
+    return CoarseMap(Operator.on_mesh(mesh, inside[::2, ::2, ::2], pixel_size_A, device, accuracy), fine.voxels)
+
+
+def density_at_vertices(voxels: VoxelTensors, values: torch.Tensor) -> torch.Tensor:
+    """(nv,) share of the (positive) density that rides on each vertex; the sum is 1."""
+    corner = voxels.cells.long()[voxels.cell.long()]
+    share = voxels.bary.clamp(min=0.0) * values.clamp(min=0.0)[:, None]
+    total = values.new_zeros(voxels.num_vertices).index_add_(0, corner.flatten(), share.flatten())
+    return total / total.sum().clamp(min=1e-30)
+
+
+def derived_seed(*key: int) -> int:
+    """A 63-bit seed from a tuple of integers."""
+    return int(np.random.SeedSequence(key).generate_state(2, np.uint32).view(np.uint64)[0] >> 1)

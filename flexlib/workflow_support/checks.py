@@ -1,0 +1,171 @@
+"""What is refused before any job: a config that is not understood, files that are not there, maps that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from flexlib.errors import InputError
+from flexlib.workflow_support.estimates import MapSize, read_map_size
+from flexlib.workflow_support.schema import config_schema
+from flexlib.workflow_support.series import series_files
+from flexlib.workflow_support.settings import SECTIONS, RunSettings, make_settings
+
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that is valid and complete: numbers read as numbers, defaults filled in.
+
+    Parameters
+    ----------
+    config
+        As read from YAML; empty sections (``mesh:`` and nothing below) are allowed.
+
+    Raises
+    ------
+    InputError
+        The first thing wrong, in one line that names the key; an unknown key with the nearest known one.
+    """
+    import jsonschema
+
+    schema = config_schema()
+    checked = _fill(_understand_numbers(config, schema), schema)
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(checked)
+    if error := min(
+        errors, key=lambda error: ([str(part) for part in error.absolute_path], error.message), default=None
+    ):
+        raise InputError(f"config: {_explain(error)}")
+    return checked
+
+
+def _understand_numbers(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy in which 1e-3, text to YAML 1.1 for want of a point, is a number; empty sections are empty dicts."""
+
+    def understand(value: Any) -> Any:
+        if isinstance(value, str) and _SCIENTIFIC.fullmatch(value):
+            return float(value)
+        if isinstance(value, list):
+            return [understand(item) for item in value]
+        if isinstance(value, dict):
+            return {key: understand(item) for key, item in value.items()}
+        return copy.deepcopy(value)
+
+    def is_section(key: str) -> bool:
+        return schema["properties"].get(key, {}).get("type") == "object"
+
+    result = {key: understand(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: {} if value is None and is_section(key) else value for key, value in result.items()}
+
+
+def _fill(instance: Any, schema: Mapping[str, Any]) -> Any:
+    """``instance`` with the schema's defaults where it says nothing, section by section.
+
+    Keys come in the schema's order: Snakemake compares parameters as text, and a config that says the same in another
+    order must not repeat what is done.
+    """
+    if not isinstance(instance, dict):
+        return instance
+    filled = {}
+    for key, subschema in schema.get("properties", {}).items():
+        if key in instance:
+            filled[key] = _fill(instance[key], subschema)
+        elif "default" in subschema:
+            filled[key] = _fill(copy.deepcopy(subschema["default"]), subschema)
+    return {**filled, **{key: value for key, value in instance.items() if key not in filled}}
+
+
+def _explain(error: Any) -> str:
+    """One line for one jsonschema error."""
+    where = ".".join(str(part) for part in error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = min(str(key) for key in error.instance if key not in known)
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+        return f"unknown key {unknown!r}{f' in {where}' if where else ''}; {hint}"
+    if error.validator == "required":
+        missing = next(key for key in error.validator_value if key not in error.instance)
+        return f"the key {missing!r} is missing{f' in {where}' if where else ''}"
+    if error.validator in ("anyOf", "oneOf", "pattern"):
+        return f"{where}: {error.instance!r} is not understood; {error.schema.get('description', error.message)}"
+    return f"{where}: {error.message}"
+
+
+def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Every path that a checked config asks to be read, as (dotted key, path).
+
+    Raises
+    ------
+    InputError
+        ``generate.series`` is not understood.
+    """
+    for key, hint in get_type_hints(RunSettings).items():
+        if Path in (hint, *get_args(hint)) and config.get(key) is not None:
+            yield key, Path(config[key])
+    for section, kind in SECTIONS.items():
+        values: Any = make_settings(kind, _without_lists(config.get(section) or {}))
+        for item in fields(kind):
+            value = getattr(values, item.name)
+            if isinstance(value, Path) and not item.metadata["written"]:
+                yield f"{section}.{item.name}", value
+    for path in series_files((config.get("generate") or {}).get("series", "axes")):
+        yield "generate.series", path
+
+
+def _without_lists(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if not isinstance(value, list)}
+
+
+def check_paths(config: Mapping[str, Any]) -> None:
+    """Refuse a config that names a file that is not there, before any job; what ``simulate`` will make is excused.
+
+    Raises
+    ------
+    InputError
+        Names the key and the path.
+    """
+    made = Path(config["particles"]).parent if config.get("simulate") is not None else None
+    for key, path in input_paths(config):
+        if not path.exists() and path.parent != made:
+            raise InputError(f"config: {key}: {path} does not exist (looked for at {path.absolute()})")
+
+
+def check_maps(config: Mapping[str, Any]) -> None:
+    """Refuse a consensus or mask that no preparation can use, by their headers alone; what is not there is passed over.
+
+    A mask may have another box than the consensus (it is resampled), but must be a cube of the same extent.
+
+    Raises
+    ------
+    InputError
+        Names the file and both sizes.
+    """
+    sizes = {
+        key: size
+        for key in ("consensus", "mask")
+        if config.get(key) is not None and Path(config[key]).is_file() and (size := read_map_size(config[key]))
+    }
+    for key, size in sizes.items():
+        if len(set(size.voxels)) != 1:
+            box = " x ".join(str(side) for side in size.voxels)
+            raise InputError(f"config: {key}: {config[key]} has {box} voxels; a cubic map is needed")
+    if len(sizes) < 2 or not all(size.extent_A[0] > 0 for size in sizes.values()):
+        return
+    consensus, mask = sizes["consensus"], sizes["mask"]
+    voxel_A = max(size.extent_A[0] / size.voxels[0] for size in sizes.values())
+    if abs(mask.extent_A[0] - consensus.extent_A[0]) > max(voxel_A, 0.01 * consensus.extent_A[0]):
+        raise InputError(
+            f"config: mask: {config['mask']} is {_extent(mask)}, but the consensus {config['consensus']} is "
+            f"{_extent(consensus)}: make the mask in the consensus' box"
+        )
+
+
+def _extent(size: MapSize) -> str:
+    voxels, extent_A = size.voxels[0], size.extent_A[0]
+    return f"{extent_A:.5g} A wide ({voxels} voxels of {extent_A / voxels:.5g} A)"

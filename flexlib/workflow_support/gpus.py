@@ -1,0 +1,58 @@
+"""Whether the GPUs that a config wants can be had, as far as that shows without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))  # of NVIDIA's driver, WSL and ROCm
+
+
+def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any], processes: int = 1) -> str | None:
+    """Why the GPUs that the config wants cannot be had here, in one line; None where they can, or none are wanted.
+
+    Parameters
+    ----------
+    device
+        ``device`` of the config.
+    local
+        Whether jobs run on this machine.
+    asked_for
+        GPUs that each rule which uses one asks the scheduler for.
+    processes
+        ``train.processes``; where there is a GPU each needs its own.
+    """
+    if device == "cpu":
+        return None
+    gpus = count_gpus() if local else min((int(n) for n in asked_for.values() if str(n).isdecimal()), default=0)
+    if processes > gpus > 0:
+        more = "lower it, or set device: cpu" if local else "raise gpu of train and reconstruct in the profile"
+        found = "this machine shows" if local else "jobs are given"
+        return f"config: train.processes: {processes}, one a GPU, but {found} {gpus}: {more}"
+    if device == "auto":
+        return None
+    if local and not gpus:
+        return (
+            "config: device: cuda, but this machine shows no GPU: set device: auto, "
+            "or run on a cluster with --profile slurm"
+        )
+    without = [rule for rule, gpus in asked_for.items() if str(gpus) == "0"]
+    if not local and without:
+        return (
+            f"config: device: cuda, but no GPU is asked for {' and '.join(without)}: give them gpu: 1 in the profile's "
+            "set-resources, or set device: auto"
+        )
+    return None
+
+
+def count_gpus() -> int:
+    """How many GPUs there are and are not hidden, without importing torch (seconds)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or not any(map(Path.exists, _DEVICES)):
+        return 0
+    if visible:
+        return len(visible.split(","))
+    # WSL and ROCm do not show how many: torch counts them in the job
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()]) or 64

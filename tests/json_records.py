@@ -1,0 +1,60 @@
+"""The JSON records that stages leave for each other, with values that a test does not care about."""
+
+from flexlib.records import PreparedRecord, ResolutionRecord, ValidationRecord
+
+
+def prepared_record(num_rows: int, crop_box: int, train_box: int) -> PreparedRecord:
+    """Of particles without symmetry."""
+    return PreparedRecord(
+        particles="/data/p.star",
+        passthrough=None,
+        image_root=None,
+        consensus="/data/c.mrc",
+        mask=None,
+        num_input=num_rows,
+        num_particles=num_rows,
+        symmetry="C1",
+        symmetry_copies=1,
+        num_rows=num_rows,
+        half_sets="input",
+        full_box=crop_box,
+        full_pixel_size_A=1.0,
+        crop_box=crop_box,
+        train_box=train_box,
+        train_pixel_size_A=crop_box / train_box,
+        optics_groups=[],
+    )
+
+
+def validation_record(gain: float | None, gain_se: float | None, wall_s: float) -> ValidationRecord:
+    """Of a training with this score."""
+    return ValidationRecord(
+        validation_gain=gain,
+        validation_gain_se=gain_se,
+        validation_particles=3,
+        rejected_gain=None,
+        rejected_gain_se=None,
+        suggested_dims=2,
+        rms_displacement_A=3.0,
+        rms_displacement_per_unit_A=[2.0, 1.0],
+        motion_share=[0.7, 0.3],
+        mean_strain=0.1,
+        epochs=5,
+        band_shell=12.0,
+        num_particles=100,
+        num_voxels=1000,
+        num_vertices=50,
+        num_cells=200,
+        wall_s=wall_s,
+    )
+
+
+def resolution_record(resolutions_A: dict[str, float]) -> ResolutionRecord:
+    """Of half-maps with these resolutions, by model and threshold."""
+    return ResolutionRecord(
+        resolutions_A=resolutions_A,
+        moving_rms_displacement={"largest_A": 5.0, "threshold_A": 1.0},
+        flex_b_factor_A2=None,
+        flex_local_A={},
+        converged={"flex_half1": True, "flex_half2": True},
+    )
