@@ -23,6 +23,7 @@ def run(script: str, *options: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_driver_measures_every_part_and_its_page_is_made(tmp_path):
     out = tmp_path / "results" / "machine.json"
     run("bench.py", "--quick", "--out", out, "--parts", "operator", "training")

@@ -24,6 +24,7 @@ CONFIG = {
     "generate": {"frames": 3},
     "reconstruct": {"max_bfgs_iterations": 4},
 }
+pytestmark = pytest.mark.slow  # the run that all tests look at
 POINTS = [f"cells~6/dims~2/rigidity~{rigidity}/seed~0" for rigidity in ("0.5", "2.0")]
 
 

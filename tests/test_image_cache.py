@@ -144,4 +144,5 @@ def test_sigterm_removes_the_copy(prepared, tmp_path):
     began = time.monotonic()
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=20) == 128 + signal.SIGTERM and time.monotonic() - began < 10
+    job.stdout.close()
     assert files(tmp_path) == []

@@ -56,6 +56,7 @@ def clamp_cs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["init_from", "latent_init"])
 def test_components_of_cryosparc_start_the_latents(clamp_cs, tmp_path, key):
     """3D variability's or 3D Flex's components, rows in another order; latents.cs gives back those that were used."""

@@ -50,14 +50,15 @@ def start_snakemake(folder: Path, log: Path, *arguments: str, **environment: str
     """Snakemake in a clone, in a process group of its own."""
     command = [sys.executable, "-m", "snakemake", "--configfile", "my.yaml", *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PATH": path, **environment},
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "PATH": path, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def clone(folder: Path) -> Path:
