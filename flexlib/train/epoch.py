@@ -24,6 +24,8 @@ from flexlib.train.step import MiniBatch, take_step
 
 logger = logging.getLogger(__name__)
 
+LOGGED_ROWS = 500  # training rows that the logged motion is of
+
 
 def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> None:
     """One pass over the training rows, from where ``state`` stands in it, and the work between epochs.
@@ -60,7 +62,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         "rate": anneal,
         "loss": loss,
         "rigidity": strain,
-        "rms_displacement_A": rms_displacement_A(setup, state),
+        "rms_displacement_A": rms_displacement_A(setup, state, LOGGED_ROWS),
         "validation_gain": score.gain,
         "validation_gain_se": score.standard_error,
         "seconds": time.perf_counter() - began,

@@ -1,4 +1,4 @@
-"""How a run begins: from its checkpoint, or with a rigid map and latents from the spectrum, a file or another sweep point."""
+"""How a run begins: from its checkpoint, or with a rigid map and latents from the spectrum, a file or a model."""
 
 from __future__ import annotations
 
