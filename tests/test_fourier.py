@@ -64,6 +64,16 @@ def test_sums_means_and_counts_are_those_of_the_full_transform(box, ndim, rim):
     assert disagreement(box, ndim) < 1e-12
 
 
+@pytest.mark.parametrize(("box", "ndim"), GRIDS)
+def test_means_of_what_is_stored_weigh_the_first_column_double(box, ndim):
+    """The plain mean over the half-space; of white noise it is the full transform's but for the scatter."""
+    power = np.abs(np.fft.rfftn(field(box, ndim))) ** 2
+    shell = np.rint(fourier.shell_radius(box, ndim)).astype(int)
+    stored = [power[shell == number].mean() for number in range(box // 2)]
+    np.testing.assert_allclose(fourier.shell_means(power, ndim, mates=False), stored, rtol=1e-12)
+    assert np.abs(fourier.shell_means(power, ndim) / stored - 1)[1:].max() > 1e-4  # not the same mean
+
+
 @pytest.mark.parametrize("box", [16, 20, 24])
 def test_weights_count_every_coefficient_once(box):
     """Parseval: the weighted half is the whole."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft
 
-from flexlib.imaging.fourier import fft_workers, shell_number, shell_sums
+from flexlib.imaging.fourier import fft_workers, shell_means, shell_number
 
 
-def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None, mates: bool = True) -> np.ndarray:
     """Fourier shell correlation of two maps.
 
     Shell k holds the coefficients with ``round(|k|) = k``.
@@ -19,6 +19,8 @@ def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None) -> n
         (N, N, N).
     mask
         (N, N, N) to multiply both with.
+    mates
+        As in ``fourier.shell_means``.
 
     Returns
     -------
@@ -27,7 +29,7 @@ def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None) -> n
     """
     if mask is not None:
         map1, map2 = map1 * mask, map2 * mask
-    return _shell_correlation(_spectrum(map1), _spectrum(map2))
+    return _shell_correlation(_spectrum(map1), _spectrum(map2), mates)
 
 
 def phase_randomise(volume: np.ndarray, from_shell: int, seed: int = 0) -> np.ndarray:
@@ -133,10 +135,10 @@ def _spectrum(volume: np.ndarray) -> np.ndarray:
     return fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
 
 
-def _shell_correlation(spectrum1: np.ndarray, spectrum2: np.ndarray) -> np.ndarray:
+def _shell_correlation(spectrum1: np.ndarray, spectrum2: np.ndarray, mates: bool) -> np.ndarray:
     """(N//2,) correlation per shell of two half-space spectra (N, N, N//2+1)."""
-    cross = shell_sums((spectrum1 * spectrum2.conj()).real)
-    power = shell_sums(np.abs(spectrum1) ** 2) * shell_sums(np.abs(spectrum2) ** 2)
+    cross = shell_means((spectrum1 * spectrum2.conj()).real, mates=mates)
+    power = shell_means(np.abs(spectrum1) ** 2, mates=mates) * shell_means(np.abs(spectrum2) ** 2, mates=mates)
     result = np.divide(cross, np.sqrt(power), out=np.zeros(len(cross)), where=power > 0)
     result[0] = 1.0
     return result

@@ -218,8 +218,9 @@ def _hessian_per_shell(power: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_over_sphere(values: torch.Tensor) -> torch.Tensor:
-    """Mean of (N//2,) values of shells over the coefficients in those shells."""
-    counts = torch.as_tensor(shell_counts(2 * len(values))).to(values)
+    """Mean of (N//2,) values of shells over the sphere |k| < N/2, as a continuum."""
+    k = torch.arange(len(values), device=values.device, dtype=values.dtype)
+    counts = torch.where(k == 0, 1.0, 4 * torch.pi * k**2)
     return (values * counts).sum() / counts.sum()
 
 
@@ -230,6 +231,6 @@ def _signal_to_noise(volume: torch.Tensor, hessian: torch.Tensor, mask_values: t
     diagonal, whose mean in each shell is ``hessian`` (N//2,).
     """
     spectrum = torch.fft.rfftn(volume)
-    mean_power = shell_means(spectrum.real**2 + spectrum.imag**2)
+    mean_power = shell_means(spectrum.real**2 + spectrum.imag**2, mates=False)
     noise = hessian * float((mask_values.double() ** 2).sum())
     return (mean_power / noise.clamp(min=torch.finfo(torch.float64).tiny) - 1.0).clamp(min=LEAST_SNR)

@@ -92,7 +92,7 @@ class Backprojector:
         numerator, weight = fft.ifftshift(numerator), fft.ifftshift(weight)
         keep = slice(0, len(weight) // 2 + 1)
         numerator, weight = numerator[:, :, keep], weight[:, :, keep]
-        mean = shell_means(weight)
+        mean = shell_means(weight, mates=False)
         shell = np.minimum(shell_number(len(weight)), len(mean) - 1)
         floor = np.maximum(_MIN_WEIGHT_FRACTION * mean, 1e-6 * mean.max() + 1e-30)[shell]
         volume = fft.fftshift(fft.irfftn(numerator / np.maximum(weight, floor), s=(padded_box(self.box),) * 3))
@@ -110,7 +110,7 @@ def consensus_map(first: Backprojector, second: Backprojector) -> np.ndarray:
     axis = np.arange(box) - box // 2
     radius = np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2)
     sphere = 0.5 + 0.5 * np.cos(np.pi * np.clip((radius - 0.4 * box) / (0.08 * box), 0, 1))
-    curve = fsc(first.map(), second.map(), sphere)
+    curve = fsc(first.map(), second.map(), sphere, mates=False)
     curve = np.append(curve, 0.0)  # of the corners
     weight = np.where(np.logical_and.accumulate(curve >= 0.143), predicted_truth_fsc(curve), 0.0)
     ball = 0.5 + 0.5 * np.cos(np.pi * np.clip(2 * (radius - 0.5 * box) / (0.1 * box) + 1, 0, 1))
