@@ -1,13 +1,14 @@
 """Small particle files and prepared folders for the tests of metadata in and out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import pandas as pd
+from json_records import prepared_record
 from scipy.spatial.transform import Rotation
 
-from flexlib.files import write_json
 from flexlib.particles.star_write import write_star
 
 COUNT, BOX = 12, 16
@@ -142,6 +143,14 @@ def prepared_folder(
     if copies > 1:
         table["flexSymmetryCopy"] = np.tile(np.arange(copies), len(kept))
     write_star({"particles": table}, folder / "particles.star")
-    summary = {"particles": str(particles), "passthrough": passthrough and str(passthrough), "image_root": None}
-    write_json(folder / "prepared.json", summary | {"num_input": COUNT, "half_sets": half_sets})
+    record = replace(
+        prepared_record(len(rows), BOX, BOX),
+        particles=str(particles),
+        passthrough=passthrough and str(passthrough),
+        num_input=COUNT,
+        num_particles=len(kept),
+        symmetry_copies=copies,
+        half_sets=half_sets,
+    )
+    record.write(folder / "prepared.json")
     return folder

@@ -2,18 +2,19 @@
 
 import os
 import re
+from dataclasses import replace
 
 import meshio
 import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
+from json_records import prepared_record
 from moving_ball import BOX, PIXEL_SIZE_A, ball, ball_mesh, centre_A, linear_model
 from PIL import Image
 from scipy import ndimage
 
 from flexlib.errors import InputError
-from flexlib.files import write_json
 from flexlib.generate.chimerax import chimerax_script
 from flexlib.generate.command import main
 from flexlib.generate.latents import displacement_metric
@@ -200,7 +201,9 @@ def test_between_particles_goes_by_rows_of_the_input(train, latents, tmp_path):
     prepared = pd.DataFrame({"rlnImageName": images[::2], "rlnRandomSubset": 1, "flexInputRow": np.arange(0, 1200, 2)})
     folder = tmp_path / "particles"
     write_star({"particles": prepared}, folder / "particles.star")
-    write_json(folder / "prepared.json", {"particles": str(tmp_path / "p.star"), "num_input": 1200})
+    replace(prepared_record(600, BOX, BOX), particles=str(tmp_path / "p.star"), num_input=1200).write(
+        folder / "prepared.json"
+    )
     settings = GenerateSettings(frames=3, series=["between 3 11", "between 3 1,2"])
     generate_series(train, tmp_path / "out", settings, particles_dir=folder)
     table = pd.read_csv(tmp_path / "out" / "series.csv").groupby("series")[["latent_1", "latent_2"]]
@@ -240,7 +243,7 @@ def test_newest_whole_checkpoint_is_used_while_training(train, mesh, latents, tm
     (tmp_path / "checkpoints" / ".model.99.part.pt").write_bytes(b"half a file")
     consensus = Map(np.zeros((BOX,) * 3, np.float32), PIXEL_SIZE_A, ORIGIN_A)
     write_map(tmp_path / "particles" / "consensus.mrc", consensus.data, PIXEL_SIZE_A, like=consensus)
-    write_json(tmp_path / "particles" / "prepared.json", {})
+    prepared_record(len(latents), BOX, BOX).write(tmp_path / "particles" / "prepared.json")
     generate_series(tmp_path, tmp_path / "out", GenerateSettings(), points=np.array([[1.0, 0.0]]))
     assert "training is not finished: this is its checkpoint of epoch 3" in caplog.text
     assert read_map(tmp_path / "out" / "at" / "frame_000.mrc").origin_A == pytest.approx(ORIGIN_A)

@@ -276,6 +276,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path):
     while not job_log.exists():
         assert first.poll() is None, (tmp_path / "first.log").read_text()
         time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGSTOP)  # so that it cannot end before it is killed
     half_made = tmp_path / "sim/consensus.mrc"
     half_made.parent.mkdir(exist_ok=True)
     half_made.write_bytes(b"half")
@@ -317,15 +318,15 @@ def test_a_job_waits_for_its_orphan(tmp_path):
         f"wait_for_orphan('logs/train.log', {str(tmp_path)!r}); print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code]
-    orphan = subprocess.Popen(command, stdin=PIPE, stdout=PIPE)
-    orphan.stdout.readline()
-    again = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
-    assert "this job still runs" in again.stderr.readline()
-    assert again.poll() is None
-    orphan.kill()
-    orphan.wait()
-    again.communicate(timeout=60)
-    assert again.returncode == 0
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE) as orphan:
+        orphan.stdout.readline()
+        with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as again:
+            assert "this job still runs" in again.stderr.readline()
+            assert again.poll() is None
+            orphan.kill()
+            orphan.wait()
+            again.communicate(timeout=60)
+            assert again.returncode == 0
 
 
 def test_rules_leave_retries_to_profiles_and_have_their_script():

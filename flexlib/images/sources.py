@@ -19,8 +19,7 @@ from flexlib.images.batch import ImageBatch, to_device
 from flexlib.images.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
 from flexlib.images.noise import Calibration, read_noise
 from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
-from flexlib.imaging.fourier import shell_radius
-from flexlib.imaging.image_transforms import centred_rfft2, fourier_resample
+from flexlib.imaging.image_transforms import centred_rfft2, fourier_resample, plane_radius
 from flexlib.layout import ParticlesFolder
 from flexlib.particles.star import particles_from_tables, read_tables
 from flexlib.particles.table import OpticsGroup, Particles
@@ -78,7 +77,7 @@ class PreparedImages:
     def _make_filters(self, device: str) -> torch.Tensor:
         """(groups, box, box//2+1) float32: 1 / sigma, 0 beyond Nyquist."""
         full_extent_A = self._calibration.full_box * self._calibration.full_pixel_size_A
-        radius = shell_radius(self.box, 2)
+        radius = plane_radius(self.box).numpy()
         shell = radius * full_extent_A / (self.box * self.pixel_size_A)
         sigma = np.stack([np.interp(shell, np.arange(len(line)), line) for line in self._calibration.sigma])
         inside = radius < self._band_px[:, None, None] / 2

@@ -9,12 +9,13 @@ from functools import lru_cache
 
 import torch
 
-from flexlib.imaging.fourier import friedel_weight, resample_spectrum, shell_radius
+from flexlib.imaging.fourier import friedel_weight, resample_spectrum, wavenumbers
 
 
 def plane_radius(box: int) -> torch.Tensor:
     """(N, N//2+1) float32 |k| of each stored coefficient of an image, in shells: see ``fourier.shell_radius``."""
-    return torch.from_numpy(shell_radius(box, 2))
+    ky, kx = torch.from_numpy(wavenumbers(box)), torch.arange(box // 2 + 1, dtype=torch.float32)
+    return torch.sqrt(ky[:, None] ** 2 + kx**2)
 
 
 def plane_weight(box: int, max_shell: float | None = None) -> torch.Tensor:
