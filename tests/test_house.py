@@ -43,12 +43,13 @@ FORMATS = {
         "flexlib.particles.cs_file",  # the header of a compressed .cs
         "flexlib.particles.star",  # Zernike coefficients and matrices in a column
         "flexlib.train.results",  # settings turned into plain values
+        "flexlib.workflow_support.schema",  # the schema turned into plain values
     },
     "flexlib.files.read_json": {"flexlib.records", "flexlib.report.results"},  # the latter: figures of the mesh
     "flexlib.files.write_json": {"flexlib.records", "flexlib.mesh.build"},
     "numpy.load": {
         "flexlib.particles.cs_file",
-        "flexlib.particles.latents_io",  # the user's .npy
+        "flexlib.particles.latents_read",  # the user's .npy
         "flexlib.mesh.weights",  # the user's .npy
         "flexlib.report.results",  # the simulation's truth
     },
