@@ -64,7 +64,7 @@ class Group:
         return slice(self.rank * num // self.size, (self.rank + 1) * num // self.size)
 
     def share(self, items: Sliceable) -> Sliceable:
-        """This rank's part of an array, tensor or list."""
+        """The rank's part of an array, tensor or list."""
         return items[self.part(len(items))]
 
     def add(self, *tensors: torch.Tensor) -> None:

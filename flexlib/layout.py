@@ -80,7 +80,7 @@ class MeshFolder(Folder):
 
     @property
     def segments(self) -> Path:
-        """The segment of each voxel, where the mesh has segments."""
+        """The segment of each voxel; a single voxel of -1 where the mesh has no segment map."""
         return self.path / "segments.mrc"
 
     @property

@@ -43,7 +43,7 @@ FORMATS = {
         "flexlib.particles.cs_file",  # the header of a compressed .cs
         "flexlib.particles.star",  # Zernike coefficients and matrices in a column
         "flexlib.train.results",  # settings turned into plain values
-        "flexlib.workflow_support.schema",  # the schema turned into plain values
+        "flexlib.workflow_support.schema",  # tuples turned into lists
     },
     "flexlib.files.read_json": {"flexlib.records", "flexlib.report.results"},  # the latter: figures of the mesh
     "flexlib.files.write_json": {"flexlib.records", "flexlib.mesh.build"},

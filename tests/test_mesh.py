@@ -102,7 +102,7 @@ def test_lattice_lookup_equals_brute_force():
 
 
 def test_parts_that_touch_share_whole_faces():
-    """No cell hangs on the mesh by an edge or a vertex alone, for masks cut anywhere."""
+    """No cell hangs on the mesh by an edge or a vertex alone, for masks however they are cut."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

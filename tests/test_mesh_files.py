@@ -52,7 +52,7 @@ def custom(path, origin_A=(0.0, 0.0, 0.0), **settings):
 
 @pytest.mark.parametrize("suffix", [".vtu", ".vtk", ".msh"])
 @pytest.mark.parametrize("frame", ["box centre", "header"])
-def test_meshes_of_other_programs_find_their_place(tmp_path, suffix, frame):
+def test_meshes_of_other_programs_come_to_lie_over_the_mask(tmp_path, suffix, frame):
     """Angstrom from the box centre, or in the frame of the map's header: the one that covers the mask."""
     mesh, origin_A = lattice(), (-300.0, 40.0, 0.0)
     shift = np.zeros(3) if frame == "box centre" else np.array(origin_A) + BOX // 2 * PIXEL_SIZE_A
@@ -149,7 +149,7 @@ def their_pickle(path, points, cells, index, protocol=4, **extra):
     ("unit", "axes"),
     [("voxel", "xyz"), ("voxel", "zyx"), ("A", "xyz"), ("box", "xyz"), ("half box", "zyx"), ("corner", "xyz")],
 )
-def test_units_and_axes_are_told_by_the_index_map(tmp_path, unit, axes, protocol):
+def test_units_and_axes_follow_from_the_index_map(tmp_path, unit, axes, protocol):
     """Whatever unit and axis order a pickle's points have, only one makes its index map true; cells may be mirrored."""
     mask = MASK & (Y + Z < 6)  # not symmetric: axes cannot be mistaken
     mesh = bcc_mesh(mask, PIXEL_SIZE_A, 13.0)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flexlib.errors import InputError
-from flexlib.imaging.maps import LabelGrid, Map, write_map
+from flexlib.imaging.maps import LabelGrid, Map, read_label_map, read_map, write_label_map, write_map
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.build import build_mesh, count_bodies, make_mesh
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.mesh.segments import (
@@ -27,8 +28,9 @@ from flexlib.tetra.io import read_mesh, write_mesh
 from flexlib.tetra.rigidity import RigidityTensors, mesh_rigidity
 from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
 from flexlib.tetra.voxels import voxelise
+from flexlib.train.run import run_identity
 from flexlib.workflow_support.connections import parse_connections
-from flexlib.workflow_support.settings import MeshSettings
+from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 BOX, PIXEL_SIZE_A = 40, 3.0
 AXIS = np.arange(BOX) - BOX // 2
@@ -313,7 +315,7 @@ def test_labels_at_any_box_land_on_the_right_voxels(box):
 
 
 def test_labels_of_a_cropped_or_shifted_map_follow_its_origin(tmp_path):
-    """A box cut out of the labels, its place in ORIGIN, gives the same labels; a lost origin of the same box too."""
+    """A box cut out of the labels, its position in ORIGIN, gives the same labels; a lost origin of the same box too."""
     labels = np.where(MASK, THIRDS, -1).astype(np.int32)
     origin_A = (-30.0, 12.0, 45.0)
     whole = labels_on_grid(LabelGrid(labels, (PIXEL_SIZE_A,) * 3, origin_A), consensus(origin_A))
@@ -354,15 +356,58 @@ def test_touching_and_named_pairs(tmp_path):
 
 
 def test_mesh_file_keeps_the_segment_map(tmp_path):
-    """Labels survive the .vtu, so that voxels of any later box find their segment."""
+    """Labels survive the files, so that voxels of any later box find their segment."""
     mesh = bcc_mesh(MASK, PIXEL_SIZE_A, 13.0, segmented(labels=THIRDS * 40000))
     write_mesh(tmp_path / "mesh.vtu", mesh)
     back = read_mesh(tmp_path / "mesh.vtu")
     assert np.array_equal(back.segment_map, THIRDS * 40000) and back.segment_map_pixel_size_A == PIXEL_SIZE_A
+    assert back.segment_map.dtype == mesh.segment_map.dtype == np.int32
     first, second = (voxelise(one, MASK, PIXEL_SIZE_A) for one in (mesh, back))
     assert np.array_equal(first.cell, second.cell)
     faces, owner = boundary_faces(back)
     assert len(faces) == len(owner) and set(mesh.segment[owner]) == {0, 40000, 80000}
+
+
+@pytest.mark.parametrize("pixel_size_A", [0.83, 1.0605, 3.301])
+def test_the_segment_map_is_an_integer_mrc_that_keeps_its_voxel_size(tmp_path, pixel_size_A):
+    """Of a voxel size from another map's header nothing is lost: ties of finer grids fall as they did."""
+    write_map(tmp_path / "map.mrc", MASK, pixel_size_A)
+    of_header_A = read_map(tmp_path / "map.mrc").pixel_size_A
+    mesh = bcc_mesh(MASK, of_header_A, 4.3 * of_header_A, segmented([(0, 1)]))
+    write_mesh(tmp_path / "mesh.vtu", mesh)
+    with mrcfile.open(tmp_path / "segments.mrc") as file:
+        assert file.data.dtype == np.int16 and np.array_equal(file.data, THIRDS)
+    back = read_mesh(tmp_path / "mesh.vtu")
+    assert back.segment_map_pixel_size_A == of_header_A and back.segment_map.dtype == np.int16
+    fine = [one.segments_on_grid(2 * BOX, of_header_A / 2) for one in (mesh, back)]
+    assert np.array_equal(*fine)
+
+
+def test_a_mesh_without_a_segment_map_leaves_none_of_another(tmp_path):
+    write_mesh(tmp_path / "mesh.vtu", bcc_mesh(MASK, PIXEL_SIZE_A, 13.0, segmented()))
+    write_mesh(tmp_path / "mesh.vtu", bcc_mesh(MASK, PIXEL_SIZE_A, 13.0))
+    back = read_mesh(tmp_path / "mesh.vtu")
+    assert back.segment_map.size == 0 and back.segment_map_pixel_size_A == 0
+    (tmp_path / "segments.mrc").unlink()  # as beside a mesh of another program
+    assert read_mesh(tmp_path / "mesh.vtu").segment_map.size == 0
+    write_map(tmp_path / "segments.mrc", np.zeros((8, 4, 4)), PIXEL_SIZE_A, dtype=np.int16)
+    with pytest.raises(InputError, match=r"segments\.mrc: the segments of a mesh must be a cube"):
+        read_mesh(tmp_path / "mesh.vtu")
+
+
+def test_a_checkpoint_belongs_to_its_segments(tmp_path):
+    folders = (ParticlesFolder(tmp_path), MeshFolder(tmp_path))
+    write_mesh(tmp_path / "mesh.vtu", bcc_mesh(MASK, PIXEL_SIZE_A, 13.0, segmented()))
+    before = run_identity(*folders, TrainSettings())
+    write_label_map(tmp_path / "segments.mrc", np.roll(THIRDS, 1, axis=2), PIXEL_SIZE_A)
+    after = run_identity(*folders, TrainSettings())
+    assert {name for name in before if before[name] != after[name]} == {"segments.mrc"}
+
+
+def test_a_segment_number_that_no_mrc_file_holds_is_refused(tmp_path):
+    mesh = bcc_mesh(MASK, PIXEL_SIZE_A, 13.0, segmented(labels=THIRDS * 2**24))
+    with pytest.raises(InputError, match=r"segments\.mrc: the label 33554432 is above 16777216"):
+        write_mesh(tmp_path / "mesh.vtu", mesh)
 
 
 # weights -------------------------------------------------------------------------------------------------------
@@ -431,6 +476,8 @@ def test_stage_builds_a_segmented_mesh(tmp_path, caplog):
     voxels = voxelise(mesh, MASK, PIXEL_SIZE_A)
     assert np.array_equal(mesh.segment[voxels.cell], THIRDS.ravel()[voxels.index])
     assert count_bodies(mesh) == 2 and set(mesh.rigidity[mesh.segment == 1]) == {20.0}
+    stored = read_label_map(tmp_path / "out" / "segments.mrc")
+    assert np.array_equal(stored.labels[MASK], THIRDS[MASK]) and stored.corner_A == (-60.0, -60.0, -60.0)
     assert "segment 2:" in caplog.text and "rigidity 20 to 20" in caplog.text
     bild = (tmp_path / "out" / "mesh_segments.bild").read_text()
     assert len({line for line in bild.splitlines() if line.startswith(".color")}) == 3

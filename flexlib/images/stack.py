@@ -42,6 +42,25 @@ class StackHeader:
     offset: int
     complaint: str = ""  # what is odd about the header, though readable
 
+    def read(self, slices: np.ndarray, side: int | None = None) -> np.ndarray:
+        """The images at ``slices`` (b,), from 0, as (b, side, side) float32; see ``Stacks.read``.
+
+        Plain reads: a memory map would count every page around an image as this process's memory. Raises InputError
+        where the file has become shorter.
+        """
+        side = self.box if side is None else side
+        start = self.box // 2 - side // 2
+        inner = slice(start, start + side)
+        image = np.empty((self.box, self.box), self.dtype)
+        result = np.empty((len(slices), side, side), np.float32)
+        with self.path.open("rb", buffering=0) as file:
+            for number, index in enumerate(slices):
+                file.seek(self.offset + int(index) * image.nbytes)
+                if file.readinto(image.data) != image.nbytes:
+                    raise InputError(f"{self.path}: image {index + 1} cannot be read whole: has the file changed?")
+                result[number] = image[inner, inner]
+        return result
+
 
 def read_stack_header(path: Path) -> StackHeader:
     """Read and check the header of an MRC stack of square images.
@@ -135,19 +154,7 @@ class Stacks:
         result = np.empty((len(rows), side, side), np.float32)
         for stack in np.unique(stack_of_row):
             members = np.flatnonzero(stack_of_row == stack)
-            header = self.header(stack)
-            start = header.box // 2 - side // 2
-            inner = slice(start, start + side)
-            image = np.empty((header.box, header.box), header.dtype)
-            # plain reads: a memory map would count every page around an image as this process's memory
-            with header.path.open("rb", buffering=0) as file:
-                for member, index in zip(members, slices[members], strict=True):
-                    file.seek(header.offset + int(index) * image.nbytes)
-                    if file.readinto(image.data) != image.nbytes:
-                        raise InputError(
-                            f"{header.path}: image {index + 1} cannot be read whole: has the file changed?"
-                        )
-                    result[member] = image[inner, inner]
+            result[members] = self.header(stack).read(slices[members], side)
         return result
 
     def header(self, stack: int) -> StackHeader:

@@ -17,6 +17,8 @@ import numpy.typing as npt
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 
+_LARGEST_LABEL = 2**24  # of whole numbers up to this, float32 holds each
+
 
 @dataclass(frozen=True)
 class Map:
@@ -167,6 +169,38 @@ def write_map(
             for axis, value in zip("xyz", origin_A, strict=True):
                 file.header.origin[axis] = value
             file.nstart = nstart
+
+
+def write_label_map(
+    path: str | os.PathLike[str], labels: np.ndarray, pixel_size_A: float, like: Map | None = None
+) -> None:
+    """Write whole numbers as MRC, atomically, so that ``read_label_map`` returns the same.
+
+    MRC has no 32-bit integers: the file holds 16-bit ones where they are enough, else float32.
+
+    Parameters
+    ----------
+    path
+        File to write.
+    labels : (N, N, N) int
+        A label for each voxel, up to 2^24.
+    pixel_size_A
+        Voxel size in A.
+    like
+        As in ``write_map``.
+
+    Raises
+    ------
+    InputError
+        A label is not exact in float32.
+    """
+    largest = int(np.abs(labels).max())
+    if largest > _LARGEST_LABEL:
+        raise InputError(
+            f"{path}: the label {largest} is above {_LARGEST_LABEL}, the largest an MRC file holds exactly"
+        )
+    dtype = np.int16 if largest <= np.iinfo(np.int16).max else np.float32
+    write_map(path, labels, pixel_size_A, like=like, dtype=dtype)
 
 
 def _placement(like: Map, box: int, pixel_size_A: float) -> tuple[list[float], tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""Tetrahedral meshes: the lattice, its rigidity weights, its elastic modes, voxels inside cells."""
+"""The stage mesh: the lattice or a mesh from outside, its segments and its rigidity weights."""
 
 from flexlib.mesh.build import build_mesh
 

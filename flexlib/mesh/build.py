@@ -15,7 +15,8 @@ from scipy.sparse.csgraph import connected_components
 from flexlib.errors import InputError
 from flexlib.files import write_json
 from flexlib.imaging.fourier import lowpass_map
-from flexlib.imaging.maps import Map, read_map, write_map
+from flexlib.imaging.maps import Map, read_map, write_label_map
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.chimerax import write_chimerax
 from flexlib.mesh.custom import read_custom_mesh
 from flexlib.mesh.lattice import bcc_mesh
@@ -37,36 +38,56 @@ _INSIDE = 1e-5  # barycentric weight by which a voxel may miss its cell for roun
 def build_mesh(particles_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], settings: MeshSettings) -> None:
     """Build the mesh of a prepared data set.
 
-    Reads ``consensus.mrc`` and ``mask.mrc`` of ``particles_dir`` and the files that the settings name; writes
-    ``mesh.vtu``, ``tetra_index.mrc`` (cell of each voxel at the training box, -1 outside), ``mesh_quality.json`` and,
-    for ChimeraX, ``mesh.cxc`` with ``mesh_segments.bild`` and ``mesh_rigidity.bild`` to ``out_dir``. Raises
-    ``InputError``.
+    Writes every file of ``MeshFolder``; the tetra index is the cell of each voxel at the training box, -1 outside the
+    mask.
+
+    Parameters
+    ----------
+    particles_dir
+        Folder that prepare has written: consensus and mask are read.
+    out_dir
+        Folder to write.
+    settings
+        ``mesh:`` at one coarseness; the files that it names are read.
+
+    Raises
+    ------
+    InputError
+        Settings or files do not fit.
     """
     check_mesh_keys(settings)
-    particles_dir, out_dir = Path(particles_dir), Path(out_dir)
-    consensus = read_map(particles_dir / "consensus.mrc")
-    soft_mask = read_map(particles_dir / "mask.mrc")
+    particles, out = ParticlesFolder(Path(particles_dir)), MeshFolder(Path(out_dir))
+    consensus = read_map(particles.consensus)
+    soft_mask = read_map(particles.mask)
     if soft_mask.box != consensus.box:
-        raise InputError(f"{particles_dir / 'mask.mrc'}: box {soft_mask.box} is not that of consensus.mrc")
+        raise InputError(f"{particles.mask}: box {soft_mask.box} is not that of {particles.consensus.name}")
     mesh, voxels = make_mesh(consensus, soft_mask.data > 0, settings)
 
-    write_mesh(out_dir / "mesh.vtu", mesh)
-    # MRC has no 32-bit integers: 16-bit where they are enough, else float32, exact up to 2^24
-    index_type = np.int16 if len(mesh.cells) <= np.iinfo(np.int16).max else np.float32
-    write_map(
-        out_dir / "tetra_index.mrc", tetra_index_map(voxels), consensus.pixel_size_A, like=consensus, dtype=index_type
-    )
-    write_chimerax(out_dir, mesh, consensus, particles_dir / "consensus.mrc")
+    write_mesh(out.mesh, mesh, like=consensus)
+    write_label_map(out.tetra_index, tetra_index_map(voxels), consensus.pixel_size_A, like=consensus)
+    write_chimerax(out, mesh, consensus, particles.consensus)
     quality = mesh_quality(mesh, voxels)
-    write_json(out_dir / "mesh_quality.json", quality)
+    write_json(out.quality, quality)
     for line in quality_lines(quality):
         logger.info("%s", line)
 
 
 def make_mesh(consensus: Map, mask: np.ndarray, settings: MeshSettings) -> tuple[TetraMesh, MeshVoxels]:
-    """The mesh over ``mask`` (N, N, N) bool as the settings ask for it, and the mask's voxels in it.
+    """The mesh over a mask as the settings ask for it, and the mask's voxels in it.
 
-    Raises ``InputError``.
+    Parameters
+    ----------
+    consensus
+        The map that the mask belongs to.
+    mask : (N, N, N) bool
+        The voxels to cover.
+    settings
+        ``mesh:`` at one coarseness; the files that it names are read.
+
+    Raises
+    ------
+    InputError
+        Settings or files do not fit.
     """
     pixel_size_A = consensus.pixel_size_A
     cell_size_A = consensus.box * pixel_size_A / settings.cells

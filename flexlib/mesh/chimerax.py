@@ -9,19 +9,29 @@ import numpy as np
 
 from flexlib.files import atomic_path
 from flexlib.imaging.maps import Map
+from flexlib.layout import MeshFolder
 from flexlib.render.colours import segment_colours
 from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
 
 _RAMP = np.array([[0.99, 0.89, 0.49], [0.25, 0.65, 0.55], [0.27, 0.15, 0.40]])  # soft to rigid
 
 
-def write_chimerax(out_dir: str | os.PathLike[str], mesh: TetraMesh, consensus: Map, map_path: Path) -> None:
-    """Write ``mesh_segments.bild``, ``mesh_rigidity.bild`` and ``mesh.cxc``, which opens them over the map.
+def write_chimerax(out: MeshFolder, mesh: TetraMesh, consensus: Map, map_path: Path) -> None:
+    """Write the mesh's edges, in colours of segments and of rigidity, and the script that opens them over the map.
 
-    Points are in the frame of the map's header. ``map_path`` is named relative to ``out_dir``. Format: ChimeraX's BILD
-    (.color, .vector).
+    Points are in the frame of the map's header. Format: ChimeraX's BILD (.color, .vector).
+
+    Parameters
+    ----------
+    out
+        Folder to write.
+    mesh
+        The mesh.
+    consensus
+        The map, for its header.
+    map_path
+        Its file; the script names it relative to the folder.
     """
-    out_dir = Path(out_dir)
     centre_A = np.array(consensus.corner_A) + consensus.box // 2 * consensus.pixel_size_A
     points = mesh.vertices_A + centre_A
     faces, owner = boundary_faces(mesh)
@@ -31,13 +41,13 @@ def write_chimerax(out_dir: str | os.PathLike[str], mesh: TetraMesh, consensus: 
     part = np.log(mesh.rigidity[owner] / low) / np.log(high / low) if high > low else np.ones(len(owner))
     by_rigidity = np.stack([np.interp(part, (0, 0.5, 1), _RAMP[:, band]) for band in range(3)], axis=1)
     for name, colour in (("segments", by_segment), ("rigidity", by_rigidity)):
-        _write_bild(out_dir / f"mesh_{name}.bild", points, faces, colour)
-    with atomic_path(out_dir / "mesh.cxc") as temporary:
+        _write_bild(out.bild(name), points, faces, colour)
+    with atomic_path(out.chimerax) as temporary:
         temporary.write_text(
             "# the map and the mesh's outer edges, coloured by segment; model 3 is the same coloured by rigidity\n"
-            f"open {Path(os.path.relpath(map_path, out_dir)).as_posix()} id 1\n"
-            "open mesh_segments.bild id 2\n"
-            "open mesh_rigidity.bild id 3\n"
+            f"open {Path(os.path.relpath(map_path, out.path)).as_posix()} id 1\n"
+            f"open {out.bild('segments').name} id 2\n"
+            f"open {out.bild('rigidity').name} id 3\n"
             "volume #1 style surface color tan\n"
             "transparency #1 40\n"
             "hide #3 models\n"

@@ -24,14 +24,16 @@ import numpy as np
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.imaging.maps import read_map
+from flexlib.layout import MeshFolder, ParticlesFolder
+from flexlib.mesh.segments import SOLVENT, fill_box
 from flexlib.tetra.io import oriented_cells, read_mesh, used_vertices
-from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.tetra.tetmesh import TetraMesh, compact_labels
 from flexlib.tetra.voxels import tetra_index_map, voxelise
 
 logger = logging.getLogger(__name__)
 
 _REQUIRED = ("mask", "N", "psize_A", "tm_points", "tm_cells", "tm_tetraidx_map", "tm_rweights")
-_SAMPLE = 20000  # voxels on which unit and axes are told apart
+_SAMPLE = 20000  # voxels on which units and axes are tried
 _INSIDE = -0.02  # barycentric weight down to which a voxel counts as inside its cell (their arithmetic is float32)
 _AGREEMENT = 0.98  # share of voxels that must lie in the cell their index map names
 
@@ -88,8 +90,12 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_flex_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     """Read a flex_mesh pickle as a mesh in A from the box centre, segments and rigidity weights included.
 
-    Their index map is checked: nearly every voxel must lie in the cell it names. Raises ``InputError`` for a file that
-    is no mesh, or whose index map and cells disagree.
+    Its index map is checked: nearly every voxel must lie in the cell it names.
+
+    Raises
+    ------
+    InputError
+        The file is no mesh, or its index map and cells disagree.
     """
     content = load_arrays(path)
     if missing := [key for key in _REQUIRED if key not in content]:
@@ -160,7 +166,7 @@ def _in_angstrom(
 
 
 def _their_segments(content: dict[str, Any], num_cells: int, box: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Segment of each cell, and the segment map where there are several segments."""
+    """(nc,) int32 segment of each cell, and (N, N, N) the segment map; empty where there is one segment."""
     none = np.zeros(num_cells, np.int32), np.zeros((0, 0, 0), np.int16)
     if content.get("tm_segmask") is None or np.size(content["tm_segmask"]) == 0:
         return none
@@ -170,12 +176,10 @@ def _their_segments(content: dict[str, Any], num_cells: int, box: int, name: str
     index = np.asarray(content["tm_tetraidx_map"]).astype(np.int64)
     if len(np.unique(segment)) == 1:
         return segment, none[1]
-    from flexlib.mesh.segments import SOLVENT, fill_box
-
     # the cells' own segments, where their index map has a cell: equal to segmask_exp, and there in every file
     labels = np.where(index >= 0, segment[np.maximum(index, 0)], SOLVENT).astype(np.int32)
     labels = fill_box(labels, np.zeros((box,) * 3, bool))
-    return segment, labels.astype(np.int16) if labels.max() <= np.iinfo(np.int16).max else labels
+    return segment, compact_labels(labels)
 
 
 def write_flex_mesh(
@@ -190,7 +194,16 @@ def write_flex_mesh(
     ``tm_points`` are voxels (x, y, z) from the box centre. Not tried in CryoSPARC itself: if it counts them otherwise,
     scale that one array.
 
-    Parameters: ``consensus`` and ``soft_mask`` (N, N, N) on the grid of ``pixel_size_A``.
+    Parameters
+    ----------
+    path
+        The pickle to write.
+    mesh
+        The mesh.
+    consensus, soft_mask : (N, N, N)
+        The map, and its mask in [0, 1].
+    pixel_size_A
+        Their voxel size in A.
     """
     mask = soft_mask > 0
     voxels = voxelise(mesh, mask, pixel_size_A)
@@ -220,15 +233,14 @@ def write_flex_mesh(
 def main() -> None:
     """Command line: write the mesh of a results folder for CryoSPARC."""
     parser = argparse.ArgumentParser(description="Write a mesh of ours as CryoSPARC's flex_mesh pickle.")
-    parser.add_argument("mesh_dir", type=Path, help="folder with mesh.vtu, such as results/NAME/mesh/cells~20")
-    parser.add_argument(
-        "particles_dir", type=Path, help="folder with consensus.mrc and mask.mrc: results/NAME/particles"
-    )
+    parser.add_argument("mesh_dir", type=Path, help="folder of a mesh: results/NAME/mesh/cells~20")
+    parser.add_argument("particles_dir", type=Path, help="folder of its consensus and mask: results/NAME/particles")
     parser.add_argument("out", type=Path, help="the pickle to write")
     options = parser.parse_args()
     try:
-        consensus, mask = (read_map(options.particles_dir / f"{name}.mrc") for name in ("consensus", "mask"))
-        mesh = read_mesh(options.mesh_dir / "mesh.vtu")
+        particles = ParticlesFolder(options.particles_dir)
+        consensus, mask = read_map(particles.consensus), read_map(particles.mask)
+        mesh = read_mesh(MeshFolder(options.mesh_dir).mesh)
         write_flex_mesh(options.out, mesh, consensus.data, mask.data, consensus.pixel_size_A)
     except InputError as error:
         raise SystemExit(str(error)) from None

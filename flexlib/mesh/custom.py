@@ -1,4 +1,4 @@
-"""A mesh from outside in place of the regular one: where it lies, what it covers, what becomes of it."""
+"""A mesh from outside instead of the regular one: where it lies, what it covers, what becomes of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.imaging.maps import Map
-from flexlib.mesh.cryosparc import read_flex_mesh
 from flexlib.mesh.surface import fill_surface
 from flexlib.tetra.io import read_grid, read_mesh
 from flexlib.tetra.tetmesh import TetraMesh
@@ -24,15 +23,37 @@ _LEAST_COVER = 0.5  # share of the mask's voxels that a mesh must hold to be tak
 def read_custom_mesh(path: Path, consensus: Map, mask: np.ndarray, cell_size_A: float) -> tuple[TetraMesh, bool]:
     """Read a ready mesh, or a closed surface to fill, and put it over the mask.
 
-    CryoSPARC's flex_mesh (``.pkl``, ``.p``) is placed by its own index map. Points of other files are Angstrom, either
-    from the box centre or in the frame of the consensus map's header (as programs that show the map write them);
-    whichever covers more of the mask is taken. A surface of triangles is filled with cells of size ``cell_size_A``.
+    The index map of CryoSPARC's flex_mesh (``.pkl``, ``.p``) says where it lies. Points of other files are Angstrom,
+    either from the box centre or in the frame of the consensus map's header (as programs that show the map write them);
+    whichever covers more of the mask is taken.
 
-    Returns the mesh, and whether it brings rigidity weights of its own. Raises ``InputError`` for a file that is no
-    mesh, cells without volume, or a mesh that covers less than half of the mask.
+    Parameters
+    ----------
+    path
+        The file.
+    consensus
+        The map that the mask belongs to.
+    mask : (N, N, N) bool
+        The voxels to cover.
+    cell_size_A
+        Size in A of the cells with which a surface of triangles is filled.
+
+    Returns
+    -------
+    mesh : TetraMesh
+        In A from the box centre.
+    own_weights : bool
+        Whether it brings rigidity weights of its own.
+
+    Raises
+    ------
+    InputError
+        The file is no mesh, has cells without volume, or covers less than half of the mask.
     """
     own_weights = False
     if path.suffix.lower() in (".pkl", ".p", ".pickle"):
+        from flexlib.mesh.cryosparc import read_flex_mesh  # a command of its own: not loaded with the package
+
         mesh, own_weights = read_flex_mesh(path), True
         share = float(covered(mesh, mask, consensus.pixel_size_A)[mask].mean())
     else:
@@ -42,18 +63,18 @@ def read_custom_mesh(path: Path, consensus: Map, mask: np.ndarray, cell_size_A: 
             mesh = fill_surface(np.asarray(grid.points, np.float64), grid.cells_dict["triangle"], cell_size_A)
         else:
             mesh, own_weights = read_mesh(path), "rigidity" in grid.cell_data
-        mesh, share = _placed(mesh, consensus, mask, path)
+        mesh, share = _over_the_mask(mesh, consensus, mask, path)
     if share < _LEAST_COVER:
         low, high = mesh.vertices_A.min(0), mesh.vertices_A.max(0)
         raise InputError(
-            f"{path}: covers {100 * share:.0f} % of the mask; its points run from {_point(low)} to {_point(high)} A "
+            f"{path}: covers {100 * share:.0f} % of the mask; its points run from {_text(low)} to {_text(high)} A "
             "from the box centre: is it in Angstrom, and of this particle?"
         )
     logger.info("%s: %d cells cover %.1f %% of the mask", path, len(mesh.cells), 100 * share)
     return mesh, own_weights
 
 
-def _placed(mesh: TetraMesh, consensus: Map, mask: np.ndarray, path: Path) -> tuple[TetraMesh, float]:
+def _over_the_mask(mesh: TetraMesh, consensus: Map, mask: np.ndarray, path: Path) -> tuple[TetraMesh, float]:
     """The mesh in A from the box centre, and the share of the mask it covers."""
     centre_A = np.array(consensus.corner_A) + consensus.box // 2 * consensus.pixel_size_A
     best, best_share, best_name = mesh, -1.0, ""
@@ -66,5 +87,5 @@ def _placed(mesh: TetraMesh, consensus: Map, mask: np.ndarray, path: Path) -> tu
     return best, best_share
 
 
-def _point(position: np.ndarray) -> str:
+def _text(position: np.ndarray) -> str:
     return "(" + ", ".join(f"{value:.0f}" for value in position) + ")"

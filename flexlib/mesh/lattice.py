@@ -11,7 +11,7 @@ there is nothing to search.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from flexlib.errors import InputError
 from flexlib.mesh.segments import Segmentation
-from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.tetra.tetmesh import TetraMesh, compact_labels
 
 
 class BccLattice:
@@ -41,7 +41,15 @@ class BccLattice:
 
         The face is that of the largest offset from the cube's centre, the edge that of the second largest.
 
-        Parameters: ``points_A`` (n, 3), axes (x, y, z), inside the box. Returns (n,) int64 tetra numbers.
+        Parameters
+        ----------
+        points_A : (n, 3)
+            Axes (x, y, z), in A from the box centre, inside the box.
+
+        Returns
+        -------
+        (n,) int64
+            Tetra numbers.
         """
         scaled = np.asarray(points_A, dtype=np.float64) / self.cell_size_A + self.half_cubes
         cube = np.floor(scaled).astype(np.int64)
@@ -112,16 +120,24 @@ def bcc_mesh(
 
     Parameters
     ----------
-    mask : (N, N, N) bool, the voxels to cover, soft edge included.
-    pixel_size_A : float, voxel size of the mask in A.
-    cell_size_A : float, cube edge h in A; the cells' volume is h^3 / 12.
-    segmentation : segments of the same grid and the pairs to join.
+    mask : (N, N, N) bool
+        The voxels to cover, soft edge included.
+    pixel_size_A
+        Voxel size of the mask in A.
+    cell_size_A
+        Cube edge h in A; the cells' volume is h^3 / 12.
+    segmentation
+        Segments of the same grid and the pairs to join.
 
     Returns
     -------
-    TetraMesh with rigidity 1 everywhere, vertices and cells in the lattice's order (z, y, x) within a segment.
+    TetraMesh
+        Rigidity 1 everywhere, vertices and cells in the lattice's order (z, y, x) within a segment.
 
-    Raises ``InputError`` for an empty mask, a cell size that is not positive, or joined segments without a common cell.
+    Raises
+    ------
+    InputError
+        The mask is empty, the cell size is not positive, or joined segments have no common cell.
     """
     mask = np.asarray(mask, dtype=bool)
     if cell_size_A <= 0:
@@ -144,7 +160,7 @@ def bcc_mesh(
         cells,
         np.ones(len(segment)),
         segment,
-        segmentation.compact_labels(),
+        compact_labels(segmentation.labels),
         pixel_size_A,
     )
 
@@ -156,25 +172,33 @@ def fuse_submeshes(
 
     Parameters
     ----------
-    corner_node : (nc, 4) int64, the point of space (any number that names it) at each corner of each cell.
-    segment : (nc,) int, the segment of each cell.
-    pairs : segments to join: of the points that both have, each becomes one vertex.
+    corner_node : (nc, 4) int64
+        The point of space (any number that names it) at each corner of each cell.
+    segment : (nc,) int
+        The segment of each cell.
+    pairs
+        Segments to join: of the points that both have, each becomes one vertex.
 
     Returns
     -------
-    node : (nv,) int64, the point of space of each vertex.
-    cells : (nc, 4) int32 vertex indices.
+    node : (nv,) int64
+        The point of space of each vertex.
+    cells : (nc, 4) int32
+        Vertex indices.
 
-    Raises ``InputError`` where a pair has no point in common.
+    Raises
+    ------
+    InputError
+        A pair has no point in common.
     """
     ids, rank = np.unique(segment, return_inverse=True)
     points, point = np.unique(corner_node, return_inverse=True)
     own, cells = np.unique(rank.reshape(-1, 1) * len(points) + point.reshape(-1, 4), return_inverse=True)
-    owner, place = own // len(points), own % len(points)
+    owner, location = own // len(points), own % len(points)
     first, second = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for a, b in pairs:
         in_a, in_b = (np.flatnonzero(owner == np.searchsorted(ids, one)) for one in (a, b))
-        common, at_a, at_b = np.intersect1d(place[in_a], place[in_b], assume_unique=True, return_indices=True)
+        common, at_a, at_b = np.intersect1d(location[in_a], location[in_b], assume_unique=True, return_indices=True)
         if len(common) == 0:
             raise InputError(f"mesh.connections: {a}>{b}: the two segments have no point of the mesh in common")
         first.append(in_a[at_a])
@@ -183,7 +207,7 @@ def fuse_submeshes(
     graph = coo_array((np.ones(len(joints[0])), joints), (len(own), len(own)))
     count, vertex = connected_components(graph, directed=False)
     node = np.zeros(count, np.int64)
-    node[vertex] = points[place]
+    node[vertex] = points[location]
     return node, vertex[cells].reshape(-1, 4).astype(np.int32)
 
 
@@ -219,7 +243,7 @@ def _join_by_faces(lattice: BccLattice, tetra: np.ndarray, max_rounds: int = 3) 
     return tetra
 
 
-def _mask_points_A(mask: np.ndarray, pixel_size_A: float, chunk: int = 1 << 19):
+def _mask_points_A(mask: np.ndarray, pixel_size_A: float, chunk: int = 1 << 19) -> Iterator[np.ndarray]:
     """Yield the mask's voxel positions (x, y, z) in A from the box centre, (<= chunk, 3) at a time."""
     index = np.flatnonzero(mask)
     box = mask.shape[0]

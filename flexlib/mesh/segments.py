@@ -34,10 +34,6 @@ class Segmentation:
     ids: tuple[int, ...]  # the segments that have voxels in the mask, ascending
     pairs: tuple[tuple[int, int], ...]  # joined segments
 
-    def compact_labels(self) -> np.ndarray:
-        """``labels`` in the smallest number type that holds them."""
-        return self.labels.astype(np.int16 if max(self.ids) <= np.iinfo(np.int16).max else np.int32)
-
 
 def load_segmentation(
     path: str | os.PathLike[str], consensus: Map, mask: np.ndarray, connections: str | None
@@ -46,12 +42,19 @@ def load_segmentation(
 
     Parameters
     ----------
-    path : Segger ``.seg`` or a label map ``.mrc``, in the consensus map's frame.
-    consensus : the map whose grid and header place the mask.
-    mask : (N, N, N) bool.
-    connections : as in ``parse_connections``; None joins all segments that touch.
+    path
+        Segger ``.seg`` or a label map ``.mrc``, in the consensus map's frame.
+    consensus
+        The map whose grid and header position the mask.
+    mask : (N, N, N) bool
+        The voxels to give to segments.
+    connections
+        As in ``parse_connections``; None joins all segments that touch.
 
-    Raises ``InputError`` where the file cannot be read, does not lie over the mask, or the connections do not fit.
+    Raises
+    ------
+    InputError
+        The file cannot be read, does not lie over the mask, or the connections do not fit.
     """
     path = Path(path)
     labels = labels_on_grid(read_segments(path), consensus, path)
@@ -78,7 +81,12 @@ def read_segments(path: str | os.PathLike[str]) -> LabelGrid:
     """Read a segmentation; solvent is ``SOLVENT``, everything else a segment.
 
     In a label map negative numbers are solvent and 0 is a segment (3DFlex's form); a map without negative numbers
-    has its solvent at 0. In a ``.seg`` file 0 is solvent. Raises ``InputError``.
+    has its solvent at 0. In a ``.seg`` file 0 is solvent.
+
+    Raises
+    ------
+    InputError
+        The file is no segmentation.
     """
     path = Path(path)
     if path.suffix.lower() == ".seg":
@@ -106,7 +114,7 @@ def _read_segger(path: Path) -> LabelGrid:
     except OSError as error:
         raise InputError(f"{path}: not a readable HDF5 file ({error})") from error
     if transform is None:
-        raise InputError(f"{path}: has no ijk_to_xyz_transform, so its voxels have no place: save it again from Segger")
+        raise InputError(f"{path}: has no ijk_to_xyz_transform, so its voxels lie nowhere: save it again from Segger")
     transform = np.asarray(transform, np.float64).reshape(3, 4)
     voxel_A = np.diagonal(transform[:, :3])
     if np.abs(transform[:, :3] - np.diag(voxel_A)).max() > 1e-4 * voxel_A.max() or voxel_A.min() <= 0:
@@ -144,7 +152,7 @@ def labels_on_grid(grid: LabelGrid, consensus: Map, name: str | os.PathLike[str]
     """(N, N, N) int32 labels on the consensus map's grid by the nearest voxel; ``SOLVENT`` outside the label grid.
 
     Voxels are matched by their physical positions, ORIGIN or NSTART of both headers included. Where one of the two
-    has no placement at all and both cover the same box, that box is the frame: programs often drop the origin.
+    has no origin at all and both cover the same box, that box is the frame: programs often drop the origin.
     """
     box, pixel_size_A = consensus.box, consensus.pixel_size_A
     shape, voxel_A = grid.labels.shape[::-1], np.array(grid.voxel_A)
@@ -155,9 +163,9 @@ def labels_on_grid(grid: LabelGrid, consensus: Map, name: str | os.PathLike[str]
         shift = np.zeros(3)
     index, inside = [], []
     for axis in range(3):
-        place = np.rint((np.arange(box) * pixel_size_A + shift[axis]) / voxel_A[axis]).astype(int)
-        inside.append((place >= 0) & (place < shape[axis]))
-        index.append(np.clip(place, 0, shape[axis] - 1))
+        nearest = np.rint((np.arange(box) * pixel_size_A + shift[axis]) / voxel_A[axis]).astype(int)
+        inside.append((nearest >= 0) & (nearest < shape[axis]))
+        index.append(np.clip(nearest, 0, shape[axis] - 1))
     labels = grid.labels[np.ix_(index[2], index[1], index[0])]
     known = inside[2][:, None, None] & inside[1][None, :, None] & inside[0][None, None, :]
     return np.where(known, labels, SOLVENT).astype(np.int32)
@@ -168,23 +176,32 @@ def fill_box(labels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
     Small loose parts of a segment are given away too: a cell or two of mesh on their own would move with nothing.
 
-    Parameters: ``labels`` (N, N, N) int, ``SOLVENT`` where unknown; ``mask`` (N, N, N) bool. Returns int32.
+    Parameters
+    ----------
+    labels : (N, N, N) int
+        ``SOLVENT`` where unknown.
+    mask : (N, N, N) bool
+        Where parts of segments are looked for.
+
+    Returns
+    -------
+    (N, N, N) int32
     """
     filled = _nearest_label(labels)
     inside = np.where(mask, filled, SOLVENT)
     ids, rank = np.unique(inside, return_inverse=True)
     rank = rank.reshape(inside.shape) + (0 if ids[0] == SOLVENT else 1)  # 0 is outside the mask
     dust = np.zeros(mask.shape, bool)
-    for number, place in enumerate(ndimage.find_objects(rank), 1):
-        if place is None:
+    for number, extent in enumerate(ndimage.find_objects(rank), 1):
+        if extent is None:
             continue
-        parts, count = ndimage.label(rank[place] == number, structure=np.ones((3, 3, 3)))
+        parts, count = ndimage.label(rank[extent] == number, structure=np.ones((3, 3, 3)))
         size = np.bincount(parts.ravel(), minlength=count + 1)
         size[0] = 0
         small = size < _SMALLEST_PART * size.max()
         small[0] = False
         if small.any():
-            dust[place] |= small[parts]
+            dust[extent] |= small[parts]
     if not dust.any():
         return filled
     logger.info("%d voxels in small parts of segments are given to their neighbours", int(dust.sum()))

@@ -21,7 +21,7 @@ from flexlib.errors import InputError
 from flexlib.mesh.lattice import fuse_submeshes
 from flexlib.mesh.segments import SOLVENT, Segmentation
 from flexlib.tetra.io import oriented_cells
-from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.tetra.tetmesh import TetraMesh, compact_labels
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,12 @@ def surface_mesh(
     """Mesh whose outside, and whose boundaries between segments, follow the surface of the mask and the segments.
 
     Parameters, result and joints as in ``bcc_mesh``; cells have at most the volume of a lattice cell, h^3 / 12, times
-    two. Raises ``InputError`` where TetGen is not installed or cannot fill the surface.
+    two.
+
+    Raises
+    ------
+    InputError
+        TetGen is not installed or cannot fill the surface, or a segment is thinner than a cell.
     """
     labels = np.where(mask, 0, SOLVENT) if segmentation is None else np.where(mask, segmentation.labels, SOLVENT)
     grid, start_A, spacing_A = _coarse_labels(labels, segmentation, pixel_size_A, cell_size_A)
@@ -64,7 +69,9 @@ def surface_mesh(
     if lost := sorted(set(segmentation.ids) - set(np.unique(segment).tolist())):
         raise InputError(f"mesh.custom: segment {lost[0]} is thinner than a cell: use more mesh.cells")
     node, cells = fuse_submeshes(tetras, segment, segmentation.pairs)
-    return TetraMesh(nodes_A[node], cells, np.ones(len(cells)), segment, segmentation.compact_labels(), pixel_size_A)
+    return TetraMesh(
+        nodes_A[node], cells, np.ones(len(cells)), segment, compact_labels(segmentation.labels), pixel_size_A
+    )
 
 
 def fill_surface(vertices_A: np.ndarray, triangles: np.ndarray, cell_size_A: float) -> TetraMesh:
@@ -90,8 +97,30 @@ def run_tetgen(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quality tetrahedra inside a piecewise linear complex.
 
-    Returns nodes (n, 3), cells (m, 4) int32 and each cell's region (m,), the space between facets it lies in. Raises
-    ``InputError`` where TetGen is not installed, ``RuntimeError`` where it fails.
+    Parameters
+    ----------
+    vertices : (nv, 3)
+        Corners of the facets, in A.
+    triangles : (nt, 3) int
+        Vertex indices of the facets.
+    max_volume
+        Largest volume of a cell in A^3.
+
+    Returns
+    -------
+    nodes : (n, 3) float64
+        Vertices of the cells.
+    cells : (m, 4) int32
+        Node indices.
+    region : (m,) int64
+        The space between facets that each cell lies in.
+
+    Raises
+    ------
+    InputError
+        TetGen is not installed.
+    RuntimeError
+        TetGen fails.
     """
     try:
         from tetgen import TetGen
@@ -128,9 +157,9 @@ def _coarse_labels(
     every = np.zeros_like(labels) if segmentation is None else segmentation.labels
     spacing_A = _GRID * cell_size_A
     half = int(np.ceil((0.5 * box * pixel_size_A + _COVER * cell_size_A) / spacing_A)) + 2
-    place = np.rint(np.arange(-half, half + 1) * (spacing_A / pixel_size_A)).astype(int) + box // 2
-    inside = (place >= 0) & (place < box)
-    index = np.ix_(*[np.clip(place, 0, box - 1)] * 3)
+    nearest = np.rint(np.arange(-half, half + 1) * (spacing_A / pixel_size_A)).astype(int) + box // 2
+    inside = (nearest >= 0) & (nearest < box)
+    index = np.ix_(*[np.clip(nearest, 0, box - 1)] * 3)
     known = grown[index] & inside[:, None, None] & inside[None, :, None] & inside[None, None, :]
     grid = np.where(known, every[index], SOLVENT).astype(np.int32)
     grid[[0, -1]] = grid[:, [0, -1]] = grid[:, :, [0, -1]] = SOLVENT
@@ -138,10 +167,19 @@ def _coarse_labels(
 
 
 def surface_net(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Surface net of integer labels on a grid, outer planes all of one label.
+    """Surface net of integer labels on a grid.
 
-    Parameters: ``grid`` (nz, ny, nx). Returns points (n, 3) float64 (x, y, z) in grid units, at the cubes' centres, and
-    quads (m, 4) int64, their corners in order around each grid edge.
+    Parameters
+    ----------
+    grid : (nz, ny, nx) int
+        Its outer planes are all of one label.
+
+    Returns
+    -------
+    points : (n, 3) float64
+        (x, y, z) in grid units, at the cubes' centres.
+    quads : (m, 4) int64
+        Corners in order around each grid edge.
     """
     shape = np.array(grid.shape) - 1
     quads = []
@@ -187,8 +225,8 @@ def _segment_of_regions(
     """(nc,) int32 segment of each cell: that at the centres of most of its region's volume; ``SOLVENT`` in cavities."""
     corner = nodes_A[tetras]
     volume = np.abs(np.linalg.det(corner[:, 1:] - corner[:, :1]))
-    place = np.rint((corner.mean(1) - start_A) / spacing_A).astype(int)
-    label = grid[place[:, 2], place[:, 1], place[:, 0]]
+    x, y, z = np.rint((corner.mean(1) - start_A) / spacing_A).astype(int).T
+    label = grid[z, y, x]
     names, rank = np.unique(label, return_inverse=True)
     regions, number = np.unique(region, return_inverse=True)
     votes = np.zeros((len(regions), len(names)))

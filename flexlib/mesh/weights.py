@@ -37,7 +37,23 @@ def rigidity_weights(
     segments, a ``.npy`` (one number per cell) or ``.mrc`` (sampled at the cells' centres) replaces all. Rigid segments
     have 20 in any case.
 
-    Parameters: ``density`` (N, N, N) low-passed ``consensus`` on the voxels' grid. Raises ``InputError``.
+    Parameters
+    ----------
+    mesh, voxels
+        The mesh, and the mask's voxels in it.
+    density : (N, N, N)
+        Low-passed ``consensus`` on the voxels' grid.
+    consensus
+        The map, for the frame of a weight map.
+    settings
+        ``mesh:`` at one coarseness.
+    start : (nc,) or None
+        Weights of the mesh's own.
+
+    Raises
+    ------
+    InputError
+        Files or segments do not fit the mesh.
     """
     if start is None:
         weight = density_rigidity(voxels, density, settings.min_rigidity_weight, settings.stiffen_low_density)
@@ -96,7 +112,7 @@ def _read_cell_weights(path: Path, num_cells: int) -> np.ndarray:
         raise InputError(f"{path}: not a readable .npy array ({error})") from error
     if weight.shape != (num_cells,) or not np.issubdtype(weight.dtype, np.number):
         raise InputError(
-            f"{path}: {num_cells} numbers, one per cell of mesh.vtu, are needed; its shape is {weight.shape}"
+            f"{path}: {num_cells} numbers, one per cell of the mesh, are needed; its shape is {weight.shape}"
         )
     if not np.isfinite(weight).all() or weight.min() <= 0:
         raise InputError(f"{path}: weights must be positive; cell {int(np.argmin(weight))} has {weight.min():g}")
@@ -108,8 +124,8 @@ def _sampled_weights(path: Path, mesh: TetraMesh, consensus: Map, minimum: float
     weights = read_map(path)
     centre_A = mesh.vertices_A[mesh.cells].mean(1) + np.array(consensus.corner_A)
     centre_A += consensus.box // 2 * consensus.pixel_size_A
-    place = (centre_A - np.array(weights.corner_A)) / weights.pixel_size_A
-    value = ndimage.map_coordinates(weights.data, place[:, ::-1].T, order=1, cval=0.0).astype(np.float64)
+    voxel = (centre_A - np.array(weights.corner_A)) / weights.pixel_size_A
+    value = ndimage.map_coordinates(weights.data, voxel[:, ::-1].T, order=1, cval=0.0).astype(np.float64)
     if not (value > 0).any():
         raise InputError(
             f"{path}: no cell of the mesh lies where this map is positive: check its voxel size and origin"
@@ -127,7 +143,20 @@ def density_rigidity(
     The mean density of a cell, relative to the 95th percentile over cells, is mapped linearly to the weight.
     ``stiffen_low_density`` raises non-empty cells of low density (a tenth to a half of that maximum) to 3.
 
-    Parameters: ``density`` (N, N, N) low-passed map at the voxels' box. Returns (nc,) float64.
+    Parameters
+    ----------
+    voxels
+        The mask's voxels in the mesh.
+    density : (N, N, N)
+        Low-passed map at the voxels' box.
+    min_rigidity_weight
+        Weight of empty cells.
+    stiffen_low_density
+        Whether the periphery is made stiff.
+
+    Returns
+    -------
+    (nc,) float64
     """
     num_cells = len(voxels.cells)
     count = np.bincount(voxels.cell, minlength=num_cells)

@@ -1,9 +1,9 @@
-"""CryoSPARC's .cs files as they stand: records are read, chosen and written back unchanged.
+r"""CryoSPARC's .cs files as they stand: records are read, chosen and written back unchanged.
 
-Two layouts, told apart by their first bytes:
+Two layouts, which their first bytes distinguish:
 
-* ``\\x93NUMPY``: a NumPy structured array (``.npy``, any version and header width);
-* ``\\x95CSDAT``: the compressed stream of CryoSPARC 4 and later. Little-endian: uint32 size of a JSON header with
+* ``\x93NUMPY``: a NumPy structured array (``.npy``, any version and header width);
+* ``\x95CSDAT``: the compressed stream of CryoSPARC 4 and later. Little-endian: uint32 size of a JSON header with
   ``length``, ``dtype`` ([name, type] or [name, type, shape]), ``compression`` ("lz4" blocks, "snappy" or null) and
   ``compressed_fields``; then each column as uint32 size and bytes; then a heap of NUL-terminated texts, to which
   columns of type ``|O`` hold uint64 offsets.
@@ -46,6 +46,7 @@ class CsFile:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the columns."""
         return tuple(self.stream) if self.records is None else tuple(self.records.dtype.names or ())
 
     def __len__(self) -> int:

@@ -205,4 +205,4 @@ def components(uid: np.ndarray, latents: np.ndarray) -> CsFile:
     for k in range(latents.shape[1]):
         records[f"components_mode_{k}/component"] = k
         records[f"components_mode_{k}/value"] = latents[:, k]
-    return CsFile(Path("latents.cs"), records, {}, {})
+    return CsFile(Path(), records, {}, {})

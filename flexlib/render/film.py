@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from flexlib.files import atomic_path
 from flexlib.imaging.fourier import fourier_crop_map
+from flexlib.render import surface
 
 _LARGEST_BOX = 128  # larger maps are cropped in Fourier space for the pictures
 _SIZE_PX = 280  # of a view
@@ -39,9 +41,6 @@ class SeriesMovie:
 
     def __init__(self, name: str, key_frames: list[np.ndarray], level: float, pixel_size_A: float) -> None:
         """``key_frames``: maps (N, N, N) at the series' ends and between, which fix view and extent."""
-        from flexlib.render import surface
-
-        self._surface = surface
         self._name, self._level = name, level
         box = len(key_frames[0])
         self._box = min(box, _LARGEST_BOX)
@@ -58,13 +57,10 @@ class SeriesMovie:
 
     def add(self, volume: np.ndarray, note: FrameNote) -> None:
         """Render the next frame of the series, (N, N, N)."""
-        colour = _BEYOND_COLOUR if note.beyond_data else self._surface.BLUE
+        colour = _BEYOND_COLOUR if note.beyond_data else surface.BLUE
         small = self._reduced(volume)
         self._pictures.append(
-            [
-                self._surface.render_surface(small, self._level, view, self._extent, _SIZE_PX, colour)
-                for view in self._views
-            ]
+            [surface.render_surface(small, self._level, view, self._extent, _SIZE_PX, colour) for view in self._views]
         )
         self._notes.append(note)
 
@@ -81,11 +77,9 @@ class SeriesMovie:
 
     def _composed(self, views: np.ndarray, number: int) -> np.ndarray:
         """Both views on white over the frame's notes."""
-        from PIL import Image, ImageDraw
-
         height, width = views.shape[:2]
         picture = Image.new("RGB", (width, height + _FOOTER_PX), "white")
-        picture.paste(Image.fromarray(self._surface.over_white(views)), (0, 0))
+        picture.paste(Image.fromarray(surface.over_white(views)), (0, 0))
         draw = ImageDraw.Draw(picture)
         note = self._notes[number]
         title = f"{self._name.replace('_', ' ')}   frame {number + 1} of {len(self._notes)}"
@@ -105,7 +99,7 @@ class SeriesMovie:
         self._draw_counts(draw, number, (_MARGIN_PX, height + 42, width - _MARGIN_PX, height + _FOOTER_PX - 8))
         return np.asarray(picture)
 
-    def _draw_scale(self, draw, width: int, height: int) -> None:
+    def _draw_scale(self, draw: ImageDraw.ImageDraw, width: int, height: int) -> None:
         """A bar of a round length, at the right below the counts' words."""
         px_per_A = _SIZE_PX / (2 * self._extent * self._pixel_size_A)
         length_A = max([one for one in _SCALE_BARS_A if one * px_per_A < 90], default=_SCALE_BARS_A[0])
@@ -115,7 +109,7 @@ class SeriesMovie:
         font = _font(11)
         draw.text((right - length_A * px_per_A - draw.textlength(text, font) - 6, y - 7), text, _INK, font)
 
-    def _draw_counts(self, draw, number: int, area: tuple[int, int, int, int]) -> None:
+    def _draw_counts(self, draw: ImageDraw.ImageDraw, number: int, area: tuple[int, int, int, int]) -> None:
         """Particles near each frame as bars; this frame's is dark, those beyond the data stand on red."""
         left, top, right, bottom = area
         highest = max(*(note.num_near for note in self._notes), 1)
@@ -133,8 +127,6 @@ class SeriesMovie:
 
     def write(self, path: str | Path) -> None:
         """Write the film, to and fro for ever, atomically."""
-        from PIL import Image
-
         pictures = [Image.fromarray(frame) for frame in self.frames()]
         last = len(pictures) - 1
         order = [*range(last + 1), *range(last - 1, 0, -1)]
@@ -161,10 +153,9 @@ def _coordinates(latents: np.ndarray) -> str:
     return shown + (" ..." if len(latents) > 6 else "")
 
 
-def _font(size: int, bold: bool = False):
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib brings it."""
     import matplotlib
-    from PIL import ImageFont
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)

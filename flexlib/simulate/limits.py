@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mrcfile
 import numpy as np
 from scipy import fft
 
+from flexlib.images.stack import read_stack_header
 from flexlib.imaging.fourier import friedel_weight
 from flexlib.simulate.particle_set import ParticleSet, batches
 
@@ -68,13 +68,13 @@ def posterior_limit_r2(particles: ParticleSet, density_scale: float, stack: Path
     angles = (hinge.range_rad + 4.0 * hinge.state_sd_rad) * np.linspace(-1.0, 1.0, _LIMIT_ANGLES)
     weight = _plane_weight(particles.settings.box)
     log_posterior = np.tile(hinge.log_prior(angles), (count, 1))
-    with mrcfile.mmap(stack) as file:
-        for rows in batches(count):
-            images = fft.rfft2(fft.ifftshift(np.asarray(file.data[rows], np.float64), axes=(1, 2)))
-            for number, angle in enumerate(angles):
-                turned = particles.with_angles(np.full_like(angles_rad, angle))
-                clean = density_scale * turned.transforms(rows)
-                log_posterior[rows, number] -= 0.5 * (np.abs(images - clean) ** 2 * weight).sum((1, 2))
+    noisy = read_stack_header(stack)
+    for rows in batches(count):
+        images = fft.rfft2(fft.ifftshift(noisy.read(np.arange(count)[rows]).astype(np.float64), axes=(1, 2)))
+        for number, angle in enumerate(angles):
+            turned = particles.with_angles(np.full_like(angles_rad, angle))
+            clean = density_scale * turned.transforms(rows)
+            log_posterior[rows, number] -= 0.5 * (np.abs(images - clean) ** 2 * weight).sum((1, 2))
     posterior = np.exp(log_posterior - log_posterior.max(1, keepdims=True))
     mean = posterior @ angles / posterior.sum(1)
     truth = angles_rad[:count, 0]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mrcfile
 import numpy as np
 import pandas as pd
 from scipy import fft
 from scipy.spatial.transform import Rotation
 
 from flexlib.files import atomic_path
+from flexlib.images.stack import ImageStackWriter
 from flexlib.particles.star_write import write_star
 from flexlib.simulate.backprojection import Backprojector, padded_box
 from flexlib.simulate.particle_set import ParticleSet, batches
@@ -42,17 +42,15 @@ def write_images(
     halves = (Backprojector(box), Backprojector(box))
     with (
         atomic_path(path) as temporary,
-        mrcfile.new_mmap(temporary, (count, box, box), mrc_mode=2, overwrite=True) as file,
+        ImageStackWriter(temporary, count, box, settings.pixel_size_A) as stack,
     ):
-        file.set_image_stack()
-        file.voxel_size = settings.pixel_size_A
         for rows in batches(count):
             images = density_scale * particles.images(rows)
             noise = generator.standard_normal(images.shape, dtype=np.float32)
             if settings.noise_power_law:
                 noise = fft.irfft2(fft.rfft2(noise) * amplitude, s=(box, box))
             images += noise
-            file.data[rows] = images
+            stack.append(images)
             ctf = particles.ctf(rows, padded_box(box))
             for half, sums in enumerate(halves):
                 chosen = metadata.half_set[rows] == half

@@ -1,4 +1,7 @@
-"""Mesh files: VTK unstructured grids (.vtu) as ours, and any tetrahedral mesh that meshio reads."""
+"""Mesh files: VTK unstructured grids (.vtu) as ours, and any tetrahedral mesh that meshio reads.
+
+A mesh's segment map is a label map of its own beside the mesh, ``MeshFolder.segments``: meshio writes no field data.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,37 @@ import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
-from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.imaging.maps import Map, read_label_map, write_label_map
+from flexlib.layout import MeshFolder
+from flexlib.tetra.tetmesh import TetraMesh, compact_labels
 
 logger = logging.getLogger(__name__)
 
-_SEGMENT_MAP, _SEGMENT_MAP_GRID = "segment_map", "segment_map_grid"
+_NO_SEGMENTS = np.full((1, 1, 1), -1)  # what is written for a mesh without a segment map
 _FLAT = 1e-9  # of the cube of a cell's longest edge: a volume below is none
 
 
-def write_mesh(path: str | os.PathLike[str], mesh: TetraMesh) -> None:
-    """Write points (A from the box centre), tetra cells and the cell data ``rigidity`` and ``segment``; atomic.
+def write_mesh(path: str | os.PathLike[str], mesh: TetraMesh, like: Map | None = None) -> None:
+    """Write vertices, tetra cells and the cell data ``rigidity`` and ``segment``, and the segment map; atomic.
 
-    A segment map goes into the file's field data: its labels, and (side, voxel size in A) of its grid.
+    The segment map is always written, so that none of another mesh stays: for a mesh without one it is a single voxel
+    of -1.
+
+    Parameters
+    ----------
+    path
+        The mesh to write; the segment map goes into the same folder, as ``MeshFolder.segments``.
+    mesh
+        The mesh; vertices are written as they are, in A from the box centre.
+    like
+        The map over which the segment map is to lie in programs that show it, as in ``write_map``.
+
+    Raises
+    ------
+    InputError
+        A segment's number is too large for an MRC file.
     """
+    path = Path(path)
     grid = meshio.Mesh(
         np.asarray(mesh.vertices_A, dtype=np.float64),
         [("tetra", np.asarray(mesh.cells, dtype=np.int64))],
@@ -33,14 +54,17 @@ def write_mesh(path: str | os.PathLike[str], mesh: TetraMesh) -> None:
             "segment": [np.asarray(mesh.segment, dtype=np.int32)],
         },
     )
+    segments_path = MeshFolder(path.parent).segments
+    if mesh.segment_map.size:
+        write_label_map(segments_path, mesh.segment_map, mesh.segment_map_pixel_size_A, like=like)
+    else:
+        write_label_map(segments_path, _NO_SEGMENTS, 1.0)
     with atomic_path(path) as temporary:
         meshio.write(temporary, grid, file_format="vtu")
-        if mesh.segment_map.size:
-            _append_segment_map(temporary, mesh)
 
 
 def write_displacement(path: str | os.PathLike[str], mesh: TetraMesh, displacement_A: np.ndarray) -> None:
-    """Write a mesh at rest, placed as by ``write_mesh``, with the point data ``displacement_A`` (nv, 3); atomic."""
+    """Write a mesh at rest, in the frame of ``write_mesh``, with the point data ``displacement_A`` (nv, 3); atomic."""
     grid = meshio.Mesh(
         np.asarray(mesh.vertices_A, dtype=np.float64),
         [("tetra", np.asarray(mesh.cells, dtype=np.int32))],
@@ -50,46 +74,16 @@ def write_displacement(path: str | os.PathLike[str], mesh: TetraMesh, displaceme
         meshio.write(temporary, grid, file_format="vtu")
 
 
-def _append_segment_map(path: Path, mesh: TetraMesh) -> None:
-    """Add the segment map as VTK field data, which meshio reads but does not write."""
-    from meshio.vtu._vtu import numpy_to_vtu_type
-
-    tree = ElementTree.parse(path)
-    root = tree.getroot()
-    grid = root.find("UnstructuredGrid")
-    assert grid is not None
-    field = ElementTree.Element("FieldData")
-    size = np.array([mesh.segment_map.shape[0], mesh.segment_map_pixel_size_A], np.float64)
-    for name, values in ((_SEGMENT_MAP, mesh.segment_map.ravel()), (_SEGMENT_MAP_GRID, size)):
-        attributes = {
-            "type": numpy_to_vtu_type[values.dtype],
-            "Name": name,
-            "NumberOfTuples": str(len(values)),
-            "format": "binary",
-        }
-        ElementTree.SubElement(field, "DataArray", attributes).text = _zlib_blocks(values)
-    grid.insert(0, field)
-    tree.write(path)
-
-
-def _zlib_blocks(values: np.ndarray, block_bytes: int = 1 << 15) -> str:
-    """An array as VTK's XML files hold it: a header of UInt32 sizes and zlib blocks, both in base 64."""
-    import base64
-    import zlib
-
-    raw = np.ascontiguousarray(values).tobytes()
-    blocks = [raw[start : start + block_bytes] for start in range(0, len(raw), block_bytes)]
-    packed = [zlib.compress(block) for block in blocks]
-    last = len(raw) % block_bytes
-    header = np.array([len(blocks), block_bytes, last, *[len(block) for block in packed]], np.uint32)
-    return (base64.b64encode(header.tobytes()) + base64.b64encode(b"".join(packed))).decode()
-
-
 def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     """Read a tetrahedral mesh in any format of meshio; missing rigidity is 1, missing segment 0.
 
-    Cells that are turned inside out get two vertices swapped. Raises ``InputError`` if the file is no mesh, has no
-    tetra cells, or a cell without volume.
+    Cells that are turned inside out get two vertices swapped. The segment map of a mesh with the cell data ``segment``
+    is the file ``MeshFolder.segments`` beside it; without that file the mesh has none.
+
+    Raises
+    ------
+    InputError
+        The file is no mesh, has no tetra cells, or a cell without volume; or its segments are no label map.
     """
     path = Path(path)
     grid = read_grid(path)
@@ -104,7 +98,10 @@ def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
             return np.full(len(cells), default)
         return np.concatenate([np.asarray(grid.cell_data[name][i]).reshape(-1) for i in blocks])
 
-    labels, pixel_size_A = _stored_segment_map(grid, path)
+    labels, pixel_size_A = np.zeros((0, 0, 0), np.int16), 0.0
+    segments_path = MeshFolder(path.parent).segments
+    if "segment" in grid.cell_data and segments_path.is_file():
+        labels, pixel_size_A = _read_segment_map(segments_path)
     vertices_A, cells = used_vertices(np.asarray(grid.points, dtype=np.float64), cells, str(path))
     return TetraMesh(
         vertices_A=vertices_A,
@@ -127,14 +124,14 @@ def read_grid(path: Path) -> meshio.Mesh:
     return grid
 
 
-def _stored_segment_map(grid: meshio.Mesh, path: Path) -> tuple[np.ndarray, float]:
-    if _SEGMENT_MAP not in grid.field_data or _SEGMENT_MAP_GRID not in grid.field_data:
+def _read_segment_map(path: Path) -> tuple[np.ndarray, float]:
+    """The segment of each voxel (M, M, M) and the voxel size in A; (0, 0, 0) where the file has no segments."""
+    grid = read_label_map(path)
+    if grid.labels.max() < 0:
         return np.zeros((0, 0, 0), np.int16), 0.0
-    labels = np.asarray(grid.field_data[_SEGMENT_MAP]).ravel()
-    size, pixel_size_A = np.asarray(grid.field_data[_SEGMENT_MAP_GRID], np.float64).ravel()
-    if len(labels) != int(size) ** 3:
-        raise InputError(f"{path}: its segment map has {len(labels)} voxels, not {int(size)}^3")
-    return labels.reshape((int(size),) * 3), float(pixel_size_A)
+    if len(set(grid.labels.shape)) != 1 or len(set(grid.voxel_A)) != 1:
+        raise InputError(f"{path}: the segments of a mesh must be a cube of cubic voxels, not {grid.labels.shape}")
+    return compact_labels(grid.labels), grid.voxel_A[0]
 
 
 def used_vertices(vertices: np.ndarray, cells: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

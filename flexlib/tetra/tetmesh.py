@@ -16,7 +16,7 @@ class TetraMesh:
     """Vertices and tetra cells in Angstrom from the box centre, axes (x, y, z), independent of any box.
 
     Cells have positive volume: ``det[v1-v0, v2-v0, v3-v0] > 0``. Sub-meshes of segments overlap in space where a cell
-    holds voxels of two segments; ``segment_map`` then shows which segment a point belongs to.
+    holds voxels of two segments; ``segment_map`` then says which segment a voxel belongs to.
     """
 
     vertices_A: np.ndarray  # (nv, 3) float64
@@ -47,6 +47,11 @@ class TetraMesh:
         nearest = np.rint((np.arange(box) - box // 2) * (pixel_size_A / self.segment_map_pixel_size_A)) + size // 2
         index = np.clip(nearest.astype(int), 0, size - 1)
         return self.segment_map[np.ix_(index, index, index)]
+
+
+def compact_labels(labels: np.ndarray) -> np.ndarray:
+    """Segment numbers of any shape as int16 where that holds them, else as int32: a mesh keeps its segment map so."""
+    return labels.astype(np.int16 if labels.max() <= np.iinfo(np.int16).max else np.int32)
 
 
 def boundary_faces(mesh: TetraMesh) -> tuple[np.ndarray, np.ndarray]:

@@ -162,7 +162,7 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
 
 def run_identity(particles: ParticlesFolder, mesh: MeshFolder, settings: TrainSettings) -> dict[str, str]:
     """What a checkpoint must share with this run: settings, but for what changes no result, and the input files."""
-    files = [particles.particles, particles.record, mesh.mesh]
+    files = [particles.particles, particles.record, mesh.mesh, mesh.segments]
     return {
         "settings": json.dumps(
             {k: v for k, v in asdict(settings).items() if k != "processes"}, sort_keys=True, default=str

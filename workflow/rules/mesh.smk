@@ -8,6 +8,7 @@ rule mesh:
         extra=user_files("mesh"),
     output:
         mesh=RUN.mesh().mesh,
+        segments=RUN.mesh().segments,
         index=RUN.mesh().tetra_index,
         quality=RUN.mesh().quality,
         chimerax=RUN.mesh().chimerax,

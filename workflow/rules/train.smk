@@ -12,6 +12,7 @@ rule train:
         consensus=rules.prepare.output.consensus,
         mask=rules.prepare.output.mask,
         mesh=rules.mesh.output.mesh,
+        segments=rules.mesh.output.segments,
         extra=user_files("train"),
     output:
         model=RUN.train().model,
