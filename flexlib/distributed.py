@@ -1,7 +1,7 @@
 """Several processes that share one run's particles: one on each GPU, or on parts of a CPU's cores.
 
 Every process (a *rank*) holds the whole model and works on its share of the particles; what is summed over particles
-is added up over the ranks, so that all go on with the same numbers. ``Group`` is what the rest of the code sees of
+is added up over the ranks, so that all go on with the same numbers. ``Ranks`` is what the rest of the code sees of
 this: with one process, ``ALONE``, its methods return what they are given.
 
 ``launch`` starts the ranks on this machine as Python processes of their own and watches over them. They are not started
@@ -48,7 +48,7 @@ _GRACE_S = 5.0  # that ranks have to clean up when another has failed
 
 
 @dataclass(frozen=True)
-class Group:
+class Ranks:
     """The ranks of a run, seen from one of them. All must call the same methods in the same order."""
 
     rank: int = 0
@@ -118,7 +118,7 @@ class Group:
                 dist.broadcast(tensor.detach(), src=0)
 
 
-ALONE = Group()
+ALONE = Ranks()
 
 
 def check_processes(processes: int, device: str) -> str:
@@ -147,7 +147,7 @@ def check_processes(processes: int, device: str) -> str:
 
 
 def launch(work: Callable[..., None], arguments: Sequence[Any], processes: int = 1, device: str = "auto") -> None:
-    """Call ``work(group, device, *arguments)`` in each of ``processes`` ranks.
+    """Call ``work(ranks, device, *arguments)`` in each of ``processes`` ranks.
 
     With one, it is called here. Else the ranks are processes of this machine; each gets its part of this process'
     threads and its own GPU, if any. What rank 0 logs is logged here.
@@ -182,7 +182,7 @@ def launch(work: Callable[..., None], arguments: Sequence[Any], processes: int =
         ranks = []
         try:
             for rank in range(processes):
-                order = (work, (Group(rank, processes), kind, *arguments), f"{meeting}/store", threads)
+                order = (work, (Ranks(rank, processes), kind, *arguments), f"{meeting}/store", threads)
                 ranks.append(_start_rank(rank, processes, kind, order))
             _watch(ranks)
         finally:
@@ -317,19 +317,19 @@ def run_rank(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets it too, and ends us
     connection = Connection(descriptor)
     work, arguments, file, threads, level = connection.recv()
-    group, device = arguments[:2]
+    ranks, device = arguments[:2]
     threading.Thread(target=_end_with_launcher, args=(connection,), daemon=True).start()
     handler = _ToLauncher(connection)  # type: ignore[arg-type]
     logging.getLogger().addHandler(handler)
-    logging.getLogger().setLevel(level if group.leads else logging.ERROR)
+    logging.getLogger().setLevel(level if ranks.leads else logging.ERROR)
     logging.captureWarnings(True)
     torch.set_num_threads(threads)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    store = dist.FileStore(file, group.size)
-    dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=TIMEOUT)
+    store = dist.FileStore(file, ranks.size)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT)
     try:
         work(*arguments)
-        if group.leads:
+        if ranks.leads:
             store.set("done", "")
         else:  # nobody leaves while the first still writes, however long that takes
             store.wait(["done"], timedelta(days=30))

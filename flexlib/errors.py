@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """Bad input (file, row, field or setting), told in one line that a user can act on.
+    """Bad input (file, row, field or setting), stated in one line that a user can act on.
 
     Scripts print the message alone, without a traceback, and exit with a code other than 0.
     """

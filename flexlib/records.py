@@ -1,4 +1,4 @@
-"""What stages tell each other in JSON: one dataclass a file, with its one reader and its one writer.
+"""What stages leave for each other in JSON: one dataclass a file, with its one reader and its one writer.
 
 Plain Python: the workflow reads these too. Files of an older flexlib lack keys that newer ones have; a key that has a
 default here takes it, any other is an error that names the file.

@@ -64,7 +64,7 @@ def test_both_agree_on_magnification():
     ours, library = errors(one_particle(optics), transform_matrix=torch.as_tensor(real_space, dtype=torch.float32))
     assert ours < 1e-6 and library < 2e-3
     _, other = errors(one_particle(optics), transform_matrix=torch.as_tensor(matrix, dtype=torch.float32))
-    assert other > 0.1, "this test can tell"
+    assert other > 0.1, "this test can see it"
 
 
 def test_both_agree_on_trefoil_and_the_four_fold_term():

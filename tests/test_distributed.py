@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_sets import latents_of, prepared
 
-from flexlib.distributed import EXIT_INTERRUPTED, Group, check_processes, launch
+from flexlib.distributed import EXIT_INTERRUPTED, Ranks, check_processes, launch
 from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
 from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
@@ -36,7 +36,7 @@ def job_of(data: Path, out: Path) -> run.TrainJob:
     return run.TrainJob(*folders, SETTINGS, accuracy=EXACT)
 
 
-def train_smoothly(group: Group, device: str, data: Path, out: Path, stop_at: int | None = None) -> None:
+def train_smoothly(ranks: Ranks, device: str, data: Path, out: Path, stop_at: int | None = None) -> None:
     """One rank's part of ``train``, with the cubic kernel; at the step ``stop_at`` rank 1 sends the launcher SIGTERM.
 
     The gradient of the linear kernel jumps where a voxel crosses the border of a pixel. A difference of rounding makes
@@ -47,13 +47,13 @@ def train_smoothly(group: Group, device: str, data: Path, out: Path, stop_at: in
 
     def counted(*of_step):
         done[0] += 1
-        if done[0] == stop_at and group.rank == 1:
+        if done[0] == stop_at and ranks.rank == 1:
             os.kill(os.getppid(), signal.SIGTERM)
         return take_step(*of_step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(epoch, "take_step", counted)
-        run.train_rank(group, device, job_of(data, out))
+        run.train_rank(ranks, device, job_of(data, out))
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +70,25 @@ def two(clamp) -> Path:
     return clamp / "two"
 
 
-def check_sums(group: Group, device: str) -> None:
+def check_sums(ranks: Ranks, device: str) -> None:
     """What each method gives, with shares of unequal size."""
-    assert device == "cpu" and group.size == 2
-    assert group.share(np.arange(5)).tolist() == [[0, 1], [2, 3, 4]][group.rank]
-    single, double, number = torch.full((2, 3), 1.0 + group.rank), torch.ones(4, dtype=torch.float64), torch.tensor(0.5)
-    group.add(single.T, double, number)
+    assert device == "cpu" and ranks.size == 2
+    assert ranks.share(np.arange(5)).tolist() == [[0, 1], [2, 3, 4]][ranks.rank]
+    single, double, number = torch.full((2, 3), 1.0 + ranks.rank), torch.ones(4, dtype=torch.float64), torch.tensor(0.5)
+    ranks.add(single.T, double, number)
     assert (single == 3).all() and (double == 2).all() and number == 1
-    group.add(torch.empty(0))
+    ranks.add(torch.empty(0))
     rows = torch.arange(10.0).reshape(5, 2)
-    assert torch.equal(group.gather(group.share(rows), 5), rows)
-    assert torch.equal(group.gather(group.share(rows[:1]), 1), rows[:1])  # rank 0 has none
-    assert group.any(group.rank == 1) and not group.any(False)
-    assert group.from_first(lambda: f"from {group.rank}") == "from 0"
-    group.follow_first(rows.mul_(1 + group.rank))
+    assert torch.equal(ranks.gather(ranks.share(rows), 5), rows)
+    assert torch.equal(ranks.gather(ranks.share(rows[:1]), 1), rows[:1])  # rank 0 has none
+    assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+    assert ranks.from_first(lambda: f"from {ranks.rank}") == "from 0"
+    ranks.follow_first(rows.mul_(1 + ranks.rank))
     assert torch.equal(rows, torch.arange(10.0).reshape(5, 2))
 
 
 def test_sums_and_shares():
-    assert Group().gather(torch.ones(3), 3).sum() == 3 and Group().from_first(lambda: 1) == 1
+    assert Ranks().gather(torch.ones(3), 3).sum() == 3 and Ranks().from_first(lambda: 1) == 1
     launch(check_sums, (), 2, "cpu")
 
 
@@ -129,13 +129,13 @@ def test_sigterm_stops_all_at_the_same_batch_and_they_continue(clamp, two):
     assert np.abs(latents_of(two) - latents_of(out)).max() < 1e-6
 
 
-def fail(group: Group, device: str, how: str) -> None:
+def fail(ranks: Ranks, device: str, how: str) -> None:
     """Rank 1 fails while rank 0 waits for it."""
-    if group.rank == 1:
+    if ranks.rank == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("what was wrong")
-    group.any(False)
+    ranks.any(False)
 
 
 @pytest.mark.parametrize(
@@ -182,4 +182,4 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_more_processes_than_a_batch_has_particles_are_refused(clamp):
     with pytest.raises(InputError, match=r"train\.processes: 12, but the mini-batches of these particles have 9 each"):
-        run.train_rank(Group(0, 12), "cpu", job_of(clamp, clamp / "many"))
+        run.train_rank(Ranks(0, 12), "cpu", job_of(clamp, clamp / "many"))

@@ -55,11 +55,13 @@ def test_copy_serves_the_same_images_from_scratch_alone_and_goes(prepared, tmp_p
         original = source.stored[0].headers[0].path
         hidden = original.rename(original.with_suffix(".away"))
         try:
-            served = copied.batch(rows)
+            copied_batch = copied.batch(rows)
         finally:
             hidden.rename(original)
         assert copied.particles is source.particles  # messages name the original images
-    assert np.array_equal(served.images, expected.images) and np.array_equal(served.transfer, expected.transfer)
+    assert np.array_equal(copied_batch.images, expected.images) and np.array_equal(
+        copied_batch.transfer, expected.transfer
+    )
     assert files(tmp_path) == [] and list((tmp_path / "scratch").iterdir()) == []
     assert np.array_equal(source.batch(rows).images, expected.images)
 

@@ -56,7 +56,7 @@ def setup(clamp) -> Setup:
 
 @pytest.fixture(scope="module")
 def basis(setup) -> torch.Tensor:
-    return displacement_basis(setup.mesh, setup.group, setup.device)
+    return displacement_basis(setup.mesh, setup.ranks, setup.device)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_particles_in_a_wrong_local_minimum_are_found(setup, values):
             circle = torch.cat([torch.sin(angle), torch.cos(angle) - 1], 1) * 6.0
             return torch.einsum("bi,ivc->bvc", circle, fields)
 
-    fields = displacement_basis(setup.mesh, setup.group, setup.device)[:2] / BASIS_UNIT_A
+    fields = displacement_basis(setup.mesh, setup.ranks, setup.device)[:2] / BASIS_UNIT_A
     weight = plane_weight(BOX, 20)
     truth = torch.linspace(-1.8, 1.8, 40)[:, None]
     batch = predicted_images(setup, Swing(), values, setup.source.batch(np.arange(40)), truth, 7)

@@ -8,7 +8,7 @@ import pytest
 from flexlib.errors import InputError
 from flexlib.generate.curve import principal_curve
 from flexlib.generate.neighbourhood import Neighbourhood
-from flexlib.generate.series import axis_points, line_points
+from flexlib.generate.series import axis_latents, line_latents
 from flexlib.particles.clusters import cluster_latents
 from flexlib.particles.latents_read import read_frame_latents
 from flexlib.particles.latents_write import components
@@ -64,12 +64,12 @@ def test_mistakes_are_told_before_any_work(value, message):
 
 def test_axis_passes_the_origin_in_the_middle_between_percentiles():
     latents = np.random.default_rng(0).uniform([-6, -2], [6, 4], (2000, 2))
-    points = axis_points(latents, 1, 7)
+    points = axis_latents(latents, 1, 7)
     low, high = np.percentile(latents[:, 1], [2, 98])
     np.testing.assert_allclose(points[[0, 3, 6], 1], [low, 0, high], atol=1e-12)
     np.testing.assert_allclose(np.diff(points[:, 1]), np.repeat([-low / 3, high / 3], 3))
     assert (points[:, 0] == 0).all()
-    away = axis_points(latents + np.array([0, 10]), 0, 7)  # an axis without the origin: its median stands for it
+    away = axis_latents(latents + np.array([0, 10]), 0, 7)  # an axis without the origin: its median stands for it
     np.testing.assert_allclose(away[:, 1], np.median(latents[:, 1]) + 10)
 
 
@@ -132,7 +132,7 @@ def test_a_cluster_is_shown_by_one_of_its_own():
 
 
 def test_line_between_points():
-    np.testing.assert_allclose(line_points(np.array([0.0, 2.0]), np.array([4.0, 0.0]), 3), [[0, 2], [2, 1], [4, 0]])
+    np.testing.assert_allclose(line_latents(np.array([0.0, 2.0]), np.array([4.0, 0.0]), 3), [[0, 2], [2, 1], [4, 0]])
 
 
 @pytest.mark.parametrize("dims", [1, 2])

@@ -15,7 +15,7 @@ import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.generate.run import generate_series
-from flexlib.workflow_support.series import SPELLINGS, parse_point
+from flexlib.workflow_support.series import SPELLINGS, parse_latents
 from flexlib.workflow_support.settings import GenerateSettings
 
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--lowpass: {given.lowpass:g} is not a resolution in Angstrom")
         points = None
         if given.at:
-            chosen = [parse_point(text, "--at") for text in given.at]
+            chosen = [parse_latents(text, "--at") for text in given.at]
             if len({len(point) for point in chosen}) > 1:
                 raise InputError("--at: the points have different numbers of coordinates")
             points = np.array(chosen)

@@ -15,7 +15,7 @@ _PASSES = 8  # at each width
 
 
 def principal_curve(latents: np.ndarray, frames: int, metric: np.ndarray | None = None) -> np.ndarray:
-    """(frames, K) points along the curve through the middle of the particles, in equal steps.
+    """(frames, K) latents along the curve through the middle of the particles, in equal steps.
 
     Each point of the curve is the mean of the particles that project onto it (T. Hastie and W. Stuetzle, J. Am. Stat.
     Assoc. 84 (1989) 502), smoothed by local lines along the curve, from a straight start with wide to narrow widths.
@@ -39,21 +39,21 @@ def principal_curve(latents: np.ndarray, frames: int, metric: np.ndarray | None 
     centred = cloud - cloud.mean(0)
     direction = np.linalg.eigh(centred.T @ centred)[1][:, -1]
     direction = direction * (np.sign(direction[np.argmax(np.abs(direction))]) or 1.0)
-    place = centred @ direction
-    first, last = np.quantile(place, (0.005, 0.995))
+    along = centred @ direction
+    first, last = np.quantile(along, (0.005, 0.995))
     nodes = cloud.mean(0) + np.linspace(first, last, _NODES)[:, None] * direction
     smallest = np.inf
     for width in _WIDTHS:
         for _ in range(0 if np.isinf(width) else _PASSES):
-            nodes = _smooth_along(place, cloud, np.quantile(place, np.linspace(0.005, 0.995, _NODES)), width)
-            place, _ = _project(cloud, nodes)
-        place, squared = _project(cloud, nodes)
+            nodes = _smooth_along(along, cloud, np.quantile(along, np.linspace(0.005, 0.995, _NODES)), width)
+            along, _ = _project(cloud, nodes)
+        along, squared = _project(cloud, nodes)
         length = np.linalg.norm(np.diff(nodes, axis=0), axis=1).sum()
         tube = length * np.sqrt(squared.mean())
         if tube < smallest:
-            smallest, best = tube, (nodes, place)
-    nodes, place = best
-    low, high = np.percentile(place, PERCENTILES)
+            smallest, best = tube, (nodes, along)
+    nodes, along = best
+    low, high = np.percentile(along, PERCENTILES)
     steps = _at_length(nodes, np.linspace(low, high, frames))
     return steps @ np.linalg.inv(to_length)
 
@@ -69,10 +69,10 @@ def _square_root(metric: np.ndarray | None, dims: int) -> np.ndarray:
     return (vectors * np.sqrt(values)) @ vectors.T
 
 
-def _smooth_along(place: np.ndarray, cloud: np.ndarray, at: np.ndarray, width: float) -> np.ndarray:
-    """(m, K) local linear fits of (n, K) ``cloud`` over (n,) ``place`` at (m,) ``at``; ``width`` of the whole range."""
+def _smooth_along(along: np.ndarray, cloud: np.ndarray, at: np.ndarray, width: float) -> np.ndarray:
+    """(m, K) local linear fits of (n, K) ``cloud`` over (n,) ``along`` at (m,) ``at``; ``width`` of the whole range."""
     sigma = max(width * (at[-1] - at[0]) / 2, 1e-9)
-    offset = place[None] - at[:, None]
+    offset = along[None] - at[:, None]
     weight = np.exp(-0.5 * (offset / sigma) ** 2)
     s0, s1, s2 = weight.sum(1), (weight * offset).sum(1), (weight * offset**2).sum(1)
     kernel = weight * (s2[:, None] - s1[:, None] * offset)

@@ -10,7 +10,7 @@ import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.generate.curve import principal_curve
-from flexlib.generate.series import axis_points, line_points
+from flexlib.generate.series import axis_latents, line_latents
 from flexlib.model.flex_model import FlexModel
 from flexlib.particles.clusters import cluster_latents
 from flexlib.particles.input_rows import input_rows
@@ -59,7 +59,7 @@ def _latents(
         if odd != frames:
             logger.info("%d frames along an axis instead of %d, so that the middle one is at the origin", odd, frames)
         for axis in range(model.latent_dims):
-            yield f"axis_{axis + 1}", axis_points(known, axis, odd)
+            yield f"axis_{axis + 1}", axis_latents(known, axis, odd)
     elif request.kind == "curve":
         yield request.name, principal_curve(known, frames, displacement_metric(model, known))
     elif request.kind == "kmeans":
@@ -67,7 +67,7 @@ def _latents(
         yield request.name, known[cluster_latents(known, request.count, option).nearest]
     elif request.kind == "between":
         first, last = (_end_latents(end, model, particles_dir) for end in request.ends)
-        yield request.name, line_points(first, last, frames)
+        yield request.name, line_latents(first, last, frames)
     else:
         yield request.name, fitting_latents(_latents_of_file(request.path), model, str(request.path))
 

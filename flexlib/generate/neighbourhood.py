@@ -7,12 +7,12 @@ import numpy as np
 _SEED = 0
 
 NEAR_STANDARD_DEVIATIONS = 0.5  # per latent dimension: particles closer to a frame than this are counted beside it
-_BEYOND_SHARE = 0.05  # a place with fewer particles near than this part of the usual is beyond the data
+_BEYOND_SHARE = 0.05  # latents with fewer particles near than this part of the usual is beyond the data
 _COUNTED = 500  # particles whose neighbours are counted, to know the usual
 
 
 class Neighbourhood:
-    """Tells how many particles lie near a point of latent space, and whether it lies where there are hardly any."""
+    """How many particles lie near given latents, and whether there are hardly any."""
 
     def __init__(self, latents: np.ndarray) -> None:
         """``latents`` (n, K), finite."""

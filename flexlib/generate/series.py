@@ -7,7 +7,7 @@ import numpy as np
 PERCENTILES = (2.0, 98.0)  # of the particles: where a series along an axis or the principal curve begins and ends
 
 
-def axis_points(latents: np.ndarray, axis: int, frames: int) -> np.ndarray:
+def axis_latents(latents: np.ndarray, axis: int, frames: int) -> np.ndarray:
     """(frames, K) latents along one axis, the middle one at the origin, the others' coordinates zero.
 
     The ends are at ``PERCENTILES`` of the particles; frames are evenly spaced on
@@ -31,6 +31,6 @@ def axis_points(latents: np.ndarray, axis: int, frames: int) -> np.ndarray:
     return points
 
 
-def line_points(first: np.ndarray, last: np.ndarray, frames: int) -> np.ndarray:
+def line_latents(first: np.ndarray, last: np.ndarray, frames: int) -> np.ndarray:
     """(frames, K) latents on the straight line between two, (K,) each, evenly spaced."""
     return first + np.linspace(0, 1, frames)[:, None] * (last - first)

@@ -133,7 +133,7 @@ def _read_numpy(path: Path) -> CsFile:
 
 
 def _object_columns(path: Path) -> list[str]:
-    """Names of the columns of a .npy file whose type is Python objects; empty where its header tells nothing."""
+    """Names of the columns of a .npy file whose type is Python objects; empty where its header says nothing."""
     with path.open("rb") as file:
         version = file.read(8)[6:7]
         size = int.from_bytes(file.read(2 if version == b"\x01" else 4), "little")
@@ -222,10 +222,10 @@ def write_group(path: str | Path, files: Sequence[tuple[Path, CsFile]], title: s
     import yaml
 
     results: dict[str, dict[str, Any]] = {}
-    for place, file in files:
+    for path_of_part, file in files:
         for prefix in dict.fromkeys(name.split("/")[0] for name in file.names if "/" in name):
             kind = next((kind for pattern, kind in _RESULT_KINDS.items() if re.fullmatch(pattern, prefix)), prefix)
-            about = {"metafile": f">{place.name}", "num_items": len(file), "type": f"particle.{kind}"}
+            about = {"metafile": f">{path_of_part.name}", "num_items": len(file), "type": f"particle.{kind}"}
             results.setdefault(prefix, about)
     group = {"description": title, "name": "particles", "title": title, "type": "particle"}
     with atomic_path(path) as temporary:

@@ -36,7 +36,7 @@ def write_latents_star(
     blocks and comments (a .cs is converted to RELION's columns, with ``flexUid``). Added are ``flexLatent1..K``, the
     columns of ``extra``, and where prepare drew the half-sets also these: as ``rlnRandomSubset``, or as
     ``flexRandomSubset`` where the input has that column. With symmetry a particle has a row for each copy, with the
-    copy's angles, and ``flexInputRow`` and ``flexSymmetryCopy`` tell them apart. Columns of these names in the input
+    copy's angles, and ``flexInputRow`` and ``flexSymmetryCopy`` distinguish them. Columns of these names in the input
     (it may be an earlier latents.star) are written anew.
 
     Parameters
@@ -83,7 +83,7 @@ class _Output:
         return "flexSymmetryCopy" in self.prepared.table
 
     def columns(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The values (n,) of the prepared rows spread over the output's, and what tells copies apart."""
+        """The values (n,) of the prepared rows spread over the output's, and what distinguishes copies."""
         columns = {name: _spread(np.asarray(column), self.prepared_row) for name, column in values.items()}
         if not self.expanded:
             return columns

@@ -253,22 +253,22 @@ class StarText:
         lines: list[bytes],
         columns: Mapping[str, Sequence[str]],
     ) -> list[bytes]:
-        """The ``lines`` of ``rows`` with the values of ``columns`` put in: in their place, or after the last value."""
-        place = {name: table.labels.index(name) for name in columns if name in table.labels}
-        new = [columns[name] for name in columns if name not in place]
+        """The ``lines`` of ``rows`` with the values of ``columns`` put in: in their column, or after the last value."""
+        column_of = {name: table.labels.index(name) for name in columns if name in table.labels}
+        new = [columns[name] for name in columns if name not in column_of]
         added = [" " + " ".join(values) for values in zip(*new, strict=True)] if new else [""] * len(lines)
         result = []
         for at, line in enumerate(lines):
             row, newline, rest = line.partition(b"\n")
             end = len(row.rstrip())
-            if place or b"#" in row:
+            if column_of or b"#" in row:
                 spans = [span for _, span in _tokens(row)]
                 if len(spans) != len(table.labels):
                     counts = np.array([len(spans)])
                     self._refuse_counts(table, counts, int(rows[at]))
                 end = spans[-1][1]
-                for name in sorted(place, key=lambda name: -place[name]):
-                    first, last = spans[place[name]]
+                for name in sorted(column_of, key=lambda name: -column_of[name]):
+                    first, last = spans[column_of[name]]
                     value = columns[name][at].encode(*_ENCODING)
                     row, end = row[:first] + value + row[last:], end + len(value) - (last - first)
             result.append(row[:end] + added[at].encode(*_ENCODING) + row[end:] + newline + rest)

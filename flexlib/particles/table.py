@@ -129,7 +129,7 @@ def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> 
     A relative name is looked up in ``image_root`` if given, else in the metadata file's folder and then in each of its
     parents. A leading ``>`` (CryoSPARC export) and RELION's ``:mrcs`` at the end are dropped, and where there is no
     such file, .mrc and .mrcs stand for each other (RELION wants stacks to end in .mrcs, CryoSPARC writes .mrc). A file
-    found nowhere gets the first place searched: whether it exists is asked later, by ``stack.open_stacks``.
+    found nowhere gets the first folder searched: whether it exists is asked later, by ``stack.open_stacks``.
     """
     plain = Path(re.sub(r":mrcs?$", "", name.removeprefix(">")))
     folder = metadata_path.absolute().parent

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from flexlib.distributed import ALONE, Group
+from flexlib.distributed import ALONE, Ranks
 from flexlib.images.batch import ImageSource
 from flexlib.model.forward import Operator
 from flexlib.projection.op import scatter_volume
@@ -62,7 +62,7 @@ def solve_map(
     mask_values: torch.Tensor | np.ndarray | None = None,
     settings: SolverSettings = SolverSettings(),
     label: str = "map",
-    ranks: Group = ALONE,
+    ranks: Ranks = ALONE,
 ) -> tuple[torch.Tensor, Convergence]:
     """The least-squares map of the particles at ``rows``, each moved by its own displacements.
 

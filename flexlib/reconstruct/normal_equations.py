@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flexlib.distributed import ALONE, Group
+from flexlib.distributed import ALONE, Ranks
 from flexlib.images.batch import ImageBatch, ImageSource, read_ahead, split_batches
 from flexlib.imaging.fourier import shell_counts, shell_means, shell_number
 from flexlib.imaging.image_transforms import plane_weight
@@ -114,7 +114,7 @@ class NormalEquations:
     energy: float  # the objective of an empty map, in nats
     signal_to_noise: torch.Tensor  # (N//2,)
     filters: ShellFilters
-    ranks: Group
+    ranks: Ranks
 
     def density(self, x: torch.Tensor) -> torch.Tensor:
         """The masked density of a solution (nvox,), freed of the mean shrinkage by the prior."""
@@ -149,7 +149,7 @@ def accumulate_normal_equations(
     mask_values: torch.Tensor | np.ndarray | None = None,
     batch_size: int | None = None,
     keep_views: bool = False,
-    ranks: Group = ALONE,
+    ranks: Ranks = ALONE,
 ) -> NormalEquations:
     """Read the images at ``rows`` once and sum up what they say.
 

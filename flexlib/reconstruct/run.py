@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from flexlib.distributed import Group, launch
+from flexlib.distributed import Ranks, launch
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.images.batch import ImageSource
@@ -96,7 +96,7 @@ def reconstruct(
 
 
 def _reconstruct(
-    ranks: Group,
+    ranks: Ranks,
     device: str,
     particles: ParticlesFolder,
     train: TrainFolder,
@@ -169,7 +169,7 @@ def flow_displacements(model: FlexModel) -> Displacements:
 
 
 def _solve_halves(
-    source: ImageSource, kind: _Kind, operator: Operator, mask: Map, settings: ReconstructSettings, ranks: Group
+    source: ImageSource, kind: _Kind, operator: Operator, mask: Map, settings: ReconstructSettings, ranks: Ranks
 ) -> tuple[list[np.ndarray], list[Convergence]]:
     """Both half-maps (N, N, N) of one kind, and the course of their solution."""
     mask_values = torch.as_tensor(mask.data.reshape(-1)[kind.voxels.index])

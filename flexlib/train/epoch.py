@@ -24,6 +24,8 @@ from flexlib.train.step import MiniBatch, take_step
 
 logger = logging.getLogger(__name__)
 
+LOGGED_ROWS = 500  # training rows that the logged motion is of
+
 
 def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> None:
     """One pass over the training rows, from where ``state`` stands in it, and the work between epochs.
@@ -50,7 +52,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     if epoch == BAND_EPOCHS:
         leave_wrong_minima(setup, state)
     standardise(setup, state)
-    state.follow_first(setup.group)
+    state.follow_first(setup.ranks)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
     state.held_latents = score.latents
     state.epoch, state.step, state.totals = epoch + 1, 0, None
@@ -60,7 +62,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         "rate": anneal,
         "loss": loss,
         "rigidity": strain,
-        "rms_displacement_A": rms_displacement_A(setup, state),
+        "rms_displacement_A": rms_displacement_A(setup, state, LOGGED_ROWS),
         "validation_gain": score.gain,
         "validation_gain_se": score.standard_error,
         "seconds": time.perf_counter() - began,
@@ -85,11 +87,11 @@ def _learn(setup: Setup, state: State, anneal: float, after_batch: Callable[[], 
     measures = schedule.measures_information(epoch)
     if state.totals is None:
         state.totals = torch.zeros(2, dtype=torch.float64, device=setup.device)
-    ahead = read_ahead(setup.source, map(setup.group.share, batches[state.step :]), setup.device)
+    ahead = read_ahead(setup.source, map(setup.ranks.share, batches[state.step :]), setup.device)
     for images in _with_progress(setup, ahead, len(batches), state.step, f"epoch {epoch + 1}"):
         torch.manual_seed(derived_seed(settings.seed, 6, epoch, state.step))
-        for group in state.optimiser.param_groups:
-            group["lr"] = schedule.flow_rate(epoch, state.step, anneal)
+        for parameters in state.optimiser.param_groups:
+            parameters["lr"] = schedule.flow_rate(epoch, state.step, anneal)
         batch = MiniBatch(
             rows=batches[state.step],
             images=images,
@@ -145,5 +147,5 @@ def _with_progress(
     setup: Setup, batches: Iterator[ImageBatch], total: int, done: int, label: str
 ) -> Iterator[ImageBatch]:
     """A progress bar on a terminal, nothing elsewhere: there an epoch's log line is enough."""
-    quiet = not (setup.group.leads and sys.stderr.isatty())
+    quiet = not (setup.ranks.leads and sys.stderr.isatty())
     return tqdm(batches, total=total, initial=done, desc=label, leave=False, disable=quiet)

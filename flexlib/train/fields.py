@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flexlib.distributed import Group
+from flexlib.distributed import Ranks
 from flexlib.model.flow import displacement_basis_A
 from flexlib.tetra.elastic import elastic_modes
 from flexlib.tetra.rigidity import RigidityTensors, mesh_rigidity
@@ -16,9 +16,9 @@ SPECTRAL_MODES = 150  # the softest, in which motion is looked for at the start
 BASIS_UNIT_A = 5.0  # rms displacement of the softest field per unit network output
 
 
-def displacement_basis(mesh: TetraMesh, group: Group, device: torch.device | str) -> torch.Tensor:
+def displacement_basis(mesh: TetraMesh, ranks: Ranks, device: torch.device | str) -> torch.Tensor:
     """(m, nv, 3) float32 fields in Angstrom per unit coefficient: elastic modes, then six rigid-body motions."""
-    stiffness, modes = group.from_first(lambda: elastic_modes(mesh, NUM_MODES))
+    stiffness, modes = ranks.from_first(lambda: elastic_modes(mesh, NUM_MODES))
     basis = displacement_basis_A(modes, stiffness, mesh.vertices_A) * BASIS_UNIT_A
     return torch.as_tensor(basis, device=device)
 

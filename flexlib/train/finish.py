@@ -60,14 +60,14 @@ def _infer_own_share(setup: Setup, state: State) -> torch.Tensor:
     dims, num, device = setup.settings.latent_dims, len(setup.source), setup.device
     weight = setup.weight(setup.schedule.full_band)
     precision = torch.zeros((num, dims, dims), device=device)
-    mine = setup.group.part(num)
+    mine = setup.ranks.part(num)
     own_batches = split_batches(np.arange(num)[mine], setup.batch_size)
     centres = None if setup.settings.freeze_latents else search_centres(setup, state)
     model = state.moving_map(setup.operator, setup.coarse)
     for number, batch in enumerate(read_ahead(setup.source, own_batches, device)):
         rows = setup.rows_on_device(batch.rows)
         if number == 0:
-            model = with_measured_ratio(model, batch, weight, state.latents[rows], setup.group)
+            model = with_measured_ratio(model, batch, weight, state.latents[rows], setup.ranks)
         if centres is None:
             information = model.information(batch, weight, state.latents[rows])
             precision[rows] = information + setup.prior.curvature(state.latents[rows])
@@ -78,7 +78,7 @@ def _infer_own_share(setup: Setup, state: State) -> torch.Tensor:
         state.information[rows] = information
     state.information_ratio = model.information_ratio
     for rows_of_all in (state.latents, precision, state.information):
-        rows_of_all.copy_(setup.group.gather(rows_of_all[mine], num))
+        rows_of_all.copy_(setup.ranks.gather(rows_of_all[mine], num))
     return precision
 
 

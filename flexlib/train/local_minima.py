@@ -24,7 +24,7 @@ def leave_wrong_minima(setup: Setup, state: State) -> None:
     weight = setup.weight(setup.schedule.full_band)
     centres, moved = search_centres(setup, state), torch.zeros(1)
     model = state.moving_map(setup.operator, setup.coarse)
-    own_rows = setup.group.share(setup.training_rows)
+    own_rows = setup.ranks.share(setup.training_rows)
     for batch in read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device):
         rows = setup.rows_on_device(batch.rows)
         found, lower = search_latents(
@@ -33,10 +33,10 @@ def leave_wrong_minima(setup: Setup, state: State) -> None:
         clearly = lower > CLEARLY_LOWER_NATS
         state.latents[rows[clearly]] = found[clearly]
         moved += clearly.sum().cpu()
-    setup.group.add(moved)
+    setup.ranks.add(moved)
     own_latents = state.latents[setup.rows_on_device(own_rows)]
     rows = setup.rows_on_device(setup.training_rows)
-    state.latents[rows] = setup.group.gather(own_latents, len(rows))
+    state.latents[rows] = setup.ranks.gather(own_latents, len(rows))
     logger.info("%d of %d particles have left a wrong local minimum of their objective", int(moved), len(rows))
 
 

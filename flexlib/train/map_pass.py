@@ -51,7 +51,7 @@ def map_pass(
     band = setup.schedule.full_band
     weight, total = setup.weight(band), torch.zeros((), dtype=torch.float64, device=setup.device)
     batches = split_batches(order, setup.batch_size)
-    shares = [setup.group.share(rows) for rows in batches]
+    shares = [setup.ranks.share(rows) for rows in batches]
     for rows, batch in zip(batches, read_ahead(setup.source, shares, setup.device), strict=True):
         with torch.no_grad():
             moved_A = None if displacements_A is None else displacements_A(batch.rows)
@@ -59,7 +59,7 @@ def map_pass(
         with torch.enable_grad():
             loss = log_likelihood_loss(operator, values, batch, moved_A, weight).sum()
             (gradient,) = torch.autograd.grad(loss, values)
-        setup.group.add(gradient, loss)
+        setup.ranks.add(gradient, loss)
         total += loss.detach()
         canonical.step(gradient, len(rows) / len(order), min(rate, MOST_STEP), band)
     return float(total)

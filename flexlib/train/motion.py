@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from flexlib.model.motion import mean_rms_displacement_A
 from flexlib.train.setup import Setup
 from flexlib.train.state import State
 
 
 @torch.no_grad()
-def rms_displacement_A(setup: Setup, state: State, sample: int = 500) -> float:
-    """Rms distance in A by which density moves, over density and ``sample`` training rows.
+def rms_displacement_A(setup: Setup, state: State, sample: int | None = None) -> float:
+    """Rms distance in A by which density moves about its mean position; of the first ``sample`` training rows, or all.
 
     The number of validation.json, and the one that the report gives.
     """
     used = state.latents[setup.rows_on_device(setup.training_rows[:sample])]
-    return float(((state.flow(used) ** 2).sum(2) @ setup.density_share).mean().sqrt())
+    return mean_rms_displacement_A(state.flow.assembled(), used, setup.density_share)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from flexlib.distributed import EXIT_INTERRUPTED, Group, launch
+from flexlib.distributed import EXIT_INTERRUPTED, Ranks, launch
 from flexlib.files import atomic_path
 from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
 from flexlib.model.forward import TRAINING, Accuracy
@@ -98,12 +98,12 @@ def train(
     launch(train_rank, (job,), settings.processes, device)
 
 
-def train_rank(group: Group, device: str, job: TrainJob) -> None:
+def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
     """One rank's part of ``train``. All ranks read; only the first writes."""
     tune_process()
     began = time.perf_counter()
     setup = set_up(
-        job.particles, job.mesh, job.settings, device, group, batch_size=job.batch_size, accuracy=job.accuracy
+        job.particles, job.mesh, job.settings, device, ranks, batch_size=job.batch_size, accuracy=job.accuracy
     )
     identity = run_identity(job.particles, job.mesh, job.settings)
     state = start_or_resume(setup, job.out.checkpoint, identity, job.discard_other_checkpoint)
@@ -113,7 +113,7 @@ def train_rank(group: Group, device: str, job: TrainJob) -> None:
     score, rejected = final_score(setup, state)
     if rejected is None:
         settle_shape(setup, state)
-    if group.leads:
+    if ranks.leads:
         state.wall_s = clock.wall_s()
         write_results(job.out, setup, state, precision, score, rejected)
 
@@ -133,7 +133,7 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
 
     def save() -> None:
         nonlocal written
-        if not setup.group.leads:
+        if not setup.ranks.leads:
             return
         written = time.perf_counter()
         state.wall_s = clock.wall_s()
@@ -141,7 +141,7 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
             torch.save({"identity": identity, **state.checkpoint()}, temporary)
 
     def after_batch() -> None:
-        if setup.group.any(stop.raised):
+        if setup.ranks.any(stop.raised):
             raise Interrupted
         if time.perf_counter() - written > CHECKPOINT_EVERY_S:
             save()
@@ -155,7 +155,7 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
                 logger.warning("SIGTERM: checkpoint written in epoch %d; run again to continue", state.epoch + 1)
                 sys.exit(EXIT_INTERRUPTED)
             save()
-            if setup.group.leads:
+            if setup.ranks.leads:
                 write_log(out.log, state.log)
                 write_model(out.checkpoint_model, setup, state)
 

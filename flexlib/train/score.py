@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flexlib.distributed import ALONE, Group
+from flexlib.distributed import ALONE, Ranks
 from flexlib.images.batch import ImageSource, read_ahead, split_batches
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import MovingMap, Operator, log_likelihood_loss
@@ -34,7 +34,7 @@ class HeldOut:
     seed: int  # of the halves of Fourier pixels
     prior: LatentPrior
     batch_size: int
-    group: Group = ALONE
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ def score_held_out(
     centres
         (m, K) from which other local minima are looked for; None for none.
     """
-    group, device = held_out.group, model.values.device
+    ranks, device = held_out.ranks, model.values.device
     weight = plane_weight(held_out.source.box, held_out.band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(held_out.source.box, held_out.seed))
     gains, inferred = [torch.zeros((4, 0), dtype=torch.float64)], [start[:0]]
     copies = int(np.unique(held_out.particle, return_counts=True)[1].max(initial=1))  # of a particle, one after another
-    own_start, others = group.share(start), group.share(start.roll(copies, 0))
+    own_start, others = ranks.share(start), ranks.share(start.roll(copies, 0))
     first = 0
-    own_batches = split_batches(group.share(held_out.rows), held_out.batch_size)
+    own_batches = split_batches(ranks.share(held_out.rows), held_out.batch_size)
     for batch in read_ahead(held_out.source, own_batches, device):
         latents, another = (z[first : first + len(batch.rows)] for z in (own_start, others))
         first += len(batch.rows)
@@ -136,10 +136,10 @@ def score_held_out(
         exchanged = model.loss(batch, unseen, another)
         gains.append((torch.stack([still, at_rest, at_mean, exchanged]) - moved).double().cpu())
     num = len(held_out.rows)
-    of_rows = group.gather(torch.cat(gains, dim=1).T, num).numpy()
+    of_rows = ranks.gather(torch.cat(gains, dim=1).T, num).numpy()
     of_particles, rows = mean_by_particle(of_rows, held_out.particle, held_out.rows)
     worst = int(of_particles.mean(0).argmin()) if len(rows) else 0
-    return HeldOutScore(np.ascontiguousarray(of_particles[:, worst]), rows, group.gather(torch.cat(inferred), num))
+    return HeldOutScore(np.ascontiguousarray(of_particles[:, worst]), rows, ranks.gather(torch.cat(inferred), num))
 
 
 def mean_by_particle(values: np.ndarray, particle: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

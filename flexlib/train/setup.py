@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from flexlib.distributed import ALONE, Group
+from flexlib.distributed import ALONE, Ranks
 from flexlib.errors import InputError
 from flexlib.images.batch import split_batches
 from flexlib.images.sources import TrainingImages, open_training_images
@@ -51,7 +51,7 @@ class Setup:
     settings: TrainSettings
     device: torch.device
     batch_size: int
-    group: Group = ALONE
+    ranks: Ranks = ALONE
 
     @property
     def prior(self) -> LatentPrior:
@@ -97,7 +97,7 @@ class Setup:
             seed=derived_seed(self.settings.seed, 7),
             prior=self.prior,
             batch_size=self.batch_size,
-            group=self.group,
+            ranks=self.ranks,
         )
 
 
@@ -106,7 +106,7 @@ def set_up(
     mesh_folder: MeshFolder,
     settings: TrainSettings,
     device: str,
-    group: Group = ALONE,
+    ranks: Ranks = ALONE,
     *,
     batch_size: int | None = None,
     accuracy: Accuracy = TRAINING,
@@ -119,7 +119,7 @@ def set_up(
         What prepare and mesh have written; ``train:`` at one sweep point.
     device
         "auto", "cpu" or "cuda".
-    group
+    ranks
         The ranks that share the run.
     batch_size
         Rows of a mini-batch; None chooses by the number of rows.
@@ -141,7 +141,7 @@ def set_up(
     training_rows, validation_rows = choose_held_out(
         source.particles.image_index, settings.validation_fraction, settings.seed
     )
-    batch_size = _fitting_batch_size(training_rows, batch_size, group)
+    batch_size = _fitting_batch_size(training_rows, batch_size, ranks)
     return Setup(
         particles=particles,
         source=source,
@@ -158,16 +158,16 @@ def set_up(
         settings=settings,
         device=chosen,
         batch_size=batch_size,
-        group=group,
+        ranks=ranks,
     )
 
 
-def _fitting_batch_size(rows: np.ndarray, wanted: int | None, group: Group) -> int:
+def _fitting_batch_size(rows: np.ndarray, wanted: int | None, ranks: Ranks) -> int:
     """``wanted``, or what suits the number of rows; raises InputError where some rank would have no row of a batch."""
     size = int(np.clip(len(rows) // 20, 10, BATCH_SIZE)) if wanted is None else wanted
     least = min(len(batch) for batch in split_batches(rows, size))
-    if group.size > least:
-        raise InputError(f"train.processes: {group.size}, but the mini-batches of these particles have {least} each")
+    if ranks.size > least:
+        raise InputError(f"train.processes: {ranks.size}, but the mini-batches of these particles have {least} each")
     return size
 
 

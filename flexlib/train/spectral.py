@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexlib.distributed import ALONE, Group
+from flexlib.distributed import ALONE, Ranks
 from flexlib.images.batch import ImageBatch
 from flexlib.imaging.fourier import wavenumbers
 from flexlib.imaging.image_transforms import plane_weight
@@ -77,7 +77,7 @@ def measure_forces(
     num_rows: int,
     basis_A: torch.Tensor,
     band: float,
-    group: Group = ALONE,
+    ranks: Ranks = ALONE,
 ) -> FieldForces:
     """One pass over the rows: their forces on displacement fields at rest.
 
@@ -93,7 +93,7 @@ def measure_forces(
         (m, nv, 3) displacement fields in Angstrom.
     band
         Highest shell in use.
-    group
+    ranks
         The ranks that share the rows; each gets the result of all.
     """
     box = operator.voxels.box
@@ -101,21 +101,21 @@ def measure_forces(
     force = np.empty((num_rows, len(basis_A)), np.float32)
     sampling = FourierSampling(box, band)
     every = max(1, num_rows // 2000)  # a few thousand views show how Fourier space is sampled
-    mine = group.part(num_rows)
+    mine = ranks.part(num_rows)
     first = mine.start
     for batch in batches:
         last = first + len(batch.rows)
         force[first:last] = _batch_forces(operator, values, batch, basis_A, weight).cpu().numpy()
         sampling.add(batch, slice((-first) % every, None, every))
         first = last
-    if group.size > 1:
+    if ranks.size > 1:
         force[: mine.start] = force[mine.stop :] = 0.0
         for first in range(0, num_rows, _CHUNK):
-            group.add(torch.from_numpy(force[first : first + _CHUNK]))
-        sampling.add_up(group)
+            ranks.add(torch.from_numpy(force[first : first + _CHUNK]))
+        sampling.add_up(ranks)
     for axis in range(force.shape[1]):
         force[:, axis] -= force[:, axis].mean(dtype=np.float64)
-    return FieldForces(force, group.from_first(lambda: mean_information(operator, values, basis_A, sampling)))
+    return FieldForces(force, ranks.from_first(lambda: mean_information(operator, values, basis_A, sampling)))
 
 
 def _batch_forces(
@@ -158,10 +158,10 @@ class FourierSampling:
         self.total += torch.bincount(flat[inside], power[inside].double(), minlength=len(self.total))
         self.count += len(rotation)
 
-    def add_up(self, group: Group) -> None:
+    def add_up(self, ranks: Ranks) -> None:
         """Count what the other ranks have counted, too."""
         count = torch.tensor([float(self.count)], dtype=torch.float64)
-        group.add(self.total, count)
+        ranks.add(self.total, count)
         self.count = int(count)
 
     def mean(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How a run begins: from its checkpoint, or with a rigid map and latents from the spectrum, a file or another point."""
+"""How a run begins: from its checkpoint, or with a rigid map and latents from the spectrum, a file or a model."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def start(setup: Setup) -> State:
     settings = setup.settings
     transfer2 = mean_transfer2(setup)
     rigid = rigid_map(setup, transfer2)
-    basis = displacement_basis(setup.mesh, setup.group, setup.device)
+    basis = displacement_basis(setup.mesh, setup.ranks, setup.device)
     soft = spectral_fields(len(basis))
     canonical = canonical_map(setup, setup.operator, transfer2)
     canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=setup.device), setup.operator.voxels)
     forces = _forces(setup, canonical, basis[soft])
     prior = rigidity_precision(setup.rigidity, setup.operator.vertices_A, basis[soft], setup.rigidity_nats)
-    spectrum = setup.group.from_first(lambda: spectral_start(forces, settings.latent_dims, prior))
+    spectrum = setup.ranks.from_first(lambda: spectral_start(forces, settings.latent_dims, prior))
     logger.info(
         "spectral start: leading eigenvalues %s (noise edge %.2f), suggested dims %d",
         " ".join(f"{v:.2f}" for v in spectrum.eigenvalues[:8]),
@@ -103,7 +103,7 @@ def start(setup: Setup) -> State:
     state = new_state(setup, flow, canonical, rigid.values, spectrum, initial)
     if settings.init_from is not None and settings.init_from.is_dir():
         _continue_from(setup, state, settings.init_from)
-    state.follow_first(setup.group)
+    state.follow_first(setup.ranks)
     return state
 
 
@@ -120,7 +120,7 @@ def rigid_map(setup: Setup, transfer2: torch.Tensor) -> CanonicalMap:
 
 def _forces(setup: Setup, canonical: CanonicalMap, fields_A: torch.Tensor) -> FieldForces:
     """Of all particles on the fields (m, nv, 3), at the first band."""
-    mine = split_batches(setup.group.share(np.arange(len(setup.source))), setup.batch_size)
+    mine = split_batches(setup.ranks.share(np.arange(len(setup.source))), setup.batch_size)
     return measure_forces(
         setup.operator,
         canonical.values,
@@ -128,7 +128,7 @@ def _forces(setup: Setup, canonical: CanonicalMap, fields_A: torch.Tensor) -> Fi
         len(setup.source),
         fields_A,
         setup.schedule.band(0),
-        setup.group,
+        setup.ranks,
     )
 
 
@@ -137,9 +137,9 @@ def mean_transfer2(setup: Setup) -> torch.Tensor:
     box = setup.source.box
     sample = setup.training_rows[:: max(1, len(setup.training_rows) // 1000)]
     power = torch.zeros((box, box // 2 + 1), dtype=torch.float64)
-    for rows in split_batches(setup.group.share(sample), 100):
+    for rows in split_batches(setup.ranks.share(sample), 100):
         power += setup.source.transfer(rows).abs().square().sum(0).double()
-    setup.group.add(power)
+    setup.ranks.add(power)
     return (shell_means(power, 2) / len(sample)).float().to(setup.device)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flexlib.distributed import Group
+from flexlib.distributed import Ranks
 from flexlib.model.flow import AssembledFlow, FlowGenerator
 from flexlib.model.forward import CoarseMap, MovingMap, Operator
 from flexlib.train.canonical import CanonicalMap
@@ -50,9 +50,9 @@ class State:
                 setattr(self, item.name, saved[item.name])
         self.spectrum = SpectralStart.from_state_dict(saved["spectrum"])
 
-    def follow_first(self, group: Group) -> None:
+    def follow_first(self, ranks: Ranks) -> None:
         """Take the first rank's flow, map and latents: what ranks compute alike may differ in the last bit."""
-        group.follow_first(*self.flow.state_dict().values(), self.canonical.values, self.latents)
+        ranks.follow_first(*self.flow.state_dict().values(), self.canonical.values, self.latents)
 
     def moving_map(self, operator: Operator, coarse: CoarseMap | None, flow: AssembledFlow | None = None) -> MovingMap:
         """Flow and map as they stand (``flow`` if it is assembled already)."""

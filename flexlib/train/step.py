@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from flexlib.distributed import Group
+from flexlib.distributed import Ranks
 from flexlib.images.batch import ImageBatch, to_device
 from flexlib.model.forward import MovingMap, fisher_information, log_likelihood_loss
 from flexlib.tetra.rigidity import mesh_rigidity
@@ -65,7 +65,7 @@ def take_step(setup: Setup, state: State, batch: MiniBatch) -> torch.Tensor:
     found = find_step(setup, model, batch, state.latents[rows], state.information[rows])
     gradients = [parameter.grad for parameter in state.flow.parameters() if parameter.grad is not None]
     parts = (found.map_gradient, found.loss, found.strain, found.mean_A, found.latents, found.information)
-    setup.group.add(*gradients, *parts)
+    setup.ranks.add(*gradients, *parts)
     state.information_ratio = found.information_ratio
     state.latents[rows], state.information[rows] = found.latents, found.information
     state.optimiser.step()
@@ -82,24 +82,24 @@ def find_step(
 
     ``model`` has a flow that is assembled with its gradient.
     """
-    group, num = setup.group, len(batch.rows)
+    ranks, num = setup.ranks, len(batch.rows)
     noise = posterior_noise(setup.prior, latents, information, setup.settings.noise_injection)
-    noisy = group.share(latents + noise).requires_grad_()
+    noisy = ranks.share(latents + noise).requires_grad_()
     values = model.values.clone().requires_grad_()
     displacements = model.flow(noisy)
     loss = log_likelihood_loss(setup.operator, values, batch.images, displacements, batch.weight).sum()
-    sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, group.size)]
-    moved = setup.operator.vertices_A + model.flow(latents[to_device(group.share(sample), setup.device)])
+    sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, ranks.size)]
+    moved = setup.operator.vertices_A + model.flow(latents[to_device(ranks.share(sample), setup.device)])
     strain = mesh_rigidity(setup.rigidity, moved).sum() / len(sample)
     (loss / num + setup.rigidity_nats * strain).backward()
     assert values.grad is not None and noisy.grad is not None
 
-    own_latents, own_information = group.share(latents), group.share(information)
+    own_latents, own_information = ranks.share(latents), ranks.share(information)
     if not setup.settings.freeze_latents:
         with torch.no_grad():
             if batch.measures_information:
                 if batch.measures_ratio:
-                    model = with_measured_ratio(model, batch.images, batch.weight, own_latents, group)
+                    model = with_measured_ratio(model, batch.images, batch.weight, own_latents, ranks)
                 own_information = model.information(batch.images, batch.weight, own_latents)
             slope = noisy.grad * num
             own_latents = newton_latents(setup.prior, own_latents, noisy.detach(), slope, own_information)
@@ -108,8 +108,8 @@ def find_step(
         strain=strain.detach(),
         map_gradient=values.grad,
         mean_A=displacements.detach().sum(0) / num,
-        latents=group.embed(own_latents, num),
-        information=group.embed(own_information, num),
+        latents=ranks.embed(own_latents, num),
+        information=ranks.embed(own_information, num),
         information_ratio=model.information_ratio,
     )
 
@@ -138,14 +138,14 @@ def posterior_noise(
 
 
 def with_measured_ratio(
-    model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, group: Group
+    model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, ranks: Ranks
 ) -> MovingMap:
     """``model`` with the ratio of Fisher information in full to that in the coarse map, measured on a batch."""
     if model.coarse_map is None:
         return model
     full, quick = fisher_information(model, batch, weight, latents), model.information(batch, weight, latents)
     both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, quick)])
-    group.add(both)
+    ranks.add(both)
     if not (both > 0).all():  # a ratio of zero could never be measured again
         return model
     return replace(model, information_ratio=model.information_ratio * float(both[0] / both[1]))

@@ -51,7 +51,7 @@ class Score:
 def choose_point(scores: Sequence[Score]) -> Score:
     """The simplest sweep point within one standard error of the best held-out score (the one-standard-error rule).
 
-    The standard error is the best point's own, over the held-out particles. (That of the paired difference is far
+    The standard error is the best sweep point's own, over the held-out particles. (That of the paired difference is far
     smaller, and one such error is what chance alone gives the luckiest of a dozen points that are equally good.)
     Simplest is, in this order: fewer latent dimensions, coarser mesh, higher rigidity. Points that differ in the seed
     alone are equally simple: the one with the higher score is taken.
@@ -59,7 +59,7 @@ def choose_point(scores: Sequence[Score]) -> Score:
     Raises
     ------
     InputError
-        No point has a score.
+        No sweep point has a score.
     """
     best = best_score(scores)
     if best is None:
@@ -73,7 +73,7 @@ def choose_point(scores: Sequence[Score]) -> Score:
 
 
 def best_score(scores: Iterable[Score]) -> Score | None:
-    """The highest held-out score; None where no point has one."""
+    """The highest held-out score; None where no sweep point has one."""
     return max((score for score in scores if math.isfinite(score.gain)), key=lambda score: score.gain, default=None)
 
 

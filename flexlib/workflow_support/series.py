@@ -71,10 +71,10 @@ def _parse_end(word: str, spelling: str) -> int | tuple[float, ...]:
         if int(word) < 1:
             raise InputError(f"generate.series: {spelling!r}: particles are counted from 1")
         return int(word)
-    return parse_point(word, f"generate.series: {spelling!r}")
+    return parse_latents(word, f"generate.series: {spelling!r}")
 
 
-def parse_point(text: str, where: str) -> tuple[float, ...]:
+def parse_latents(text: str, where: str) -> tuple[float, ...]:
     """Coordinates from text such as ``0.5,-1``. Raises InputError, which begins with ``where``."""
     try:
         point = tuple(float(part) for part in text.split(","))

@@ -131,7 +131,7 @@ class MeshSettings(MaskSettings, CellsSettings):
     )
     custom: Literal["surface"] | Path | None = setting(
         None,
-        "In place of the regular mesh, surface (cells follow the segments' surfaces; needs tetgen) or the path of a "
+        "Instead of the regular mesh, surface (cells follow the segments' surfaces; needs tetgen) or the path of a "
         "mesh (.vtu, .msh, .vtk, CryoSPARC's flex_mesh .pkl) or closed surface (.stl, .ply).",
     )
 
@@ -167,7 +167,7 @@ class TrainSettings:
     )
     init_from: Path | None = setting(
         None,
-        "Start from what was trained before, a folder of a trained point (its flow, map and latents; same mesh, "
+        "Start from what was trained before, a folder of a trained sweep point (its flow, map and latents; same mesh, "
         "train_box, dims and network), or a file of latents as for latent_init.",
     )
     freeze_latents: bool = setting(
