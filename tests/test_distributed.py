@@ -23,6 +23,8 @@ from flexlib.workflow_support.settings import ReconstructSettings, TrainSettings
 
 SETTINGS = TrainSettings(latent_dims=2, epochs=2, validation_fraction=0.1)
 
+pytestmark = pytest.mark.slow  # trains
+
 
 @pytest.fixture(scope="module")
 def clamp(tmp_path_factory) -> Path:

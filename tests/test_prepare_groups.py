@@ -307,6 +307,7 @@ def test_symmetry_gives_every_image_all_its_poses(tmp_path, name):
         np.testing.assert_allclose(source.particles.rotation[::copies], first, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_particles(tmp_path):
     """442 MB more to read and as much more to write: the peak grows by less than half of either alone.
 

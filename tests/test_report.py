@@ -347,6 +347,7 @@ def test_packed_columns_and_rows_come_back() -> None:
     assert back == rows.tolist()
 
 
+@pytest.mark.slow
 def test_many_particles_fit_into_the_page(tmp_path: Path) -> None:
     """200,000 particles in the whole page; where they do not fit, as many as do, and the page says so."""
     write_fake_results(tmp_path, box=32, pixel_size_A=7.0, frames=2, num_particles=200_000)

@@ -265,6 +265,7 @@ def test_clamp_moves_a_third_of_its_mass():
     assert (phantom.mass * phantom.hinges[0].weight).sum() / phantom.mass.sum() == pytest.approx(1 / 3, abs=0.05)
 
 
+@pytest.mark.slow
 def test_exact_limit_is_the_cramer_rao_bound_where_the_signal_is_strong(tmp_path):
     """It must also fall with the signal, and never below what the prior alone gives."""
     limits = []

@@ -32,6 +32,8 @@ from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 QUICK = TrainSettings(latent_dims=1, epochs=3, validation_fraction=0.1)
 
+pytestmark = pytest.mark.slow  # trains
+
 
 @pytest.fixture(scope="module")
 def clamp(tmp_path_factory) -> Path:

@@ -9,7 +9,8 @@ Two layouts, which their first bytes distinguish:
   columns of type ``|O`` hold uint64 offsets.
 
 Nothing is ever unpickled: columns of Python objects in a NumPy file are refused. Source of the layouts: the public
-``cryosparc-tools`` (``cryosparc/dataset``), which also wrote the test's example file.
+``cryosparc-tools`` (``cryosparc/dataset``), which also wrote the test's example file. It was considered for the job
+itself: it unpickles columns of objects, and needs a compiled extension of CryoSPARC's own version.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ What is written back is the input's own text: values that nobody touched keep th
 flexlib does not know stay, and so do comments. A table is a ``loop_`` whose rows are one line each (as RELION, Warp,
 CryoSPARC's exports and pyem write it), or the ``_label value`` pairs of a block.
 
+By hand: the packages starfile and gemmi were considered; both lose comments, layout or quotes when they write.
+
 Source: S. R. Hall, J. Chem. Inf. Comput. Sci. 31, 326 (1991), as far as RELION's ``metadata_table.cpp`` goes.
 """
 

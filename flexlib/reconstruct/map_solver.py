@@ -4,7 +4,8 @@ The objective (see ``normal_equations``) is quadratic. L-BFGS with an exact line
 steps as preconditioned conjugate gradients started with the same matrix (L. Nazareth, SIAM J. Numer. Anal. 16, 794
 (1979)), so that is what is computed: one projection and one adjoint per image and iteration, no history to store, and
 *the images themselves are read only once*, for the right-hand side. The start is zero, so nothing is shared between the
-half-sets but the mask, the flow and the latents. Density is assumed to lie inside the mask: what lies outside is not
+half-sets but the mask, the flow and the latents. By hand: ``scipy.sparse.linalg.cg`` was considered, but it works on
+one process' arrays in the host's memory. Density is assumed to lie inside the mask: what lies outside is not
 modelled.
 """
 

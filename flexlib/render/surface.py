@@ -1,5 +1,7 @@
 """Shaded pictures of isosurfaces: a small ray caster, without graphics hardware.
 
+By hand: VTK (PyVista) was considered; off screen it needs a graphics driver or OSMesa, which cluster nodes lack.
+
 Screen axes: x right, y up, z towards the viewer (right-handed), so the picture keeps the map's hand.
 """
 
