@@ -22,8 +22,7 @@ def principal_curve(latents: np.ndarray, frames: int, metric: np.ndarray | None 
     The width is kept whose tube around the curve (length times rms distance of the particles) is smallest: so a bent
     cloud is followed, and a round one is crossed straight. The ends are at ``PERCENTILES`` of the particles along it.
 
-    By hand: neither scipy nor scikit-learn has principal curves; the package pcurvepy was considered, but knows no
-    metric and does not choose its smoothing.
+    By hand: scipy and scikit-learn were considered; neither has principal curves.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ Two layouts, which their first bytes distinguish:
 
 Nothing is ever unpickled: columns of Python objects in a NumPy file are refused. Source of the layouts: the public
 ``cryosparc-tools`` (``cryosparc/dataset``), which also wrote the test's example file. It was considered for the job
-itself: it unpickles columns of objects, and needs a compiled extension of CryoSPARC's own version.
+itself, but is tied to the version of one's CryoSPARC.
 """
 
 from __future__ import annotations

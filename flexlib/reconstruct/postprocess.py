@@ -68,7 +68,7 @@ def local_resolution(
     lie on a grid five to a side; between them values are interpolated, beyond the mask those of the nearest window
     continue. The threshold is 0.5, so the map is to be compared with the whole map's resolution at 0.5 (G. Cardone
     et al., J. Struct. Biol. 184, 226 (2013), for windowed FSC). Windows are not corrected for the mask.
-    By hand: no library of the field on the Python package index computes it for half-maps.
+    By hand: ResMap, blocres and RELION's were considered; they are programs, not libraries.
 
     Parameters
     ----------
