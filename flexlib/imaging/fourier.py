@@ -88,28 +88,38 @@ def shell_sums(values: Values, ndim: int = 3, rim: bool = False) -> Values:
     return sums if isinstance(values, torch.Tensor) else sums.numpy()  # type: ignore[return-value]
 
 
-def shell_means(values: Values, ndim: int = 3, rim: bool = False, mates: bool = True) -> Values:
-    """As ``shell_sums``, the mean instead of the sum.
-
-    Without ``mates`` it is the mean over the stored coefficients alone, of which those at kx = 0 then weigh double. Of
-    what is isotropic but for noise it estimates the same; rates and priors that were set with it keep it.
-    """
-    if not mates:
-        return _stored_means(values, ndim, rim)
+def shell_means(values: Values, ndim: int = 3, rim: bool = False) -> Values:
+    """As ``shell_sums``, the mean instead of the sum."""
     sums = shell_sums(values, ndim, rim)
     counts = shell_counts(values.shape[-2], ndim, rim)
     return sums / (torch.as_tensor(counts, device=sums.device) if isinstance(sums, torch.Tensor) else counts)
 
 
-def _stored_means(values: Values, ndim: int, rim: bool) -> Values:
-    """(..., N//2) float64 means over the stored coefficients of each shell."""
+def stored_means(values: Values, ndim: int = 3, corners: bool = False) -> Values:
+    """Mean over the stored coefficients of each shell, of which those at kx = 0 weigh double: both mates are stored.
+
+    Of what is isotropic but for noise it estimates the same as ``shell_means``; rates and priors that were set with it
+    keep it.
+
+    Parameters
+    ----------
+    values
+        (N, ..., N//2+1), as for ``shell_sums``.
+    ndim
+        2 for images, 3 for maps.
+    corners
+        Whether shells from N//2 on are given too.
+
+    Returns
+    -------
+    means
+        (N//2,) float64, or longer with corners.
+    """
     tensor = torch.as_tensor(values)
-    box, leading = tensor.shape[-2], tensor.shape[: tensor.ndim - ndim]
-    shell = torch.as_tensor(shell_number(box, ndim, rim).ravel(), device=tensor.device)
-    counts = torch.bincount(shell)
-    rows = tensor.double().reshape(-1, len(shell))
-    means = torch.stack([torch.bincount(shell, row, len(counts)) / counts for row in rows])[:, : box // 2]
-    means = means.reshape(*leading, box // 2)
+    box = tensor.shape[-2]
+    shell = torch.as_tensor(shell_number(box, ndim).ravel(), device=tensor.device)
+    means = torch.bincount(shell, tensor.double().ravel()) / torch.bincount(shell)
+    means = means if corners else means[: box // 2]
     return means if isinstance(values, torch.Tensor) else means.numpy()  # type: ignore[return-value]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft
 
-from flexlib.imaging.fourier import fft_workers, shell_means, shell_number
+from flexlib.imaging.fourier import fft_workers, shell_means, shell_number, stored_means
 
 
 def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None, mates: bool = True) -> np.ndarray:
@@ -20,7 +20,7 @@ def fsc(map1: np.ndarray, map2: np.ndarray, mask: np.ndarray | None = None, mate
     mask
         (N, N, N) to multiply both with.
     mates
-        As in ``fourier.shell_means``.
+        Whether sums are over the full transform, or (False) over what a half-space stores: ``fourier.stored_means``.
 
     Returns
     -------
@@ -132,13 +132,14 @@ def frequencies_1_per_A(box: int, pixel_size_A: float) -> np.ndarray:
 
 
 def _spectrum(volume: np.ndarray) -> np.ndarray:
-    return fft.rfftn(np.asarray(volume, dtype=np.float32), workers=fft_workers())
+    return fft.rfftn(np.asarray(volume), workers=fft_workers())
 
 
 def _shell_correlation(spectrum1: np.ndarray, spectrum2: np.ndarray, mates: bool) -> np.ndarray:
     """(N//2,) correlation per shell of two half-space spectra (N, N, N//2+1)."""
-    cross = shell_means((spectrum1 * spectrum2.conj()).real, mates=mates)
-    power = shell_means(np.abs(spectrum1) ** 2, mates=mates) * shell_means(np.abs(spectrum2) ** 2, mates=mates)
+    means = shell_means if mates else stored_means
+    cross = means((spectrum1 * spectrum2.conj()).real)
+    power = means(np.abs(spectrum1) ** 2) * means(np.abs(spectrum2) ** 2)
     result = np.divide(cross, np.sqrt(power), out=np.zeros(len(cross)), where=power > 0)
     result[0] = 1.0
     return result

@@ -24,7 +24,7 @@ import torch
 
 from flexlib.distributed import ALONE, Ranks
 from flexlib.images.batch import ImageBatch, ImageSource, read_ahead, split_batches
-from flexlib.imaging.fourier import shell_counts, shell_means, shell_number
+from flexlib.imaging.fourier import shell_counts, shell_number, stored_means
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import Operator
 from flexlib.projection.op import scatter_volume
@@ -231,6 +231,6 @@ def _signal_to_noise(volume: torch.Tensor, hessian: torch.Tensor, mask_values: t
     diagonal, whose mean in each shell is ``hessian`` (N//2,).
     """
     spectrum = torch.fft.rfftn(volume)
-    mean_power = shell_means(spectrum.real**2 + spectrum.imag**2, mates=False)
+    mean_power = stored_means(spectrum.real**2 + spectrum.imag**2)
     noise = hessian * float((mask_values.double() ** 2).sum())
     return (mean_power / noise.clamp(min=torch.finfo(torch.float64).tiny) - 1.0).clamp(min=LEAST_SNR)

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from scipy import fft
 
-from flexlib.imaging.fourier import shell_means, shell_number
+from flexlib.imaging.fourier import shell_number, stored_means
 from flexlib.imaging.fsc import fsc, predicted_truth_fsc
 from flexlib.imaging.maps import crop_or_pad_real
 
@@ -92,8 +92,7 @@ class Backprojector:
         numerator, weight = fft.ifftshift(numerator), fft.ifftshift(weight)
         keep = slice(0, len(weight) // 2 + 1)
         numerator, weight = numerator[:, :, keep], weight[:, :, keep]
-        mean = shell_means(weight, mates=False)
-        shell = np.minimum(shell_number(len(weight)), len(mean) - 1)
+        mean, shell = stored_means(weight, corners=True), shell_number(len(weight))
         floor = np.maximum(_MIN_WEIGHT_FRACTION * mean, 1e-6 * mean.max() + 1e-30)[shell]
         volume = fft.fftshift(fft.irfftn(numerator / np.maximum(weight, floor), s=(padded_box(self.box),) * 3))
         volume = crop_or_pad_real(volume, self.box)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flexlib.imaging.fourier import shell_means, shell_number
+from flexlib.imaging.fourier import shell_number, stored_means
 from flexlib.projection.op import VoxelTensors, gather_volume, scatter_volume
 
 
@@ -43,7 +43,7 @@ class CanonicalMap:
         box = voxels.box
         self.shells = torch.as_tensor(shell_number(box), device=volume.device)
         spectrum = torch.fft.rfftn(scatter_volume(self.values, voxels))
-        signal = shell_means(spectrum.real**2 + spectrum.imag**2, mates=False).float()
+        signal = stored_means(spectrum.real**2 + spectrum.imag**2).float()
         shell = torch.arange(box // 2, device=volume.device, dtype=torch.float32)
         hits = num_rows * mean_transfer2.to(signal) / (2.0 * shell.clamp(min=0.5))
         # prior: the consensus' own power, never stronger than the data (a consensus may have been filtered)

@@ -11,7 +11,7 @@ import torch
 
 from flexlib.errors import InputError
 from flexlib.images.batch import read_ahead, split_batches
-from flexlib.imaging.fourier import shell_means
+from flexlib.imaging.fourier import stored_means
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
@@ -140,7 +140,7 @@ def mean_transfer2(setup: Setup) -> torch.Tensor:
     for rows in split_batches(setup.ranks.share(sample), 100):
         power += setup.source.transfer(rows).abs().square().sum(0).double()
     setup.ranks.add(power)
-    return (shell_means(power, 2, mates=False) / len(sample)).float().to(setup.device)
+    return (stored_means(power, 2) / len(sample)).float().to(setup.device)
 
 
 def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
