@@ -152,6 +152,7 @@ def test_star_and_cs_of_the_same_particles(folder, tmp_path, caplog):
     assert (star.contrast_sign == 1).all() and (cs.contrast_sign == -1).all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # mrcfile, of the header that RELION wrote
 def test_real_images_of_relion_are_read(folder, caplog):
     """Five real particles with an optics table: every image as it stands."""
     stacks, particles = open_stacks(read_particles(folder / "relion31.star"))
