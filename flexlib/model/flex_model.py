@@ -16,7 +16,6 @@ from flexlib.layout import TrainFolder
 from flexlib.model.flow import FlowGenerator
 from flexlib.tetra.tetmesh import TetraMesh
 
-MODEL_FILE = TrainFolder(Path()).model.name
 FORMAT_VERSION = 1
 
 

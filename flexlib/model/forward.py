@@ -75,16 +75,6 @@ class Operator:
         tensors = VoxelTensors.from_mesh_voxels(voxels, device, dtype)
         return cls(at_rest, tensors, voxels.pixel_size_A, accuracy)
 
-    @property
-    def kernel(self) -> str:
-        """Of the accuracy."""
-        return self.accuracy.kernel
-
-    @property
-    def oversampling(self) -> int:
-        """Of the accuracy."""
-        return self.accuracy.oversampling
-
     def vertices_px(self, batch: ImageBatch, displacements_A: torch.Tensor | None = None) -> torch.Tensor:
         """Where each image of ``batch`` sees the mesh, (b, nv, 2) pixels; moved by (b, nv, 3) Angstrom or at rest."""
         dtype = self.vertices_A.dtype

@@ -17,6 +17,7 @@ from flexlib.errors import InputError
 from flexlib.files import read_json
 from flexlib.imaging.maps import Map, read_map
 from flexlib.layout import POINT_PATTERN, GenerateFolder, MeshFolder, ReconstructFolder, RunFolder, TrainFolder
+from flexlib.particles.input_rows import latent_columns
 from flexlib.particles.star import StarTables, read_tables
 from flexlib.records import ChoiceRecord, PreparedRecord, Record, ResolutionRecord, ValidationRecord
 from flexlib.tetra.tetmesh import TetraMesh
@@ -313,7 +314,7 @@ def _read_latents(path: Path) -> pd.DataFrame:
     A row for each row of ``path``, in order; nan where a particle was not kept.
     """
     table = _bare_names(read_tables(path).particles)
-    names = sorted((c for c in table if re.fullmatch(r"flexLatent\d+", c)), key=lambda c: int(c[len("flexLatent") :]))
+    names = latent_columns(list(table))
     out = pd.DataFrame({f"z{i + 1}": table[c].astype(float) for i, c in enumerate(names)}, index=table.index)
     out["row"] = table["flexInputRow"].to_numpy() if "flexInputRow" in table else np.arange(len(table))
     out["copy"] = table["flexSymmetryCopy"].to_numpy() if "flexSymmetryCopy" in table else 0

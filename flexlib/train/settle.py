@@ -35,7 +35,6 @@ def settle_shape(setup: Setup, state: State) -> None:
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)
     flow = state.flow.assembled()
-    num_batches = -(-len(setup.training_rows) // setup.batch_size)
     for number, newton_steps in enumerate(SETTLING_STEPS):
         order = np.random.default_rng((setup.settings.seed, 9, number)).permutation(setup.training_rows)
         map_pass(
@@ -43,7 +42,7 @@ def settle_shape(setup: Setup, state: State) -> None:
             state.canonical,
             setup.operator,
             order,
-            newton_steps / num_batches,
+            newton_steps / setup.schedule.num_batches,
             lambda rows: flow(state.latents[setup.rows_on_device(rows)]),
         )
 
