@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+from driver import Driver
+
 from flexlib.runtime import tune_process
 
 
@@ -31,3 +34,12 @@ def pytest_ignore_collect(collection_path, config):
     if "gpu" in collection_path.parts and not config.getoption("--gpu"):
         return True
     return None
+
+
+@pytest.fixture(scope="session")
+def driver(request):
+    """An environment with Snakemake and a flexlib that must not be imported; kept in pytest's cache."""
+    driver = Driver.made_in(Path(request.config.cache.mkdir("driver")))
+    driver.poison()
+    yield driver
+    driver.cure()

@@ -10,6 +10,7 @@ import mrcfile
 import numpy as np
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from flexlib.errors import InputError
 from flexlib.imaging.maps import write_map
@@ -260,13 +261,40 @@ def test_what_simulate_makes_is_not_missed(tmp_path, monkeypatch):
         check_paths(check("{particles: demo/p.star, consensus: demo/c.mrc, simulate: {}, mask: other/m.mrc}"))
 
 
-def test_conda_environment_agrees_with_pyproject():
+# by environment: what it has in place of pyproject's torch
+TORCH = {
+    "cpu": {"pytorch-cpu ==2.13.0"},
+    "cuda": {"pytorch-gpu ==2.13.0", "triton ==3.7.1", "cuda-version >=12.6,<13"},
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_conda_environment_agrees_with_pyproject(name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    conda_names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
-    wanted = {f"python {project['requires-python']}"}
+    wanted = {f"python {project['requires-python']}", "pip", "setuptools >=77"} | TORCH[name]
     for requirement in project["dependencies"]:
-        name, version = re.fullmatch(r"([A-Za-z0-9-]+)(.*)", requirement).groups()
-        wanted.add(f"{conda_names.get(name, name)} {version}")
-    environment = yaml.safe_load((ROOT / "envs/flexlib.yaml").read_text())
+        package, version = re.fullmatch(r"([A-Za-z0-9-]+)(.*)", requirement).groups()
+        wanted.add(f"{package.replace('matplotlib', 'matplotlib-base')} {version}")
+    wanted.remove("torch ==2.13.0")
+    environment = yaml.safe_load((ROOT / f"envs/{name}.yaml").read_text())
     assert set(environment["dependencies"]) == wanted
     assert environment["channels"] == ["conda-forge", "nodefaults"]
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_pins_are_of_the_environments_packages_and_in_their_ranges(name):
+    lines = (ROOT / f"envs/{name}.linux-64.pin.txt").read_text().splitlines()
+    pinned = dict(re.fullmatch(r"conda-forge::([\w-]+)(.*)", line).groups() for line in lines if line[0] != "#")
+    environment = yaml.safe_load((ROOT / f"envs/{name}.yaml").read_text())
+    wanted = dict(text.partition(" ")[::2] for text in environment["dependencies"])
+    assert pinned.keys() == wanted.keys()
+    for package, version in pinned.items():
+        if package not in ("pip", "setuptools"):  # which install flexlib, in any version
+            assert SpecifierSet(wanted[package]).contains(version.removeprefix("="))
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_environments_install_flexlib_itself(name):
+    script = (ROOT / f"envs/{name}.post-deploy.sh").read_text()
+    assert script == (ROOT / "envs/cpu.post-deploy.sh").read_text()
+    assert all((ROOT / item).exists() for item in re.search(r"\{(.*)\}", script)[1].split(","))

@@ -14,8 +14,10 @@ import pytest
 import yaml
 from json_records import prepared_record
 from run_snakemake import ROOT, snakemake, start_snakemake
+from snakemake_executor_plugin_slurm.partitions import read_partition_file
 
 from flexlib.imaging.maps import write_map
+from flexlib.workflow_support.gpus import gpus_of
 
 CONFIG = {"name": "tiny", "particles": "data/p.star", "consensus": "data/c.mrc", "prepare": {"train_box": 32}}
 DONE = "{train: {rigidity: 2.0}, reconstruct: {points: all}}"  # of a finished run
@@ -226,15 +228,18 @@ def test_bad_particles_end_the_job_in_one_line(tmp_path):
 def test_slurm_profile_is_found_and_understood(dry_run):
     (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
     assert dry_run("{}", "--profile", "slurm") == jobs(reconstruct=1)
-    profile = yaml.safe_load((ROOT / "slurm/config.yaml").read_text())
-    default = yaml.safe_load((ROOT / "profiles/default/config.yaml").read_text())
+    profile = yaml.safe_load((ROOT / "slurm/profile.yaml").read_text())
+    default = yaml.safe_load((ROOT / "profiles/default/profile.yaml").read_text())
     assert profile["executor"] == "slurm"
     assert profile["retries"] >= 1
     assert profile["set-resources"]["train"]["gpu"] == profile["set-resources"]["reconstruct"]["gpu"] == 1
     assert "--signal=TERM@120" in profile["set-resources"]["train"]["slurm_extra"]
     assert not [key for key in set(profile) & set(default) if profile[key] != default[key]]  # the default would win
     assert profile["rerun-incomplete"] is default["rerun-incomplete"] is True
-    assert [path.name for path in (ROOT / "slurm").iterdir()] == ["config.yaml"]  # names beside it would be paths
+    names = {path.name for path in (ROOT / "slurm").iterdir()}
+    assert names == {"profile.yaml", "config.yaml"}  # of any other beside them, a value of that name becomes its path
+    for folder in ("slurm", "profiles/default"):
+        assert (ROOT / folder / "config.yaml").readlink() == Path("profile.yaml")  # its name before Snakemake 9.19
 
 
 HEAVY = ("numpy", "scipy", "pandas", "torch", "numba", "mrcfile", "h5py", "matplotlib", "skimage", "plotly", "PIL")
@@ -383,3 +388,43 @@ def test_500_points_are_planned_and_submitted_in_groups(dry_run):
         "generate": {"frames": 2},
     }
     assert dry_run(yaml.safe_dump(sweep), "--profile", "slurm") == jobs(mesh=5, train=500, generate=500, choose=1)
+
+
+def test_slurm_plugin_understands_the_example_of_partitions():
+    partitions = {item.name: item.limits for item in read_partition_file(ROOT / "config/slurm-partitions.yaml")}
+    assert partitions["gpu"].max_gpu == 4
+    assert partitions["short"].max_runtime == 240  # minutes
+    assert partitions["long"].max_gpu == 0
+    profile = yaml.safe_load((ROOT / "slurm/profile.yaml").read_text())
+    assert all(partitions["gpu"].max_cpus_per_task >= threads for threads in profile["set-threads"].values())
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus"),
+    [
+        ({}, None),
+        ({"gpu": "2"}, 2),
+        ({"gpu": 0}, 0),
+        ({"gpu": 1, "gpu_model": "a100"}, 1),
+        ({"gres": "gpu"}, 1),
+        ({"gres": "gpu:v100"}, 1),
+        ({"gres": "lscratch:10,gpu:h100:4"}, 4),
+        ({"gres": "lscratch:5"}, None),
+    ],
+)
+def test_gpus_are_asked_for_as_the_plugin_has_it(resources, gpus):
+    assert gpus_of(resources) == gpus
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu"), [([], "1"), (["train:gpu=3"], "3"), (["train:gres='gpu:a100:2'"], None), (["train:gpu=0"], "0")]
+)
+def test_device_cuda_asks_for_gpus_where_the_profile_does_not(dry_run, given, gpu):
+    (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
+    (dry_run.folder / "Snakefile").write_text(
+        f'include: "{ROOT}/Snakefile"\nprint("asked for:", rules.train.rule.resources["gpu"].raw, file=sys.stderr)\n'
+    )
+    (dry_run.folder / "my.yaml").write_text(yaml.safe_dump({**CONFIG, "device": "cuda"}))
+    arguments = ("--configfile", "my.yaml", "--dry-run", "--profile", "slurm", "--set-resources", "mesh:runtime=9")
+    result = snakemake(dry_run.folder, *arguments, *given, snakefile=dry_run.folder / "Snakefile")
+    assert f"asked for: {gpu}" in result.stderr, result.stderr

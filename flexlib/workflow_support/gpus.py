@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,27 @@ def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any], proces
             "set-resources, or set device: auto"
         )
     return None
+
+
+def gpus_of(resources: Mapping[str, Any]) -> int | str | None:
+    """How many GPUs a rule's resources ask a scheduler for; None where they do not speak of GPUs.
+
+    Parameters
+    ----------
+    resources
+        As Snakemake's SLURM plugin understands them: gpu, gpu_model, or gres (such as gpu:a100:2).
+    """
+    if gres := re.search(r"\bgpu(?::[A-Za-z]\w*)?(?::(\d+))?(?![\w:])", str(resources.get("gres", ""))):
+        return int(gres[1] or 1)
+    gpus = str(resources["gpu"]) if "gpu" in resources else None
+    return int(gpus) if gpus is not None and gpus.isdecimal() else gpus
+
+
+def uses_gpu(device: str, local: bool, asked_for: Mapping[str, Any]) -> bool:
+    """Whether jobs may come to use a GPU; arguments as for ``gpu_complaint``."""
+    if device == "auto":
+        return count_gpus() > 0 if local else any(str(gpus) != "0" for gpus in asked_for.values())
+    return device == "cuda"
 
 
 def count_gpus() -> int:

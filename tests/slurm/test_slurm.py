@@ -3,7 +3,8 @@ limit go on from their checkpoints, and everything ends as if nothing had happen
 
 Each of three trainings meets a misfortune of its own after its first checkpoint; meanwhile the same run undisturbed
 without SLURM. Trainings are stopped (SIGSTOP) the moment they have a checkpoint: what follows happens to each in the
-middle of its work, however fast the machine is.
+middle of its work, however fast the machine is. Snakemake has an environment with nothing of ours, the jobs have one
+made by the stand-in for conda (``tests/driver.py``).
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ import mrcfile
 import numpy as np
 import pytest
 import starfile
-import yaml
+from driver import IN_CONDA, clone, write_config
 
-ROOT = Path(__file__).parents[2]
 CONFIG = {
     "name": "tiny",
     "particles": "sim/particles.star",
@@ -42,33 +42,24 @@ POINTS = {
     "out of time": "cells~6/dims~2/rigidity~2.0/seed~0",
 }
 # no accounting database here: finished jobs are asked of squeue, which remembers them
-WITHOUT_SACCT = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "5"]
+THROUGH_SLURM = ["--configfile", "my.yaml", "--profile", "slurm", *IN_CONDA, "--slurm-status-command", "squeue"]
+THROUGH_SLURM += ["--slurm-init-seconds-before-status-checks", "5"]
 PATIENCE_S = 300
 
 
-def start_snakemake(folder: Path, log: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Snakemake in a clone, in a process group of its own."""
+def start_snakemake(folder: Path, log: Path, *arguments: str) -> subprocess.Popen:
+    """Snakemake of the tests' environment in a clone, in a process group of its own; without SLURM."""
     command = [sys.executable, "-m", "snakemake", "--configfile", "my.yaml", *arguments]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with log.open("w") as output:
         return subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, "PATH": path, **environment},
+            env={**os.environ, "PATH": path},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-
-def clone(folder: Path) -> Path:
-    """The workflow as a user has it, and the config."""
-    for name in ("Snakefile", "workflow", "profiles", "flexlib", "slurm", "envs"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        folder.mkdir(exist_ok=True)
-        copy(ROOT / name, folder / name)
-    (folder / "my.yaml").write_text(yaml.safe_dump(CONFIG))
-    return folder
 
 
 def output_of(*command: str) -> str:
@@ -118,15 +109,18 @@ def end_processes_in(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(driver, tmp_path_factory):
     """Folders of the run through SLURM and the undisturbed one, both finished; misfortunes' jobs; SLURM run's log."""
     folder = tmp_path_factory.mktemp("slurm")
     disturbed, undisturbed = clone(folder / "disturbed"), clone(folder / "undisturbed")
+    for name in (disturbed, undisturbed):
+        write_config(name, **CONFIG)
+    faulty = str(Path(__file__).parent / "faults")
+    driver.run(disturbed, "--configfile", "my.yaml", *IN_CONDA, "--conda-create-envs-only")
     orders = folder / "eat"
     orders.mkdir()
     logs = {name: folder / f"{name}.log" for name in ("disturbed", "undisturbed")}
-    faults = {"PYTHONPATH": str(Path(__file__).parent / "faults"), "EAT_MEMORY": str(orders)}
-    run = start_snakemake(disturbed, logs["disturbed"], "--profile", "slurm", *WITHOUT_SACCT, **faults)
+    run = driver.start(disturbed, logs["disturbed"], *THROUGH_SLURM, PYTHONPATH_IN_CONDA=faulty, EAT_MEMORY=str(orders))
     other = None
     try:
         jobs, pids = {}, {}
@@ -217,9 +211,7 @@ def test_small_jobs_were_grouped(runs):
         assert (runs[0] / "generate" / point / "series.csv").exists()
 
 
-@pytest.mark.parametrize("fate", POINTS)
-def test_training_ends_as_undisturbed(runs, fate):
-    disturbed, undisturbed = (results / "train" / POINTS[fate] for results in runs[:2])
+def assert_same_training(disturbed: Path, undisturbed: Path) -> None:
     tables = [
         starfile.read(folder / "latents.star", always_dict=True)["particles"] for folder in (disturbed, undisturbed)
     ]
@@ -227,6 +219,11 @@ def test_training_ends_as_undisturbed(runs, fate):
     np.testing.assert_allclose(tables[0][columns], tables[1][columns], atol=1e-3)
     maps = [mrcfile.read(folder / "canonical.mrc") for folder in (disturbed, undisturbed)]
     np.testing.assert_allclose(maps[0], maps[1], atol=1e-3 * np.abs(maps[1]).max())
+
+
+@pytest.mark.parametrize("fate", POINTS)
+def test_training_ends_as_undisturbed(runs, fate):
+    assert_same_training(*(results / "train" / POINTS[fate] for results in runs[:2]))
 
 
 def test_everything_ends_as_undisturbed(runs):
@@ -243,3 +240,43 @@ def test_everything_ends_as_undisturbed(runs):
     maps = [mrcfile.read(next(results.glob("reconstruct/**/flex_map.mrc"))) for results in runs[:2]]
     np.testing.assert_allclose(maps[0], maps[1], atol=1e-2 * np.abs(maps[1]).max())
     assert (runs[0] / "report.html").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def restarted(driver, runs, tmp_path_factory):
+    """Folder of a run of one point whose Snakemake was killed while it trained; log of the training's second job."""
+    folder = clone(tmp_path_factory.mktemp("restarted"))
+    point = POINTS["cancelled"]
+    write_config(folder, **{**CONFIG, "train": {**CONFIG["train"], "rigidity": 0.5}})
+    for prepared in ("sim", "results/tiny/particles", "results/tiny/mesh"):
+        shutil.copytree(runs[1].parents[1] / prepared, folder / prepared, copy_function=shutil.copy2)
+    first, second = folder / "first.log", folder / "second.log"
+    run = driver.start(folder, first, *THROUGH_SLURM)
+    checkpoint = folder / "results/tiny/train" / point / "checkpoints/checkpoint.pt"
+    wait_for("a checkpoint", checkpoint.exists, run, first)
+    (job,) = trainings(first, point)
+    pid = training_process(job)
+    os.kill(pid, signal.SIGSTOP)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    again = driver.start(folder, second, *THROUGH_SLURM)
+    try:
+
+        def waits() -> bool:
+            logs = (folder / ".snakemake/slurm_logs").rglob("*.log")
+            return any("this job still runs" in log.read_text() for log in logs)
+
+        wait_for("the second job to wait for the first", waits, again, second)
+        os.kill(pid, signal.SIGCONT)
+        assert again.wait(timeout=PATIENCE_S) == 0, second.read_text()[-8000:]
+    finally:
+        if again.poll() is None:
+            os.killpg(again.pid, signal.SIGINT)
+            again.wait(timeout=60)
+        end_processes_in(folder)
+    return folder / "results/tiny"
+
+
+def test_after_a_kill_on_the_login_node_the_same_command_goes_on(runs, restarted):
+    assert (restarted / "report.html").stat().st_size > 10_000
+    assert_same_training(restarted / "train" / POINTS["cancelled"], runs[1] / "train" / POINTS["cancelled"])

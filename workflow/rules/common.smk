@@ -1,7 +1,9 @@
 """The checked config, the sweep, and the functions that rules ask for their settings. No rules here."""
 
+import os
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from flexlib.errors import InputError
@@ -10,7 +12,7 @@ from flexlib.records import ChoiceRecord
 from flexlib.workflow_support import estimates
 from flexlib.workflow_support.checks import check_config, check_maps, check_paths, input_paths
 from flexlib.workflow_support.connections import check_mesh_keys
-from flexlib.workflow_support.gpus import gpu_complaint
+from flexlib.workflow_support.gpus import gpu_complaint, gpus_of, uses_gpu
 from flexlib.workflow_support.locks import remove_dead_locks
 from flexlib.workflow_support.points import select_points, sweep_points
 from flexlib.workflow_support.series import check_series, count_maps
@@ -42,8 +44,29 @@ BENCHMARKS = RUN.benchmarks
 
 GPU_RULES = ["train", "reconstruct"]
 PROCESSES = config["train"]["processes"]
-# asked for where the config insists on them; with device: auto the profile decides
-GPUS = PROCESSES if config["device"] == "cuda" else 0
+# what the profile's set-resources gives each of them
+GIVEN = {name: workflow.resource_settings.overwrite_resources.get(name, {}) for name in GPU_RULES}
+GPUS = {name: gpus_of({key: item.raw for key, item in given.items()}) for name, given in GIVEN.items()}
+# asked for where the config insists on them and the profile says nothing; with device: auto the profile decides
+MISSING_GPUS = {name: PROCESSES if config["device"] == "cuda" and GPUS[name] is None else None for name in GPU_RULES}
+ASKED_FOR = {name: MISSING_GPUS[name] or GPUS[name] or 0 for name in GPU_RULES}
+
+# which of envs/ the jobs run in, with --sdm conda. The jobs' own Snakemakes, perhaps on another machine, must come to
+# the same: they find the choice in the environment.
+DEVICE = os.environ.setdefault(
+    "FLEXLIB_ENVIRONMENT", "cuda" if uses_gpu(config["device"], workflow.local_exec, ASKED_FOR) else "cpu"
+)
+ENVIRONMENT = f"../../envs/{DEVICE}.yaml"
+# for what pin files do not name
+os.environ.setdefault("CONDA_CHANNELS", "conda-forge")
+if DEVICE == "cuda":
+    # on a login node too, which has no GPU, conda makes the environment for them
+    os.environ.setdefault("CONDA_OVERRIDE_CUDA", "12.9")
+
+
+envvars:
+    "FLEXLIB_ENVIRONMENT",
+
 
 # how Snakemake's own report names a sweep point
 POINT_LABELS = {"cells": "{cells}", "dims": "{dims}", "rigidity": "{rigidity}", "seed": "{seed}"}
@@ -160,11 +183,14 @@ def check_disk():
         sys.exit(f"ERROR {error}")
 
 
-def check_gpu():
-    """Refuse ``device: cuda``, or several processes, before any job where no job could have the GPUs for it."""
-    given = workflow.resource_settings.overwrite_resources
-    asked_for = {name: given[name]["gpu"].raw if "gpu" in given.get(name, {}) else GPUS for name in GPU_RULES}
-    if complaint := gpu_complaint(config["device"], workflow.local_exec, asked_for, PROCESSES):
+def check_machine():
+    """Refuse, before any job, GPUs that no job could have, and jobs in a Python that has not what they need."""
+    if not workflow.deployment_settings.deployment_method and find_spec("torch") is None:
+        sys.exit(
+            f"ERROR {sys.executable} has no torch, and jobs would run with it: add --sdm conda, which makes them an "
+            "environment of their own, or install flexlib here (pip install -e . in its folder)"
+        )
+    if complaint := gpu_complaint(config["device"], workflow.local_exec, ASKED_FOR, PROCESSES):
         sys.exit(f"ERROR {complaint}")
 
 

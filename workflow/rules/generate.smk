@@ -19,7 +19,7 @@ rule generate:
     benchmark:
         f"{BENCHMARKS}/generate/{POINT_PATTERN}.tsv"
     conda:
-        "../../envs/flexlib.yaml"
+        ENVIRONMENT
     threads: 2
     resources:
         mem_mb=memory("generate", volume=config["generate"]["volume"]),

@@ -18,7 +18,7 @@ rule mesh:
     benchmark:
         f"{BENCHMARKS}/mesh/{MESH_PATTERN}.tsv"
     conda:
-        "../../envs/flexlib.yaml"
+        ENVIRONMENT
     threads: 2
     resources:
         mem_mb=memory("mesh"),

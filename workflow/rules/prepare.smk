@@ -13,7 +13,7 @@ if config["simulate"] is not None:
         benchmark:
             f"{BENCHMARKS}/simulate.tsv"
         conda:
-            "../../envs/flexlib.yaml"
+            ENVIRONMENT
         threads: 8
         resources:
             mem_mb=memory("simulate"),
@@ -47,7 +47,7 @@ rule prepare:
     benchmark:
         f"{BENCHMARKS}/prepare.tsv"
     conda:
-        "../../envs/flexlib.yaml"
+        ENVIRONMENT
     threads: 8
     resources:
         mem_mb=memory("prepare"),

@@ -25,13 +25,13 @@ rule reconstruct:
     benchmark:
         f"{BENCHMARKS}/reconstruct/{POINT_PATTERN}.tsv"
     conda:
-        "../../envs/flexlib.yaml"
+        ENVIRONMENT
     threads: 8 * PROCESSES
     resources:
         mem_mb=memory("reconstruct", all_in_ram=config["reconstruct"]["all_in_ram"], processes=PROCESSES),
         runtime=runtime("reconstruct"),
         disk_mb=disk("reconstruct"),
-        gpu=GPUS,
+        gpu=MISSING_GPUS["reconstruct"],
     params:
         settings=reconstruct_settings,
     message:

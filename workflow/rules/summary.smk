@@ -15,14 +15,14 @@ checkpoint choose:
     benchmark:
         f"{BENCHMARKS}/choose.tsv"
     conda:
-        "../../envs/flexlib.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=memory("choose"),
         runtime=runtime("choose"),
         disk_mb=disk("choose"),
     params:
-        points=list(POINTS.values()),
+        points=[asdict(point) for point in POINTS.values()],
     message:
         "Choose the simplest sweep point within one standard error of the best"
     script:
@@ -41,14 +41,14 @@ rule summarise:
     benchmark:
         f"{BENCHMARKS}/summarise.tsv"
     conda:
-        "../../envs/flexlib.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=memory("summarise"),
         runtime=runtime("summarise"),
         disk_mb=disk("summarise"),
     params:
-        points=list(POINTS.values()),
+        points=[asdict(point) for point in POINTS.values()],
     message:
         "Write the table of the sweep"
     script:
@@ -69,7 +69,7 @@ rule report:
     benchmark:
         f"{BENCHMARKS}/report.tsv"
     conda:
-        "../../envs/flexlib.yaml"
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=memory("report"),

@@ -32,13 +32,13 @@ rule train:
     benchmark:
         f"{BENCHMARKS}/train/{POINT_PATTERN}.tsv"
     conda:
-        "../../envs/flexlib.yaml"
+        ENVIRONMENT
     threads: 8 * PROCESSES
     resources:
         mem_mb=memory("train", processes=PROCESSES),
         runtime=runtime("train"),
         disk_mb=disk("train"),
-        gpu=GPUS,
+        gpu=MISSING_GPUS["train"],
     params:
         settings=train_settings,
     message:

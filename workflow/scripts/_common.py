@@ -1,4 +1,4 @@
-"""What every script does besides calling its stage: threads, logging, and the user's mistakes in one line."""
+"""What every script does besides calling its stage: its packages, threads, logging, the user's mistakes in one line."""
 
 import logging
 import os
@@ -6,6 +6,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def _use_own_packages() -> None:
+    """Import flexlib from beside this very script, and all else from this interpreter's own packages.
+
+    Snakemake appends the search path of the interpreter that it runs in, which it needs itself. What that interpreter
+    has besides (another numpy, another flexlib) must not fill the gaps of this one.
+    """
+    snakemake_home = Path(sys.modules["snakemake"].__file__).parents[1]
+    if not snakemake_home.is_relative_to(sys.prefix):
+        del sys.path[sys.path.index(str(snakemake_home)) :]
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+_use_own_packages()
 
 from flexlib.errors import InputError
 from flexlib.workflow_support.estimates import check_free_space
@@ -27,6 +42,10 @@ def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
         stage(snakemake)
     except InputError as error:
         logging.getLogger(snakemake.rule).error("%s", error)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        complaint = "%s has no package %s: run Snakemake with --sdm conda, or install flexlib there (pip install -e .)"
+        logging.getLogger(snakemake.rule).error(complaint, sys.executable, error.name)
         sys.exit(1)
     except Exception:
         logging.getLogger(snakemake.rule).exception("failed")

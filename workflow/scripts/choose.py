@@ -4,9 +4,11 @@ from _common import run_stage
 
 
 def run(snakemake):
+    from flexlib.workflow_support.points import SweepPoint
     from flexlib.workflow_support.sweep import choose_from_files
 
-    choose_from_files(snakemake.params.points, snakemake.input.validation, snakemake.output.best)
+    points = [SweepPoint(**point) for point in snakemake.params.points]
+    choose_from_files(points, snakemake.input.validation, snakemake.output.best)
 
 
 run_stage(run, snakemake)

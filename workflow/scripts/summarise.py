@@ -5,11 +5,12 @@ from _common import folder, run_stage
 
 def run(snakemake):
     from flexlib.layout import RunFolder
+    from flexlib.workflow_support.points import SweepPoint
     from flexlib.workflow_support.sweep import summarise_sweep
 
     results = RunFolder(folder(snakemake.output.table))
     folders = {folder(path) for path in snakemake.input.resolutions}
-    points = snakemake.params.points
+    points = [SweepPoint(**point) for point in snakemake.params.points]
     reconstructed = [point for point in points if results.reconstruct(point.path).path in folders]
     summarise_sweep(points, results.path, reconstructed, snakemake.output.table)
 

@@ -1,0 +1,117 @@
+"""Snakemake as clusters have it: an environment of its own with nothing of ours, and jobs in another one.
+
+The driver's environment is made once, by pip, in pytest's cache; that of the jobs by Snakemake's ``--sdm conda`` with
+the stand-in for conda in ``tests/conda``, in the same place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from run_snakemake import ROOT
+
+POISON = "raise ImportError(\"this flexlib is of Snakemake's environment, not the workflow's\")\n"
+# takes seconds; two points, so that one must be chosen
+CONFIG = {
+    "name": "tiny",
+    "particles": "sim/particles.star",
+    "consensus": "sim/consensus.mrc",
+    "simulate": {"num_particles": 160, "box": 32, "pixel_size_A": 8.0, "snr": 1.0},
+    "prepare": {"train_box": 32},
+    "mesh": {"cells": 6},
+    "train": {"rigidity": [0.5, 2.0], "epochs": 3, "validation_fraction": 0.25},
+    "generate": {"frames": 3},
+    "reconstruct": {"max_bfgs_iterations": 4},
+}
+IN_CONDA = ("--sdm", "conda")
+
+
+@dataclass(frozen=True)
+class Driver:
+    """An environment that has Snakemake, its SLURM plugin, snakedeploy, and a flexlib that must not be imported."""
+
+    folder: Path
+
+    @classmethod
+    def made_in(cls, folder: Path) -> Driver:
+        """The environment in ``folder``, made if it is not there."""
+        driver = cls(folder)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            venv.create(folder, with_pip=True)
+            packages = ["snakemake>=9,<10", "snakemake-executor-plugin-slurm>=2.8", "snakedeploy"]
+            subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", *packages], check=True)
+            (folder / "made").touch()
+        return driver
+
+    @property
+    def packages(self) -> Path:
+        """Its site-packages."""
+        return next(self.folder.glob("lib/python*/site-packages"))
+
+    def poison(self) -> None:
+        """Give it a flexlib that cannot be imported."""
+        (self.packages / "flexlib").mkdir(exist_ok=True)
+        (self.packages / "flexlib/__init__.py").write_text(POISON)
+
+    def cure(self) -> None:
+        """Take its flexlib away."""
+        shutil.rmtree(self.packages / "flexlib", ignore_errors=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of a shell in which it is active and conda is at hand; none of the tests' own environment."""
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        path = [self.folder / "bin", ROOT / "tests/conda/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin"]
+        return kept | {"PATH": os.pathsep.join(map(str, path)), "SNAKEMAKE_CONDA_PREFIX": str(self.folder / "conda")}
+
+    def start(self, folder: Path, log: Path, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+        """Start Snakemake in ``folder``, in a process group of its own."""
+        with log.open("w") as file:
+            return subprocess.Popen(
+                ["snakemake", *arguments],
+                cwd=folder,
+                env=self.environment | variables,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def run(self, folder: Path, *arguments: str, **variables: str) -> str:
+        """Run Snakemake in ``folder`` to its end, which must be a good one; what it says."""
+        result = subprocess.run(
+            ["snakemake", *arguments],
+            cwd=folder,
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout[-8000:]
+        return result.stdout
+
+
+def clone(folder: Path) -> Path:
+    """A Git repository in ``folder`` with all that this one tracks or would, as it is now."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists() or (ROOT / name).is_symlink():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for arguments in (("init", "--quiet"), ("add", "--all"), (*who, "commit", "--quiet", "--message=x"), ("tag", "v1")):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    return folder
+
+
+def write_config(folder: Path, **more: object) -> Path:
+    """``CONFIG`` and more as ``my.yaml`` in a folder."""
+    (folder / "my.yaml").write_text(yaml.safe_dump({**CONFIG, **more}))
+    return folder / "my.yaml"
