@@ -170,11 +170,13 @@ rule everything:
     (folder / "my.yaml").write_text(yaml.safe_dump({"flex": CONFIG}))
 
 
-def test_as_a_module_to_the_report(driver, source, tmp_path):
+@pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
+def test_as_a_module(driver, source, tmp_path, snakefile):
     before = content(source)
-    write_module(tmp_path, repr(str(source / "workflow/Snakefile")))
-    driver.run(tmp_path, "--cores", "2", *IN_CONDA)
-    assert (tmp_path / RESULTS / "report.html").exists()
+    write_module(tmp_path, repr(str(source / snakefile)))
+    assert re.search(r"^flex_train +2$", driver.run(tmp_path, "--dry-run"), re.M)
+    driver.run(tmp_path, "--cores", "1", *IN_CONDA, "--", "sim/particles.star")
+    assert_simulated(tmp_path)
     assert content(source) == before
 
 

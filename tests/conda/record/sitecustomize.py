@@ -1,4 +1,4 @@
-"""Found through PYTHONPATH_IN_CONDA: what a job's Python has imported by its end, into the folder that RECORD_IMPORTS names."""
+"""What a job's Python has imported by its end, into the folder RECORD_IMPORTS; found through PYTHONPATH_IN_CONDA."""
 
 import atexit
 import json
