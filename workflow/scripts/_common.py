@@ -17,7 +17,7 @@ def _use_own_packages() -> None:
     snakemake_home = Path(sys.modules["snakemake"].__file__).parents[1]
     if not snakemake_home.is_relative_to(sys.prefix):
         del sys.path[sys.path.index(str(snakemake_home)) :]
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 _use_own_packages()
