@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from flexlib.first_config.picture import draw_mask
 from flexlib.first_config.survey import Request, Survey, survey
 from flexlib.prepare.inputs import InputFiles
 
+_DESCRIPTION = (
+    "Check particles and a map, and write a first config for them to standard output. Everything that the workflow's "
+    "first stage would refuse is refused here, in one line and before anything is written; what merely looks odd is "
+    "listed on standard error and at the top of the config."
+)
 _EXAMPLE = """examples:
   flex-init Refine3D/job042/run_data.star Refine3D/job042/run_class001.mrc > my.yaml
   flex-init J50/J50_005_particles.cs J50/J50_005_volume_map.mrc J50/J50_005_volume_mask_refine.mrc \\
@@ -57,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flex-init",
-        description="Check particles and a map, and write a first config for them to standard output. Everything that "
-        "the workflow's first stage would refuse is refused here, in one line and before anything is written; what "
-        "merely looks odd is listed on standard error and at the top of the config.",
+        description=textwrap.fill(_DESCRIPTION, 80),
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -14,6 +14,7 @@ _UNEVEN = 0.4  # share of the smaller half-set below which a line says so
 _GRID_DIRECTIONS = 3072  # of the grid of 3.7 degrees that a search starts with (HEALPix order 3)
 _MIN_COVERAGE, _MIN_VIEWS = 0.5, 500  # of fewer views chance alone makes an uneven sample
 _COVERAGE_SAMPLE, _COVERAGE_DIRECTIONS, _COVERAGE_BAND = 5000, 400, 0.1
+_DIGITS = np.array([1, 2048, 2048**2])  # that make one number of three from 0 to 2000
 _ZERO_SHARE = 0.01  # share of poses of exactly zero above which a line says so
 
 # Outside these, a value is most likely in another unit or column
@@ -66,7 +67,7 @@ def particle_facts(particles: Particles) -> ParticleFacts:
         pixel_size_A=_range([group.pixel_size_A for group in used]),
         box=(min(group.box for group in used), max(group.box for group in used)),
         num_optics_groups=len(used),
-        num_directions=len(np.unique((directions * 1e3).round().astype(np.int32), axis=0)),
+        num_directions=len(pd.unique(((directions * 1e3).round().astype(np.int64) + 1000) @ _DIGITS)),
         num_zero_poses=int((np.abs(particles.rotation - np.eye(3)).max((1, 2)) < 1e-9).sum()),
         no_shifts=not particles.origin_A.any(),
         coverage=view_coverage(directions),

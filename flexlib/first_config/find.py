@@ -13,6 +13,7 @@ from flexlib.particles.star_text import StarText, read_star_text
 from flexlib.particles.table import Particles, find_image_file
 
 _HALVES = (("half1", "half2"), ("half_A", "half_B"))  # in the names of RELION's half-maps, and of CryoSPARC's
+_LIKE = 3  # letters that the names of a map and its half-maps begin with alike, at least
 _MAX_FOLDERS = 500  # that are searched for the images
 _MAX_BYTES = 2**20  # of a job's file that is read: those that state the symmetry are small
 _GROUP = r"([Cc][1-9]\d*|[Dd][1-9]\d*|[Tt]|[Oo]|[Ii][1-4]?)"
@@ -79,7 +80,7 @@ def find_half_maps(consensus: Path) -> tuple[Path, Path] | None:
         return [*same, False].index(False), "unfil" in pair[0].name
 
     best = max(pairs, key=likeness, default=None)
-    return best if best is not None and likeness(best)[0] > 0 else None
+    return best if best is not None and likeness(best)[0] >= _LIKE else None
 
 
 def find_symmetry(folders: Iterable[Path]) -> tuple[str, Path] | None:

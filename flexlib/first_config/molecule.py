@@ -39,7 +39,13 @@ class Molecule:
     dark: bool  # whether the map's strongest density is negative
 
 
-def look_at_mask(density: np.ndarray, pixel_size_A: float, mask: np.ndarray | None, settings: MaskSettings) -> Molecule:
+def look_at_mask(
+    density: np.ndarray,
+    pixel_size_A: float,
+    mask: np.ndarray | None,
+    settings: MaskSettings,
+    automatic: np.ndarray | None = None,
+) -> Molecule:
     """The mask that a preparation uses or should use, and the molecule in it.
 
     Without a mask of the user's the level is ``auto``, unless the mask then fills half of the ball in the box or
@@ -55,6 +61,8 @@ def look_at_mask(density: np.ndarray, pixel_size_A: float, mask: np.ndarray | No
         (N, N, N) the user's mask on the same grid, or None.
     settings
         How a mask is made; its ``threshold`` is not used.
+    automatic
+        (N, N, N) the mask of level ``auto``, where it is there already.
 
     Raises
     ------
@@ -64,7 +72,7 @@ def look_at_mask(density: np.ndarray, pixel_size_A: float, mask: np.ndarray | No
     filtered, auto_level = mask_level(density, pixel_size_A, settings.lowpass_A)
     threshold: float | Literal["auto"] | None = None
     if mask is None:
-        threshold, mask = _propose_threshold(density, pixel_size_A, settings)
+        threshold, mask = _propose_threshold(density, pixel_size_A, settings, automatic)
     level = float(threshold) if isinstance(threshold, float) else auto_level
     inside = mask >= _INSIDE
     above = np.maximum(filtered - auto_level, 0.0) * _ball(len(mask))
@@ -84,14 +92,15 @@ def look_at_mask(density: np.ndarray, pixel_size_A: float, mask: np.ndarray | No
 
 
 def _propose_threshold(
-    density: np.ndarray, pixel_size_A: float, settings: MaskSettings
+    density: np.ndarray, pixel_size_A: float, settings: MaskSettings, automatic: np.ndarray | None
 ) -> tuple[float | Literal["auto"], np.ndarray]:
     """The level to write and the (N, N, N) mask that it makes."""
 
     def made(threshold: float | Literal["auto"]) -> np.ndarray:
         return make_mask(density, pixel_size_A, settings.lowpass_A, threshold, settings.dilate_A, settings.pad_A)
 
-    automatic = made("auto")
+    if automatic is None:
+        automatic = made("auto")
     if _is_good(automatic):
         return "auto", automatic
     filtered, _ = mask_level(density, pixel_size_A, settings.lowpass_A, 0.0)

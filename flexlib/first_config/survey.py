@@ -73,8 +73,8 @@ def survey(request: Request) -> Survey:
         files = _with_image_root(request.files)
         inputs = check_inputs(files, PrepareSettings(), MaskSettings())
         check_maps({"consensus": files.consensus, "mask": files.mask})
-        own_mask = None if files.mask is None else inputs.soft_mask
-        molecule = look_at_mask(inputs.density, inputs.pixel_size_A, own_mask, MaskSettings())
+        users, made = (None, inputs.soft_mask) if files.mask is None else (inputs.soft_mask, None)
+        molecule = look_at_mask(inputs.density, inputs.pixel_size_A, users, MaskSettings(), made)
         inputs = replace(inputs, soft_mask=molecule.mask)
         if request.compare_images:
             calibrate(inputs)
