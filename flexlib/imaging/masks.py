@@ -82,6 +82,23 @@ def auto_threshold(volume: np.ndarray) -> float:
     return max(level + _NOISE_SIGMAS * sigma, level + _MIN_PEAK_FRACTION * (peak - level))
 
 
+def mask_level(
+    volume: np.ndarray, pixel_size_A: float, lowpass_A: float = 10.0, threshold: float | Literal["auto"] = "auto"
+) -> tuple[np.ndarray, float]:
+    """The map as it is cut for a mask, and the level at which it is: see ``make_mask``.
+
+    Returns
+    -------
+    filtered
+        (N, N, N) the low-passed map.
+    level
+        Its density level; what "auto" stands for, or the number given.
+    """
+    blur = _AUTO_BLUR if threshold == "auto" else 1.0
+    filtered = lowpass_map(volume, pixel_size_A, blur * lowpass_A)
+    return filtered, auto_threshold(filtered) if threshold == "auto" else float(threshold)
+
+
 def make_mask(
     volume: np.ndarray,
     pixel_size_A: float,
@@ -116,9 +133,7 @@ def make_mask(
     InputError
         Nothing lies above the threshold.
     """
-    blur = _AUTO_BLUR if threshold == "auto" else 1.0
-    filtered = lowpass_map(volume, pixel_size_A, blur * lowpass_A)
-    level = auto_threshold(filtered) if threshold == "auto" else float(threshold)
+    filtered, level = mask_level(volume, pixel_size_A, lowpass_A, threshold)
     core = (filtered > level) & _sphere(volume.shape[0])
     if not core.any():
         raise InputError(f"mask: no voxel of the map lies above the threshold {level:g} (maximum {filtered.max():g})")

@@ -9,45 +9,23 @@ exact.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flexlib.images.noise import write_noise
 from flexlib.images.sources import FullImages, resampled_optics
-from flexlib.images.stack import open_stacks
 from flexlib.imaging.fsc import frequencies_1_per_A
-from flexlib.imaging.maps import Map, read_map
-from flexlib.imaging.symmetry import symmetry_rotations
+from flexlib.imaging.maps import Map
 from flexlib.layout import ParticlesFolder
-from flexlib.particles.read import read_particles
-from flexlib.prepare.grid import choose_boxes, common_grid, log_groups, match_grid
-from flexlib.prepare.mask import consensus_mask, read_mask
-from flexlib.prepare.noise import invert_dark_contrast, measure_noise
-from flexlib.prepare.selection import select_particles
-from flexlib.prepare.symmetry import check_symmetry
+from flexlib.prepare.grid import log_groups
+from flexlib.prepare.inputs import InputFiles, calibrate, check_inputs
 from flexlib.prepare.writing import write_maps, write_particles, write_training_stack
 from flexlib.records import OpticsRecord, PreparedRecord
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The user's files."""
-
-    particles: Path
-    consensus: Path
-    mask: Path | None
-    passthrough: Path | None
-    image_root: Path | None
-
-    def absolute(self) -> dict[str, Any]:
-        """Absolute paths by name, as prepared.json records them."""
-        return {name: None if path is None else str(path.absolute()) for name, path in vars(self).items()}
 
 
 def prepare_particles(
@@ -86,53 +64,42 @@ def prepare_particles(
         Before any long work, where anything in the input is missing or contradicts the rest.
     """
     paths = (None if path is None else Path(path) for path in (mask, passthrough, image_root))
-    inputs = _Inputs(Path(particles), Path(consensus), *paths)
-    _prepare(inputs, ParticlesFolder(Path(out_dir)), settings or PrepareSettings(), mask_settings or MaskSettings())
+    files = InputFiles(Path(particles), Path(consensus), *paths)
+    _prepare(files, ParticlesFolder(Path(out_dir)), settings or PrepareSettings(), mask_settings or MaskSettings())
 
 
-def _prepare(inputs: _Inputs, folder: ParticlesFolder, settings: PrepareSettings, mask_settings: MaskSettings) -> None:
+def _prepare(
+    files: InputFiles, folder: ParticlesFolder, settings: PrepareSettings, mask_settings: MaskSettings
+) -> None:
     """See ``prepare_particles``."""
-    rotations = symmetry_rotations(settings.symmetry)
-    stacks, everything = open_stacks(read_particles(inputs.particles, inputs.passthrough, inputs.image_root))
-    full_box, pixel_size_A = common_grid(everything)
-    crop_box, train_box = choose_boxes(settings, full_box)
-    volume = read_map(inputs.consensus)
-    density = match_grid(volume, full_box, pixel_size_A, str(inputs.consensus))
-    check_symmetry(density, rotations, settings.symmetry, str(inputs.consensus))
-    soft_mask = (
-        consensus_mask(density, pixel_size_A, mask_settings)
-        if inputs.mask is None
-        else read_mask(inputs.mask, full_box, pixel_size_A)
-    )
-    kept, half_sets = select_particles(everything, settings)
-    log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), full_box, pixel_size_A)
-    log_groups(kept, full_box, pixel_size_A)
+    inputs = check_inputs(files, settings, mask_settings)
+    full_box, pixel_size_A = inputs.full_box, inputs.pixel_size_A
+    crop_box, train_box = inputs.crop_box, inputs.train_box
+    log_groups(inputs.kept, full_box, pixel_size_A)
 
-    measured = measure_noise(kept, stacks, full_box, pixel_size_A, density * soft_mask, soft_mask > 0)
-    kept, image_scale = invert_dark_contrast(kept, measured.image_scale)
-    measured = replace(measured, image_scale=image_scale)
-    full = FullImages(stacks, kept, box=crop_box, pixel_size_A=pixel_size_A, calibration=measured)
+    kept, measured = calibrate(inputs)
+    full = FullImages(inputs.stacks, kept, box=crop_box, pixel_size_A=pixel_size_A, calibration=measured)
     write_training_stack(full, folder.images, train_box)
     write_noise(folder.noise, measured.sigma, frequencies_1_per_A(full_box, pixel_size_A))
-    write_maps(folder, Map(density, pixel_size_A), soft_mask, volume, crop_box, train_box)
-    write_particles(folder, kept, resampled_optics(kept.optics, full.sides_px, train_box), rotations)
-    copies = len(rotations)
+    write_maps(folder, Map(inputs.density, pixel_size_A), inputs.soft_mask, inputs.volume, crop_box, train_box)
+    write_particles(folder, kept, resampled_optics(kept.optics, full.sides_px, train_box), inputs.rotations)
+    copies = len(inputs.rotations)
     if copies > 1:
         log.info("symmetry %s: %d rows, %d of each particle", settings.symmetry, len(kept) * copies, copies)
     record = PreparedRecord(
-        **inputs.absolute(),
-        num_input=len(everything),
+        **files.absolute(),
+        num_input=len(inputs.everything),
         num_particles=len(kept),
         symmetry=settings.symmetry.upper(),
         symmetry_copies=copies,
         num_rows=len(kept) * copies,
-        half_sets=half_sets,
+        half_sets=inputs.half_sets,
         full_box=full_box,
         full_pixel_size_A=pixel_size_A,
         crop_box=crop_box,
         train_box=train_box,
         train_pixel_size_A=pixel_size_A * crop_box / train_box,
-        optics_groups=_optics_records(full, image_scale),
+        optics_groups=_optics_records(full, measured.image_scale),
         settings=asdict(settings),
         mask_settings={item.name: getattr(mask_settings, item.name) for item in fields(MaskSettings)},
     )

@@ -1,0 +1,126 @@
+"""The user's files, read and checked against each other before any long work."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexlib.images.noise import Calibration
+from flexlib.images.stack import Stacks, open_stacks
+from flexlib.imaging.maps import Map, read_map
+from flexlib.imaging.symmetry import symmetry_rotations
+from flexlib.particles.read import read_particles
+from flexlib.particles.table import Particles
+from flexlib.prepare.grid import choose_boxes, common_grid, match_grid
+from flexlib.prepare.mask import consensus_mask, read_mask
+from flexlib.prepare.noise import invert_dark_contrast, measure_noise
+from flexlib.prepare.selection import select_particles
+from flexlib.prepare.symmetry import check_symmetry
+from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """The user's files."""
+
+    particles: Path
+    consensus: Path
+    mask: Path | None = None
+    passthrough: Path | None = None
+    image_root: Path | None = None
+
+    def absolute(self) -> dict[str, Any]:
+        """Absolute paths by name, as prepared.json records them."""
+        return {name: None if path is None else str(path.absolute()) for name, path in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class CheckedInputs:
+    """What the user's files hold, found to belong together."""
+
+    everything: Particles  # all of the input, boxes filled in
+    kept: Particles  # those selected, all with a half-set
+    half_sets: str  # where half-sets came from: "input" or "random"
+    stacks: Stacks
+    volume: Map  # the consensus as its file has it
+    density: np.ndarray  # (full_box,) * 3, the consensus on the images' common grid
+    soft_mask: np.ndarray  # (full_box,) * 3 in [0, 1]
+    rotations: np.ndarray  # (m, 3, 3) of the symmetry group, the identity first
+    full_box: int
+    pixel_size_A: float
+    crop_box: int
+    train_box: int
+
+
+def check_inputs(files: InputFiles, settings: PrepareSettings, mask_settings: MaskSettings) -> CheckedInputs:
+    """Read the metadata, the headers of all image stacks and the maps; no image is read.
+
+    Parameters
+    ----------
+    files
+        The user's.
+    settings, mask_settings
+        Boxes, selection and symmetry; how a mask is made where none is given.
+
+    Raises
+    ------
+    InputError
+        Anything in the input is missing or contradicts the rest.
+    """
+    rotations = symmetry_rotations(settings.symmetry)
+    stacks, everything = open_stacks(read_particles(files.particles, files.passthrough, files.image_root))
+    full_box, pixel_size_A = common_grid(everything)
+    crop_box, train_box = choose_boxes(settings, full_box)
+    volume = read_map(files.consensus)
+    density = match_grid(volume, full_box, pixel_size_A, str(files.consensus))
+    check_symmetry(density, rotations, settings.symmetry, str(files.consensus))
+    soft_mask = (
+        consensus_mask(density, pixel_size_A, mask_settings)
+        if files.mask is None
+        else read_mask(files.mask, full_box, pixel_size_A)
+    )
+    kept, half_sets = select_particles(everything, settings)
+    log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), full_box, pixel_size_A)
+    return CheckedInputs(
+        everything=everything,
+        kept=kept,
+        half_sets=half_sets,
+        stacks=stacks,
+        volume=volume,
+        density=density,
+        soft_mask=soft_mask,
+        rotations=rotations,
+        full_box=full_box,
+        pixel_size_A=pixel_size_A,
+        crop_box=crop_box,
+        train_box=train_box,
+    )
+
+
+def calibrate(inputs: CheckedInputs) -> tuple[Particles, Calibration]:
+    """Compare a sample of the images with the consensus: noise and scale of each optics group.
+
+    Returns
+    -------
+    kept
+        The particles, the contrast of dark optics groups turned.
+    calibration
+        Its ``image_scale`` all positive.
+
+    Raises
+    ------
+    InputError
+        The images show no trace of the consensus, or hold values that are not finite.
+    """
+    soft_mask = inputs.soft_mask
+    measured = measure_noise(
+        inputs.kept, inputs.stacks, inputs.full_box, inputs.pixel_size_A, inputs.density * soft_mask, soft_mask > 0
+    )
+    kept, image_scale = invert_dark_contrast(inputs.kept, measured.image_scale)
+    return kept, replace(measured, image_scale=image_scale)
