@@ -1,5 +1,7 @@
 """The checked config, the sweep, and the functions that rules ask for their settings. No rules here."""
 
+import os
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -59,6 +61,15 @@ wildcard_constraints:
 def user_files(section):
     """The files that one section of the config names."""
     return [str(path) for key, path in input_paths(config) if key.startswith(f"{section}.") and path.is_file()]
+
+
+def input_files():
+    """The files, or folders of files, that the config asks to be read, by their keys."""
+    found = {}
+    for key, path in input_paths(config):
+        if key != "image_root":
+            found.setdefault(key, []).append(str(path))
+    return found
 
 
 def given(*keys):
@@ -169,6 +180,7 @@ def check_gpu():
 
 
 if workflow.is_main_process:
+    os.environ["FLEXLIB_COMMAND"] = shlex.join(sys.argv)  # for provenance: a job's own command line is another
     check_disk()
     simulated = [config["particles"]] if config["simulate"] is not None else []
     remove_dead_locks(config["name"], [f"{RUN.path}/", *simulated])
