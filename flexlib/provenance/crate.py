@@ -66,8 +66,10 @@ def data_entity(root: Path, path: Path, what: str) -> Entity:
 def property_value(identifier: str, name: str, value: Any) -> Entity:
     """A named value; what JSON-LD would drop or take apart (null, lists of lists, dicts) becomes JSON text."""
     items = value if isinstance(value, list) else [value]
-    plain = bool(items) and all(isinstance(item, (bool, int, float, str)) for item in items)
-    value = value if plain else json.dumps(value)
+    if not items or not all(isinstance(item, (bool, int, float, str)) for item in items):
+        value = json.dumps(value)
+    elif len(items) == 1:
+        value = items[0]
     return {"@id": f"#{quote(identifier)}", "@type": "PropertyValue", "name": name, "value": value}
 
 

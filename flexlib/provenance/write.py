@@ -99,7 +99,11 @@ def _input_entity(number: int, file: InputFile) -> Entity:
 def _software() -> list[Entity]:
     """Flexlib, with the commit of its code, and what it needs; flexlib first."""
     needed = [
-        {"@id": f"https://pypi.org/project/{name}/{version}/", "name": name, "softwareVersion": version}
+        {
+            "@id": f"https://pypi.org/project/{name}/{version.partition('+')[0]}/",
+            "name": name,
+            "softwareVersion": version,
+        }
         for name, version in package_versions().items()
     ]
     python = {"@id": "https://www.python.org/", "name": "Python", "softwareVersion": platform.python_version()}
