@@ -21,8 +21,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "triton", "numpy", "scipy", "numba", "pandas", "mrcfile", "h5py", "meshio", "pyamg")
-PACKAGES += ("scikit-image", "plotly", "snakemake")  # whose versions are reported
+PACKAGES = (  # whose versions are reported
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "numba",
+    "pandas",
+    "mrcfile",
+    "h5py",
+    "meshio",
+    "pyamg",
+    "scikit-image",
+    "plotly",
+    "snakemake",
+)
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # glibc, malloc.h
 

@@ -180,7 +180,7 @@ def check_gpu():
 
 
 if workflow.is_main_process:
-    os.environ["FLEXLIB_COMMAND"] = shlex.join(sys.argv)  # for provenance: a job's own command line is another
+    os.environ.update(FLEXLIB_COMMAND=shlex.join(sys.argv))  # for provenance: a job's own command line is another
     check_disk()
     simulated = [config["particles"]] if config["simulate"] is not None else []
     remove_dead_locks(config["name"], [f"{RUN.path}/", *simulated])
