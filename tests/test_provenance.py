@@ -240,6 +240,11 @@ def test_no_name_and_no_home_is_told(finished, monkeypatch, tmp_path):
         ("/opt/python/snakemake/__main__.py --cores 2", "snakemake --cores 2"),
         ("snakemake", "snakemake"),
         ("x/snakemake --directory {here}", "snakemake --directory ./"),
+        ("x/snakemake --directory {here}/ --cores 1", "snakemake --directory ./ --cores 1"),
+        (
+            "x/snakemake --config a=/nobody/lives/here,b=/nobody/lives/hereafter",
+            "snakemake --config a=~,b=/nobody/lives/hereafter",
+        ),
         ("x/snakemake --configfile {here}/my.yaml 'a b'", "snakemake --configfile ./my.yaml 'a b'"),
         ("x/snakemake --configfile {here}2/my.yaml", "snakemake --configfile {here}2/my.yaml"),
         ("x/snakemake --configfile '{here}/my run.yaml'", "snakemake --configfile './my run.yaml'"),
@@ -249,6 +254,17 @@ def test_command_without_names(tmp_path, monkeypatch, command, told):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/nobody/lives/here")
     assert public_command(command.format(here=tmp_path)) == told.format(here=tmp_path)
+
+
+def test_without_a_home_there_is_nothing_to_hide(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert public_command("snakemake --cores 2") == "snakemake --cores 2"
+    assert checksums.spell(Path("/data/a.mrcs"), []) == "/data/a.mrcs"
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    assert checksums.spell(Path("/data/a.mrcs"), []) == "/data/a.mrcs"
 
 
 def test_the_commit_of_a_checkout(tmp_path):

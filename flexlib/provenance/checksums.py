@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flexlib.errors import InputError
 from flexlib.particles import read_particles
+from flexlib.provenance.machine import home_folder
 from flexlib.records import ChecksumsRecord, InputFile
 
 logger = logging.getLogger(__name__)
@@ -125,5 +126,7 @@ def spell(path: Path, given: Sequence[str | Path | None]) -> str:
     for folder in folders:
         if path.is_relative_to(folder.absolute()):
             return (folder / path.relative_to(folder.absolute())).as_posix()
-    home = Path.home()
-    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else path.as_posix()
+    home = home_folder()
+    if home is not None and path.is_relative_to(home):
+        return f"~/{path.relative_to(home).as_posix()}"
+    return path.as_posix()

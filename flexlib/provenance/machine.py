@@ -47,6 +47,15 @@ def operating_system() -> str:
     return f"{name} ({kernel})" if name else kernel
 
 
+def home_folder() -> Path | None:
+    """The user's home; None where there is none, as in some containers, or where it is the whole disk."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home if home.name else None
+
+
 def public_command(command: str) -> str:
     """A command line that tells no names: paths below the working folder are relative, the home folder is ``~``.
 
@@ -56,11 +65,11 @@ def public_command(command: str) -> str:
     program, _, arguments = command.partition(" ")
     parts = program.strip("'").split("/")
     program = parts[-2] if parts[-1] == "__main__.py" and len(parts) > 1 else parts[-1]
-    here, home = Path.cwd().as_posix(), Path.home()
-    end = r"(?=[/\s'\"]|$)"
+    here, home = Path.cwd().as_posix(), home_folder()
+    end = r"(?![\w.-])"
     if here != "/":
-        arguments = re.sub(rf"{re.escape(here)}(?:/(?=[^\s'\"])|{end})", "./", arguments)
-    if home.name:
+        arguments = re.sub(f"{re.escape(here)}(?:/|{end})", "./", arguments)
+    if home is not None:
         arguments = re.sub(f"{re.escape(home.as_posix())}{end}", "~", arguments)
         arguments = re.sub(f"(?<=/){re.escape(home.name)}{end}", "USER", arguments)
     return f"{program} {arguments}".strip()
