@@ -277,6 +277,21 @@ class RunFolder(Folder):
         """One picture of the run, beside the report."""
         return self.path / "summary.png"
 
+    @property
+    def checksums(self) -> Path:
+        """``records.ChecksumsRecord``."""
+        return self.path / "checksums.json"
+
+    @property
+    def config(self) -> Path:
+        """The checked config, complete with defaults."""
+        return self.path / "config.yaml"
+
+    @property
+    def crate(self) -> Path:
+        """Versions, config, inputs, outputs and command of the run, as an RO-Crate; the name is the standard's."""
+        return self.path / "ro-crate-metadata.json"
+
 
 @dataclass(frozen=True)
 class SimulationFolder(Folder):

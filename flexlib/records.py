@@ -126,6 +126,7 @@ class ValidationRecord(Record):
     wall_s: float
     num_rows: int = 0  # particles times symmetry copies
     validation_rows: int = 0  # held out
+    device: str = ""  # that computed it, as ``runtime.describe_device`` says
 
     @property
     def gain(self) -> float:
@@ -158,6 +159,31 @@ class ChoiceRecord(Record):
 
 
 @dataclass(frozen=True)
+class InputFile:
+    """A file that a run reads."""
+
+    path: str  # as the config has it, or would
+    used_as: list[str]  # the keys of the config that name it; "images" for a stack that the particles name
+    size_bytes: int
+    modified_ns: int  # since 1970
+    sha256: str | None  # None where the config leaves it out
+
+
+@dataclass(frozen=True)
+class ChecksumsRecord(Record):
+    """``checksums.json``: what the user's input files were."""
+
+    stage: ClassVar[str] = "checksum"
+
+    files: list[InputFile]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """See ``Record``."""
+        return cls([InputFile(**file) for file in content["files"]])
+
+
+@dataclass(frozen=True)
 class ResolutionRecord(Record):
     """``resolution.json``: resolutions of the half-maps in Angstrom, and what was derived from them."""
 
@@ -168,6 +194,7 @@ class ResolutionRecord(Record):
     flex_b_factor_A2: float | None
     flex_local_A: dict[str, float]  # percentiles of the local resolution
     converged: dict[str, bool]  # by model and half: "flex_half1"
+    device: str = ""  # that computed it, as ``runtime.describe_device`` says
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:

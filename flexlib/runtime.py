@@ -1,4 +1,4 @@
-"""What the process runs on: its device, its threads and its memory.
+"""What the process runs on: its device, its threads, its memory and the versions of its libraries.
 
 The settings cost nothing and save much; every number stays the same but for denormals.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexlib.errors import InputError
@@ -17,6 +20,22 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+PACKAGES = (  # whose versions are reported
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "numba",
+    "pandas",
+    "mrcfile",
+    "h5py",
+    "meshio",
+    "pyamg",
+    "scikit-image",
+    "plotly",
+    "snakemake",
+)
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # glibc, malloc.h
 
@@ -86,3 +105,30 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type == "cuda" and not sees_gpu:
         raise InputError("device: cuda, but torch sees no GPU here: ask for one (resources: gpu) or set device: auto")
     return chosen
+
+
+def describe_device(device: torch.device) -> str:
+    """Kind and name of a device: "cuda (NVIDIA H100 80GB HBM3)", "cpu (AMD EPYC 7763 64-Core Processor)"."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return f"{device.type} ({name})"
+
+
+def processor_name() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of ``PACKAGES``, those that are there."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -15,7 +15,7 @@ from flexlib.imaging.masks import make_mask
 from flexlib.layout import ReconstructFolder, RunFolder, TrainFolder
 from flexlib.mesh.build import build_mesh
 from flexlib.particles.star_write import write_star
-from flexlib.records import OpticsRecord, PreparedRecord, ResolutionRecord, ValidationRecord
+from flexlib.records import ChecksumsRecord, InputFile, OpticsRecord, PreparedRecord, ResolutionRecord, ValidationRecord
 from flexlib.report import write_report
 from flexlib.simulate.phantoms import Phantom, make_phantom
 from flexlib.simulate.signal import atoms_to_map
@@ -77,6 +77,12 @@ def write_fake_results(
     _write_series(generated.table, dims, frames)
     _write_reconstruction(run.reconstruct(point.path), consensus, mask, pixel_size_A, rng)
     _write_sweep(run.table, point, rng)
+    ChecksumsRecord(
+        [
+            InputFile("input.star", ["particles"], 1_234_567, 1_700_000_000_000_000_000, "ab" * 32),
+            InputFile("stacks/big.mrcs", ["images"], 9_876_543_210, 1_700_000_000_000_000_000, None),
+        ]
+    ).write(run.checksums)
     benchmark = run.benchmarks / "train" / f"{point.path.replace('/', '.')}.tsv"
     benchmark.parent.mkdir(parents=True)
     benchmark.write_text("s\th:m:s\tmax_rss\n312.5\t0:05:12\t2210.4\n")

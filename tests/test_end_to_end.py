@@ -1,6 +1,7 @@
 """One real run of the whole workflow, on a few small simulated particles: every promised output is there and sound."""
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import starfile
 import yaml
+from crate_rules import read_crate
 from run_snakemake import snakemake
 
 CONFIG = {
@@ -69,6 +71,17 @@ def test_prepared_particles(results, run):
     mask, _ = read_map(results / "particles/mask.mrc")
     assert 0 <= mask.min() < mask.max() <= 1
     assert 0.005 < mask.mean() < 0.5
+
+
+def test_record_of_the_run(results, run):
+    entities = read_crate(results)
+    inputs = {one["name"]: one["sha256"] for name, one in entities.items() if name.startswith("#input-")}
+    files = [f"sim/{name}" for name in ("particles.star", "consensus.mrc", "particles.mrcs")]
+    assert inputs == {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files}
+    assert entities["#run"]["description"].endswith("--configfile my.yaml --cores 2")
+    assert entities["#device-training"]["value"].startswith(("cpu (", "cuda ("))
+    report = (results / "report.html").read_text()
+    assert all(sha256 in report for sha256 in inputs.values())
 
 
 def test_mesh(results):

@@ -49,7 +49,9 @@ def test_size_of_data_is_guessed_before_and_known_after_preparation(tmp_path):
     assert data_size(config, record) == DataSize(432, 36, 32)
 
 
-@pytest.mark.parametrize("stage", ["simulate", "prepare", "mesh", "train", "generate", "reconstruct", "report"])
+@pytest.mark.parametrize(
+    "stage", ["simulate", "prepare", "checksum", "mesh", "train", "generate", "reconstruct", "report"]
+)
 def test_needs_grow_with_the_data(stage):
     assert 1500 <= memory_mb(stage, SMALL) < memory_mb(stage, LARGE)
     assert 60 <= runtime_min(stage, SMALL) <= runtime_min(stage, LARGE) <= 1440

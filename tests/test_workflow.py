@@ -52,7 +52,11 @@ def dry_run(tmp_path):
 
 def jobs(mesh=1, train=1, generate=1, reconstruct=0, choose=0) -> dict[str, int]:
     counts = dict(prepare=1, mesh=mesh, train=train, generate=generate, reconstruct=reconstruct, choose=choose)
-    counts = {rule: count for rule, count in (counts | dict(summarise=1, report=1, all=1)).items() if count}
+    counts = {
+        rule: count
+        for rule, count in (counts | dict(checksum=1, summarise=1, report=1, provenance=1, all=1)).items()
+        if count
+    }
     return counts | {"total": sum(counts.values())}
 
 
@@ -111,9 +115,18 @@ def finished(tmp_path_factory):
 )
 def test_a_change_repeats_only_what_depends_on_it(finished, text, again):
     counts = finished(text)
-    for rule in ("all", "summarise", "report", "total"):
+    for rule in ("all", "summarise", "report", "provenance", "total"):
         counts.pop(rule, None)
     assert counts == again
+
+
+def test_other_checksums_repeat_only_the_record_of_the_run(finished):
+    again = finished("{checksums: tables, train: {rigidity: 2.0}, reconstruct: {points: all}}")
+    assert again == dict(checksum=1, provenance=1, all=1, total=3)
+
+
+def test_another_command_repeats_nothing(finished):
+    assert finished(DONE, "--cores", "3", "--keep-going") == {}
 
 
 def make_outputs(folder: Path) -> None:

@@ -35,7 +35,7 @@ from flexlib.reconstruct.map_solver import Convergence, SolverSettings, solve_ma
 from flexlib.reconstruct.normal_equations import Displacements
 from flexlib.reconstruct.postprocess import guinier_b_factor, local_resolution, moving_region, sharpened_map
 from flexlib.records import ResolutionRecord
-from flexlib.runtime import resolve_device, tune_process
+from flexlib.runtime import describe_device, resolve_device, tune_process
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh, single_cell_mesh
 from flexlib.tetra.voxels import voxelise
 from flexlib.workflow_support.settings import ReconstructSettings
@@ -144,6 +144,7 @@ def _reconstruct(
             for name, both in courses.items()
             for half, course in enumerate(both, 1)
         },
+        device=describe_device(chosen),
     ).write(out.resolution)
 
 

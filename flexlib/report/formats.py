@@ -46,6 +46,16 @@ def memory_size(megabytes: float) -> str:
     return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1024:.1f} GB"
 
 
+def file_size(size_bytes: float) -> str:
+    """Bytes, or the largest decimal unit of which there is at least one."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size_bytes < 1000:
+            break
+        size_bytes, unit = size_bytes / 1000, larger
+    return f"{size_bytes:.4g} {unit}"
+
+
 def _known(value: Any) -> float | None:
     """``value`` as a number, None for what is none and for nan."""
     try:

@@ -19,7 +19,7 @@ from flexlib.imaging.maps import Map, read_map
 from flexlib.layout import POINT_PATTERN, GenerateFolder, MeshFolder, ReconstructFolder, RunFolder, TrainFolder
 from flexlib.particles.input_rows import latent_columns
 from flexlib.particles.star import StarTables, read_tables
-from flexlib.records import ChoiceRecord, PreparedRecord, Record, ResolutionRecord, ValidationRecord
+from flexlib.records import ChecksumsRecord, ChoiceRecord, PreparedRecord, Record, ResolutionRecord, ValidationRecord
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.workflow_support.points import SweepPoint
 
@@ -295,6 +295,11 @@ class Results:
         return self.full_mask if self.full_mask is not None else self.mask
 
     # provenance -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def checksums(self) -> ChecksumsRecord | None:
+        """What the input files were."""
+        return _record(ChecksumsRecord, self.run.checksums)
 
     @cached_property
     def benchmarks(self) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from flexlib.report import facts, morph, pictures, plots, scenes, sentences, swe
 from flexlib.report.markup import render
 from flexlib.report.packing import DENSITY, PackedParticles, pack_particles
 from flexlib.report.results import Results
+from flexlib.runtime import package_versions
 
 LATENT_ROOM_BYTES = 6e6  # of the page, for what is drawn of the particles
 _MORPH_FACES = 120_000  # triangles of all interactive morphs together
-_PACKAGES = ("torch", "numpy", "scipy", "numba", "pandas", "mrcfile", "starfile", "plotly", "scikit-image")
 
 
 def input_section(results: Results) -> Markup:
@@ -179,17 +178,14 @@ def resolution_section(results: Results, gallery: morph.Gallery) -> Markup:
 def settings_section(results: Results) -> Markup:
     """Configuration, versions and times."""
     config = yaml.safe_dump(_plain(results.config), sort_keys=False, allow_unicode=True) if results.config else ""
-    versions = [("Python", platform.python_version()), ("flexlib", __version__)]
-    for package in _PACKAGES:
-        try:
-            versions.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            continue
+    versions = [("Python", platform.python_version()), ("flexlib", __version__), *package_versions().items()]
     return render(
         "settings",
         times=tables.time_table(results.benchmarks),
         versions=tables.Table(("package", "version"), versions),
         config=config,
+        crate=results.run.crate.name,
+        checksums=None if results.checksums is None else tables.checksum_table(results.checksums),
     )
 
 

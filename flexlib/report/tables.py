@@ -9,12 +9,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from flexlib.records import ChecksumsRecord
 from flexlib.report import facts
 from flexlib.report.facts import FSC_KINDS, FSC_LABELS, SWEPT
-from flexlib.report.formats import NONE, angstrom, duration, memory_size, number
+from flexlib.report.formats import NONE, angstrom, duration, file_size, memory_size, number
 
 _SHOWN_POINTS = 16  # of the sweep, where the others are folded away
-_STAGES = ("simulate", "prepare", "mesh", "train", "choose", "generate", "reconstruct", "summarise", "report")
+_SHOWN_FILES = 12  # of the inputs, likewise
+_STAGES = (
+    "simulate",
+    "prepare",
+    "checksum",
+    "mesh",
+    "train",
+    "choose",
+    "generate",
+    "reconstruct",
+    "summarise",
+    "report",
+)
 _QUALITY = {
     "num_vertices": ("vertices", ""),
     "num_cells": ("cells", ""),
@@ -142,6 +155,18 @@ def time_table(benchmarks: pd.DataFrame) -> FoldedTable | None:
     )
     summed = Table(("rule", "jobs", "time", "longest job", "peak memory"), rows)
     return FoldedTable(summed, "Each job", each) if len(benchmarks) > len(rows) else FoldedTable(summed)
+
+
+def checksum_table(checksums: ChecksumsRecord) -> FoldedTable:
+    """Sizes and SHA-256 of the input files; of many image stacks all but the first are folded away."""
+    rows = [
+        (file.path, ", ".join(file.used_as), file_size(file.size_bytes), file.sha256 or "not taken")
+        for file in checksums.files
+    ]
+    head = ("input file", "used as", "size", "SHA-256")
+    if len(rows) <= _SHOWN_FILES + 4:
+        return FoldedTable(Table(head, rows))
+    return FoldedTable(Table(head, rows[:_SHOWN_FILES]), f"All {len(rows)} input files", Table(head, rows))
 
 
 def _resolution_cell(value: float | None) -> str:

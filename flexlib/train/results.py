@@ -19,6 +19,7 @@ from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.particles.latents_write import write_latents_cs, write_latents_star
 from flexlib.records import ValidationRecord
+from flexlib.runtime import describe_device
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
 from flexlib.train.score import HeldOutScore
 from flexlib.train.setup import Setup
@@ -93,6 +94,7 @@ def validation_record(
         num_vertices=len(setup.mesh.vertices_A),
         num_cells=len(setup.mesh.cells),
         wall_s=round(state.wall_s, 2),
+        device=describe_device(setup.device),
     )
 
 

@@ -21,7 +21,7 @@ LONGEST_MIN = 1440  # of most clusters' queues; the training resumes where its l
 IMAGE_MS = (
     5.0  # of one core for one pass over one image of 64 px; training takes half of it, reconstruction four fifths
 )
-PASSES = {"simulate": 2, "prepare": 4, "train": 30, "reconstruct": 60}
+PASSES = {"simulate": 2, "prepare": 4, "checksum": 0.1, "train": 30, "reconstruct": 60}
 ROW_BYTES = {".star": 200, ".cs": 60}  # of one particle's metadata, at least
 SPARE = 0.02  # share of a disk that is left free
 
@@ -118,6 +118,8 @@ def memory_mb(
     if stage == "reconstruct":
         held = 0.5 * rows_mb * 4.5 * size.full_box**2 if all_in_ram else 0.0
         return round(processes * (BASE_MB + 12 * _map_mb(size.full_box) + 2000 * rows_mb) + held)
+    if stage == "checksum":  # the particles' metadata
+        return round(BASE_MB + 4000 * rows_mb)
     if stage == "report":
         return round(BASE_MB + 10 * _map_mb(size.full_box) + 4000 * rows_mb)
     return 600

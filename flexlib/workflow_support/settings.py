@@ -278,6 +278,11 @@ class RunSettings:
         "Where training and reconstruction compute, cuda (a GPU, or the run is refused), cpu, or auto (a GPU if there "
         "is one).",
     )
+    checksums: Literal["all", "tables"] = setting(
+        "all",
+        "Which inputs get a SHA-256 for the record of the run, all (image stacks are read once more for it) or tables "
+        "(stacks are recorded by size and time of modification only).",
+    )
     simulate: SimulateSettings | None = setting(
         None,
         "Demo and tests only; simulate particles of a flexible phantom into the folder that `particles` names.",

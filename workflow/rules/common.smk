@@ -1,6 +1,7 @@
 """The checked config, the sweep, and the functions that rules ask for their settings. No rules here."""
 
 import os
+import shlex
 import sys
 from dataclasses import asdict, fields
 from importlib.util import find_spec
@@ -62,9 +63,13 @@ os.environ.setdefault("CONDA_CHANNELS", "conda-forge")
 if DEVICE == "cuda":
     # on a login node too, which has no GPU, conda makes the environment for them
     os.environ.setdefault("CONDA_OVERRIDE_CUDA", "12.9")
+# for provenance: a job's own command line is another
+if workflow.is_main_process:
+    os.environ.update(FLEXLIB_COMMAND=shlex.join(sys.argv))
 
 
 envvars:
+    "FLEXLIB_COMMAND",
     "FLEXLIB_ENVIRONMENT",
 
 
@@ -82,6 +87,15 @@ wildcard_constraints:
 def user_files(section):
     """The files that one section of the config names."""
     return [str(path) for key, path in input_paths(config) if key.startswith(f"{section}.") and path.is_file()]
+
+
+def input_files():
+    """The files, or folders of files, that the config asks to be read, by their keys."""
+    found = {}
+    for key, path in input_paths(config):
+        if key != "image_root":
+            found.setdefault(key, []).append(str(path))
+    return found
 
 
 def given(*keys):

@@ -61,6 +61,7 @@ rule report:
         series=[RUN.generate(path).path for path in POINTS],
         maps=reconstructed(lambda folder: folder.map("flex")),
         fsc=reconstructed(lambda folder: folder.fsc),
+        checksums=ancient(RUN.checksums),  # shown; others of them need no other report
         truth=rules.simulate.output.truth if config["simulate"] is not None else [],
     output:
         page=report(RUN.report, caption="../report/report.rst", category="Report"),
@@ -76,7 +77,7 @@ rule report:
         runtime=runtime("report"),
         disk_mb=disk("report"),
     params:
-        config=config,
+        config={key: value for key, value in config.items() if key != "checksums"},
     message:
         "Write the report"
     script:
