@@ -10,12 +10,14 @@ from json_records import prepared_record
 from flexlib.errors import InputError
 from flexlib.imaging.maps import write_map
 from flexlib.workflow_support import estimates
+from flexlib.train.schedule import ANNEAL_EPOCHS, MAX_EPOCHS
 from flexlib.workflow_support.estimates import (
     DataSize,
     check_free_space,
     data_size,
     disk_mb,
     memory_mb,
+    num_vertices,
     read_map_size,
     runtime_min,
 )
