@@ -27,8 +27,9 @@ SURFACE_VERTICES = 12  # of the lattice, for each cell of the mask's surface; a 
 
 # memory, kB a vertex of the mesh
 FIELDS_KB = 9.7  # a flow: 806 fields of float32 numbers (``train/fields.py``)
-MODES_KB = 110.0  # while the elastic modes are computed: double precision, spare vectors, a second copy
-MESH_KB = 20.0  # cells, faces and neighbours of the mesh while it is built
+MODES_KB = 95.0  # train: the elastic modes, in double precision, with spare vectors and factors, then the flow's fields
+BATCH_ROW_KB = 0.16  # train: a particle's displacements in a mini-batch, and what follows from them
+MESH_KB = 10.0  # cells, faces and neighbours of the mesh while it is built
 
 # disk, kB a vertex
 MESH_FILES_KB = 0.4
@@ -41,11 +42,26 @@ AUTO_EPOCHS = 20  # with epochs: auto, at most (``train/schedule.py``)
 PASSES = 10  # of train besides its epochs: rigid map, spectral start, other local minima, final latents
 ITERATIONS_BESIDES = 3  # of reconstruct for each kind of map: the data, and gradients computed anew
 PIXEL_US = 5.0  # of one core for a pixel of a particle's image in simulate and prepare
-TRAIN_NS = (20.0, 300.0)  # of one core for a voxel, and for a pixel, of a particle in a pass of training
-EXACT_NS = (50.0, 1000.0)  # likewise in an iteration of reconstruct, with cubic kernels and oversampled images
+MODES_S = 300.0  # of one core for the elastic modes of 20,000 vertices; they grow by the power 1.5 of their number
 FIELDS_US = 50.0  # of one core for a vertex in a mini-batch: the flow's fields are put together anew
-VOXEL_US, VERTEX_US = 5.0, 100.0  # of one core for a voxel and a vertex in mesh, report and a frame of generate
-MODES_MS = 5.0  # of one core for a vertex, once: elastic modes
+VOXEL_US, VERTEX_US = 5.0, 300.0  # of one core for a voxel and a vertex in mesh, report and a frame of generate
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """Nanoseconds of one core for a voxel of the mask, a pixel and a vertex of a particle that is looked at once."""
+
+    voxel: float
+    pixel: float
+    vertex: float
+
+    def seconds(self, box: int, mask_share: float, vertices: int) -> float:
+        """Of one core for one particle."""
+        return (self.voxel * mask_share * box**3 + self.pixel * box**2 + self.vertex * vertices) * 1e-9
+
+
+TRAIN = ImageCost(15.0, 200.0, 30.0)
+RECONSTRUCT = ImageCost(30.0, 400.0, 800.0)  # cubic kernels, oversampled images, the flow of each particle
 
 
 @dataclass(frozen=True)
@@ -156,18 +172,20 @@ def memory_mb(
         return round(BASE_MB + 15 * _map_mb(size.train_box) + MESH_KB * vertices / 2**10)
     if stage == "train":
         batch_mb = 0.06 * size.train_box**2  # a batch's images, their transforms and gradients
-        each = BASE_MB + 20 * _map_mb(size.train_box) + 6000 * rows_mb + 2 * fields_mb
-        return round(processes * each + batch_mb + MODES_KB * vertices / 2**10)
+        mesh_kb = (MODES_KB + BATCH_ROW_KB * _batch_rows(size.num_rows)) * vertices  # the first process has the modes
+        others = (processes - 1) * 2 * fields_mb
+        each = BASE_MB + 20 * _map_mb(size.train_box) + 6000 * rows_mb
+        return round(processes * each + batch_mb + mesh_kb / 2**10 + others)
     if stage == "generate":
         deformed = _map_mb(size.train_box) if volume is None else Path(volume).stat().st_size / 2**20
-        return round(BASE_MB + 14 * deformed + 4 * fields_mb)
+        return round(BASE_MB + 14 * deformed + 2 * fields_mb)
     if stage == "reconstruct":
         # half of the rows' transfer functions, squared, and moved vertices
-        held = 0.5 * rows_mb * (4.5 * size.full_box**2 + 12 * vertices) if all_in_ram else 0.0
+        held = 0.5 * rows_mb * (4.5 * size.full_box**2 + 10 * vertices) if all_in_ram else 0.0
         each = BASE_MB + 12 * _map_mb(size.full_box) + 2000 * rows_mb + 4 * fields_mb
         return round(processes * each + held)
     if stage == "report":
-        return round(BASE_MB + 10 * _map_mb(size.full_box) + 4000 * rows_mb + 4 * fields_mb)
+        return round(BASE_MB + 10 * _map_mb(size.full_box) + 4000 * rows_mb + 2 * fields_mb)
     return 600
 
 
@@ -190,7 +208,7 @@ def runtime_min(
     cores = min(threads, 2) + 0.5 * max(threads - 2, 0)
     seconds = _core_s(stage, size, vertices, repeats, latent_dims) / cores
     if stage == "train":
-        seconds += MODES_MS * 1e-3 * vertices  # on one core
+        seconds += MODES_S * (vertices / 20_000) ** 1.5  # on one core
     return min(LONGEST_MIN, LEAST_MIN + math.ceil(seconds / 60))
 
 
@@ -200,20 +218,20 @@ def _core_s(stage: str, size: DataSize, vertices: int, repeats: int, latent_dims
     if stage in ("simulate", "prepare"):
         return rows * PIXEL_US * 1e-6 * full_box**2
     if stage == "train":
-        batches = max(20, rows / 200)
-        epoch_s = rows * _image_s(size.train_box, size.mask_share, TRAIN_NS) + batches * FIELDS_US * 1e-6 * vertices
+        image_s = TRAIN.seconds(size.train_box, size.mask_share, vertices)
+        epoch_s = rows * image_s + rows / _batch_rows(rows) * FIELDS_US * 1e-6 * vertices
         return (repeats + PASSES + latent_dims) * epoch_s
     if stage == "reconstruct":
         iterations = repeats + 2 * ITERATIONS_BESIDES
-        return iterations * rows * _image_s(full_box, size.mask_share, EXACT_NS)
+        return iterations * rows * RECONSTRUCT.seconds(full_box, size.mask_share, vertices)
     if stage in ("mesh", "generate", "report"):
         return repeats * (VOXEL_US * full_box**3 + VERTEX_US * vertices) * 1e-6
     return 0.0
 
 
-def _image_s(box: int, mask_share: float, costs_ns: tuple[float, float]) -> float:
-    voxel_ns, pixel_ns = costs_ns
-    return (voxel_ns * mask_share * box**3 + pixel_ns * box**2) * 1e-9
+def _batch_rows(rows: int) -> float:
+    """Of a mini-batch of training, at most (``train/setup.py``)."""
+    return min(max(rows / 20, 10), 200)
 
 
 def disk_mb(stage: str, size: DataSize, vertices: int = 0, *, maps: int = 0, volume: str | Path | None = None) -> int:
