@@ -41,10 +41,11 @@ LEAST_MIN = 30  # a full node, a slow disk, a compiler that starts anew
 AUTO_EPOCHS = 20  # with epochs: auto, at most (``train/schedule.py``)
 PASSES = 10  # of train besides its epochs: rigid map, spectral start, other local minima, final latents
 ITERATIONS_BESIDES = 3  # of reconstruct for each kind of map: the data, and gradients computed anew
-PIXEL_US = 5.0  # of one core for a pixel of a particle's image in simulate and prepare
+SIMULATE_US = 5.0, 100.0  # of one core for a pixel of a particle's image, and for a voxel of the phantom's maps
+PREPARE_US = 1.5  # of one core for a pixel of a particle's image
 MODES_S = 300.0  # of one core for the elastic modes of 20,000 vertices; they grow by the power 1.5 of their number
 FIELDS_US = 50.0  # of one core for a vertex in a mini-batch: the flow's fields are put together anew
-VOXEL_US, VERTEX_US = 5.0, 300.0  # of one core for a voxel and a vertex in mesh, report and a frame of generate
+VOXEL_US, VERTEX_US = 2.0, 300.0  # of one core for a voxel and a vertex in mesh, report and a frame of generate
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def memory_mb(
     """
     rows_mb, fields_mb = size.num_rows / 2**20, FIELDS_KB * vertices / 2**10
     if stage in ("simulate", "prepare"):
-        return round(BASE_MB + 12 * _map_mb(size.full_box) + 8000 * rows_mb)
+        maps = 200 if stage == "simulate" else 12  # of a phantom in double precision, on finer grids
+        return round(BASE_MB + maps * _map_mb(size.full_box) + 8000 * rows_mb)
     if stage == "mesh":
         return round(BASE_MB + 15 * _map_mb(size.train_box) + MESH_KB * vertices / 2**10)
     if stage == "train":
@@ -215,8 +217,10 @@ def runtime_min(
 def _core_s(stage: str, size: DataSize, vertices: int, repeats: int, latent_dims: int) -> float:
     """Seconds of one core for what all cores share."""
     rows, full_box = size.num_rows, size.full_box
-    if stage in ("simulate", "prepare"):
-        return rows * PIXEL_US * 1e-6 * full_box**2
+    if stage == "simulate":
+        return (rows * SIMULATE_US[0] * full_box**2 + SIMULATE_US[1] * full_box**3) * 1e-6
+    if stage == "prepare":
+        return rows * PREPARE_US * 1e-6 * full_box**2
     if stage == "train":
         image_s = TRAIN.seconds(size.train_box, size.mask_share, vertices)
         epoch_s = rows * image_s + rows / _batch_rows(rows) * FIELDS_US * 1e-6 * vertices
