@@ -27,7 +27,9 @@ SURFACE_VERTICES = 12  # of the lattice, for each cell of the mask's surface; a 
 
 # memory, kB a vertex of the mesh
 FIELDS_KB = 9.7  # a flow: 806 fields of float32 numbers (``train/fields.py``)
-MODES_KB = 95.0  # train: the elastic modes, in double precision, with spare vectors and factors, then the flow's fields
+MODES_KB = (
+    125.0  # train: the elastic modes, in double precision, with spare vectors and factors, then the flow's fields
+)
 BATCH_ROW_KB = 0.16  # train: a particle's displacements in a mini-batch, and what follows from them
 MESH_KB = 10.0  # cells, faces and neighbours of the mesh while it is built
 
