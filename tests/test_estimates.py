@@ -34,7 +34,7 @@ LARGE, SMALL = DataSize(1_000_000, 256, 128), DataSize(1000, 64, 64)
 SHARE = 0.143  # of the box by the mask, in all that was measured
 # benchmarks/measure_needs.py, 2026-11-27, AMD EPYC, two cores that had other work (seconds are up to three times too
 # long): stage, full box, training box, cells, vertices, rows, peak MB, seconds. Of 60 cells the elastic modes were
-# factorised but not solved for, which takes as much memory, and nothing was timed
+# factorised but not solved for, which should take as much memory, and nothing was timed
 MEASURED = """
 simulate     64  64  0     0  300  643  14.0
 simulate    128 128  0     0  100 1654  53.4

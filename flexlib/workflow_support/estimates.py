@@ -1,6 +1,6 @@
 """What a stage will need of memory, time and disk, from the size of the data and of the mesh.
 
-For schedulers and for refusing early, so on the generous side: half as much again as was measured by
+For schedulers and for refusing early, so on the generous side: of memory at least a quarter more than was measured by
 ``benchmarks/measure_needs.py`` (the figures are in docs/workflow.md and tests/test_estimates.py).
 """
 
