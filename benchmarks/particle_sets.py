@@ -41,9 +41,18 @@ def make_set(folder: Path, box: int, *, filling: float | None = None, distinct: 
 
     With ``filling`` the mask is a ball of that share of the box, else what prepare makes.
     """
-    pixel_size_A = FIELD_OF_VIEW_A / box
-    sim = folder / "sim"
-    simulate_particles(sim, Simulation(num_particles=distinct, box=box, pixel_size_A=pixel_size_A))
+    simulate_set(folder, box, distinct)
+    prepare_set(folder, box, filling)
+
+
+def simulate_set(folder: Path, box: int, distinct: int) -> None:
+    """The first half of ``make_set``, the stage ``simulate``."""
+    simulate_particles(folder / "sim", Simulation(num_particles=distinct, box=box, pixel_size_A=FIELD_OF_VIEW_A / box))
+
+
+def prepare_set(folder: Path, box: int, filling: float | None, train_box: int | None = None) -> None:
+    """The second half of ``make_set``, the stage ``prepare``; ``train_box`` is ``box`` where it is not given."""
+    sim, pixel_size_A = folder / "sim", FIELD_OF_VIEW_A / box
     mask = None
     if filling is not None:
         mask = sim / "ball.mrc"
@@ -54,7 +63,7 @@ def make_set(folder: Path, box: int, *, filling: float | None = None, distinct: 
         sim / "consensus.mrc",
         folder / "particles",
         mask=mask,
-        settings=PrepareSettings(train_box=box),
+        settings=PrepareSettings(train_box=train_box or box),
     )
 
 

@@ -90,12 +90,22 @@ class PreparedRecord(Record):
     optics_groups: list[OpticsRecord]
     settings: dict[str, Any] = field(default_factory=dict)  # ``prepare:``
     mask_settings: dict[str, Any] = field(default_factory=dict)  # what of ``mesh:`` made the mask
+    mask_share: float | None = None  # of the training box's voxels, those where the mask is above 0
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
         """See ``Record``."""
         groups = [group if is_dataclass(group) else OpticsRecord(**group) for group in content.get("optics_groups", [])]
         return super().from_json(content | {"optics_groups": groups})
+
+
+@dataclass(frozen=True)
+class MeshRecord(Record):
+    """Of the figures in ``mesh_quality.json`` the one that the workflow asks for."""
+
+    stage: ClassVar[str] = "mesh"
+
+    num_vertices: int
 
 
 @dataclass(frozen=True)

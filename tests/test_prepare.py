@@ -183,6 +183,7 @@ def residual_power(source, folder, scale=1.0):
 def test_noise_and_scale_are_recovered(prepared):
     summary = read_json(prepared / "prepared.json")
     np.testing.assert_allclose([group["image_scale"] for group in summary["optics_groups"]], SCALES, rtol=0.02)
+    assert summary["mask_share"] == pytest.approx((read_map(prepared / "mask.mrc").data > 0).mean())
     with (prepared / "noise.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == BOX  # 24 shells of the full box for each of two groups

@@ -81,7 +81,9 @@ def _prepare(
     full = FullImages(inputs.stacks, kept, box=crop_box, pixel_size_A=pixel_size_A, calibration=measured)
     write_training_stack(full, folder.images, train_box)
     write_noise(folder.noise, measured.sigma, frequencies_1_per_A(full_box, pixel_size_A))
-    write_maps(folder, Map(inputs.density, pixel_size_A), inputs.soft_mask, inputs.volume, crop_box, train_box)
+    mask_share = write_maps(
+        folder, Map(inputs.density, pixel_size_A), inputs.soft_mask, inputs.volume, crop_box, train_box
+    )
     write_particles(folder, kept, resampled_optics(kept.optics, full.sides_px, train_box), inputs.rotations)
     copies = len(inputs.rotations)
     if copies > 1:
@@ -99,6 +101,7 @@ def _prepare(
         crop_box=crop_box,
         train_box=train_box,
         train_pixel_size_A=pixel_size_A * crop_box / train_box,
+        mask_share=mask_share,
         optics_groups=_optics_records(full, measured.image_scale),
         settings=asdict(settings),
         mask_settings={item.name: getattr(mask_settings, item.name) for item in fields(MaskSettings)},

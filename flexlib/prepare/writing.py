@@ -38,7 +38,7 @@ def _training_images(source: FullImages, rows: np.ndarray, train_box: int) -> np
 
 def write_maps(
     folder: ParticlesFolder, consensus: Map, soft_mask: np.ndarray, like: Map, crop_box: int, train_box: int
-) -> None:
+) -> float:
     """Write consensus and mask at the reconstruction box and at the training box.
 
     Parameters
@@ -53,6 +53,11 @@ def write_maps(
         The user's map; those written lie in space where it does.
     crop_box, train_box
         In voxels: of the reconstruction and of the training.
+
+    Returns
+    -------
+    mask_share
+        Of the training box's voxels, those where the mask is above 0: what a mesh covers.
     """
     pixel_size_A = consensus.pixel_size_A
     density, soft_mask = crop_or_pad_real(consensus.data, crop_box), crop_or_pad_real(soft_mask, crop_box)
@@ -60,7 +65,9 @@ def write_maps(
     write_map(folder.full_consensus, density, pixel_size_A, like)
     write_map(folder.full_mask, soft_mask, pixel_size_A, like)
     write_map(folder.consensus, fourier_crop_map(density, train_box), train_pixel_size_A, like)
-    write_map(folder.mask, resample_mask(soft_mask, train_box), train_pixel_size_A, like)
+    training_mask = resample_mask(soft_mask, train_box)
+    write_map(folder.mask, training_mask, train_pixel_size_A, like)
+    return float((training_mask > 0).mean())
 
 
 def write_particles(

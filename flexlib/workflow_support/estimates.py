@@ -1,6 +1,7 @@
-"""What a stage will need of memory, time and disk, from the size of the data.
+"""What a stage will need of memory, time and disk, from the size of the data and of the mesh.
 
-For schedulers and for refusing early, so on the generous side; measured figures are in docs/workflow.md.
+For schedulers and for refusing early, so on the generous side: of memory at least a quarter more than was measured by
+``benchmarks/measure_needs.py`` (the figures are in docs/workflow.md and tests/test_estimates.py).
 """
 
 from __future__ import annotations
@@ -14,25 +15,67 @@ from pathlib import Path
 from typing import Any
 
 from flexlib.errors import InputError
-from flexlib.records import PreparedRecord
+from flexlib.records import MeshRecord, PreparedRecord
 
 BASE_MB = 1500  # Python, torch and numba's compiler, and the two processes of Snakemake around a SLURM job
-LONGEST_MIN = 1440  # of most clusters' queues; the training resumes where its limit cut it off
-IMAGE_MS = (
-    5.0  # of one core for one pass over one image of 64 px; training takes half of it, reconstruction four fifths
-)
-PASSES = {"simulate": 2, "prepare": 4, "checksum": 0.1, "train": 30, "reconstruct": 60}
+HASHED_BYTES_S = 50e6  # by a thread of checksum, of a slow disk
 ROW_BYTES = {".star": 200, ".cs": 60}  # of one particle's metadata, at least
 SPARE = 0.02  # share of a disk that is left free
+
+# the mesh
+MASK_SHARE = 0.2  # of the box, by the mask, until it is known; compact particles fill less
+SURFACE_VERTICES = 12  # of the lattice, for each cell of the mask's surface; a ball has 8 to 10
+
+# memory, kB a vertex of the mesh
+FIELDS_KB = 9.7  # a flow: 806 fields of float32 numbers (``train/fields.py``)
+MODES_KB = (
+    125.0  # train: the elastic modes, in double precision, with spare vectors and factors, then the flow's fields
+)
+BATCH_ROW_KB = 0.16  # train: a particle's displacements in a mini-batch, and what follows from them
+MESH_KB = 10.0  # cells, faces and neighbours of the mesh while it is built
+
+# disk, kB a vertex
+MESH_FILES_KB = 0.4
+FRAME_KB = 0.08  # a frame's displacements beside its map
+
+# time
+LONGEST_MIN = 1440  # of most clusters' queues; the training resumes where its limit cut it off
+LEAST_MIN = 30  # a full node, a slow disk, a compiler that starts anew
+AUTO_EPOCHS = 20  # with epochs: auto, at most (``train/schedule.py``)
+PASSES = 10  # of train besides its epochs: rigid map, spectral start, other local minima, final latents
+ITERATIONS_BESIDES = 3  # of reconstruct for each kind of map: the data, and gradients computed anew
+SIMULATE_US = 5.0, 100.0  # of one core for a pixel of a particle's image, and for a voxel of the phantom's maps
+PREPARE_US = 1.5  # of one core for a pixel of a particle's image
+MODES_S = 300.0  # of one core for the elastic modes of 20,000 vertices; they grow by the power 1.5 of their number
+FIELDS_US = 50.0  # of one core for a vertex in a mini-batch: the flow's fields are put together anew
+VOXEL_US, VERTEX_US = 2.0, 300.0  # of one core for a voxel and a vertex in mesh, report and a frame of generate
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """Nanoseconds of one core for a voxel of the mask, a pixel and a vertex of a particle that is looked at once."""
+
+    voxel: float
+    pixel: float
+    vertex: float
+
+    def seconds(self, box: int, mask_share: float, vertices: int) -> float:
+        """Of one core for one particle."""
+        return (self.voxel * mask_share * box**3 + self.pixel * box**2 + self.vertex * vertices) * 1e-9
+
+
+TRAIN = ImageCost(15.0, 200.0, 30.0)
+RECONSTRUCT = ImageCost(30.0, 400.0, 800.0)  # cubic kernels, oversampled images, the flow of each particle
 
 
 @dataclass(frozen=True)
 class DataSize:
-    """How large a data set is: rows (particles times symmetry copies), boxes in pixels."""
+    """How large a data set is: rows (particles times symmetry copies), boxes in pixels, the mask's share of the box."""
 
     num_rows: int
     full_box: int
     train_box: int
+    mask_share: float = MASK_SHARE
 
 
 @dataclass(frozen=True)
@@ -63,7 +106,8 @@ def data_size(config: Mapping[str, Any], prepared_json: str | Path) -> DataSize:
     """
     if Path(prepared_json).exists():
         record = PreparedRecord.read(prepared_json)
-        return DataSize(record.num_rows, record.crop_box, record.train_box)
+        share = MASK_SHARE if record.mask_share is None else record.mask_share
+        return DataSize(record.num_rows, record.crop_box, record.train_box, share)
     simulate, prepare = config.get("simulate"), config["prepare"]
     if simulate is not None:
         rows, box = simulate["num_particles"], simulate["box"]
@@ -82,12 +126,31 @@ def _symmetry_order(name: str) -> int:
     return {"C": 1, "D": 2, "T": 12, "O": 24, "I": 60}[group] * (int(fold) if group in "CD" else 1)
 
 
+def num_vertices(size: DataSize, cells: int, mesh_quality: str | Path) -> int:
+    """Vertices of the mesh of ``cells`` cells across: exact once it is built, before that by the mask's share.
+
+    A lattice has two vertices a cell, and more where the mask's surface cuts it. ``mesh_quality`` is the file that the
+    stage writes; where it cannot be read, as of results that were touched, the number is guessed too.
+    """
+    try:
+        return MeshRecord.read(mesh_quality).num_vertices
+    except InputError:
+        inside = size.mask_share * cells**3
+        return math.ceil(2 * inside + SURFACE_VERTICES * inside ** (2 / 3))
+
+
 def _map_mb(box: int) -> float:
     return 4 * box**3 / 2**20
 
 
 def memory_mb(
-    stage: str, size: DataSize, *, all_in_ram: bool = False, volume: str | Path | None = None, processes: int = 1
+    stage: str,
+    size: DataSize,
+    vertices: int = 0,
+    *,
+    all_in_ram: bool = False,
+    volume: str | Path | None = None,
+    processes: int = 1,
 ) -> int:
     """Memory that ``stage`` needs, in MiB.
 
@@ -97,53 +160,105 @@ def memory_mb(
         A rule of the workflow.
     size
         Of the data.
+    vertices
+        Of the mesh; of the finest, where a stage sees all.
     all_in_ram
         ``reconstruct.all_in_ram``.
     volume
         ``generate.volume``, deformed instead of the canonical map.
     processes
-        ``train.processes``, each of which holds the maps and the metadata.
+        ``train.processes``, each of which holds the maps, the metadata and the flow.
     """
-    rows_mb = size.num_rows / 2**20
+    rows_mb, fields_mb = size.num_rows / 2**20, FIELDS_KB * vertices / 2**10
     if stage in ("simulate", "prepare"):
-        return round(BASE_MB + 12 * _map_mb(size.full_box) + 8000 * rows_mb)
+        maps = 200 if stage == "simulate" else 12  # of a phantom in double precision, on finer grids
+        return round(BASE_MB + maps * _map_mb(size.full_box) + 8000 * rows_mb)
     if stage == "mesh":
-        return round(BASE_MB + 15 * _map_mb(size.train_box))
+        return round(BASE_MB + 15 * _map_mb(size.train_box) + MESH_KB * vertices / 2**10)
     if stage == "train":
         batch_mb = 0.06 * size.train_box**2  # a batch's images, their transforms and gradients
-        return round(processes * (BASE_MB + 20 * _map_mb(size.train_box) + 6000 * rows_mb) + batch_mb)
+        mesh_kb = (MODES_KB + BATCH_ROW_KB * _batch_rows(size.num_rows)) * vertices  # the first process has the modes
+        others = (processes - 1) * 2 * fields_mb
+        each = BASE_MB + 20 * _map_mb(size.train_box) + 6000 * rows_mb
+        return round(processes * each + batch_mb + mesh_kb / 2**10 + others)
     if stage == "generate":
         deformed = _map_mb(size.train_box) if volume is None else Path(volume).stat().st_size / 2**20
-        return round(BASE_MB + 14 * deformed)
+        return round(BASE_MB + 14 * deformed + 2 * fields_mb)
     if stage == "reconstruct":
-        held = 0.5 * rows_mb * 4.5 * size.full_box**2 if all_in_ram else 0.0
-        return round(processes * (BASE_MB + 12 * _map_mb(size.full_box) + 2000 * rows_mb) + held)
+        # half of the rows' transfer functions, squared, and moved vertices
+        held = 0.5 * rows_mb * (4.5 * size.full_box**2 + 10 * vertices) if all_in_ram else 0.0
+        each = BASE_MB + 12 * _map_mb(size.full_box) + 2000 * rows_mb + 4 * fields_mb
+        return round(processes * each + held)
     if stage == "checksum":  # the particles' metadata
         return round(BASE_MB + 4000 * rows_mb)
     if stage == "report":
-        return round(BASE_MB + 10 * _map_mb(size.full_box) + 4000 * rows_mb)
+        return round(BASE_MB + 10 * _map_mb(size.full_box) + 4000 * rows_mb + 2 * fields_mb)
     return 600
 
 
-def runtime_min(stage: str, size: DataSize) -> int:
-    """Minutes that ``stage`` takes at most on two cores; less on a GPU. Never more than ``LONGEST_MIN``."""
-    box = size.train_box if stage == "train" else size.full_box
-    core_ms = PASSES.get(stage, 0) * size.num_rows * IMAGE_MS * (box / 64) ** 2
-    return min(LONGEST_MIN, 60 + math.ceil(core_ms / 2 / 60_000))
+def runtime_min(
+    stage: str, size: DataSize, vertices: int = 0, repeats: int = 1, latent_dims: int = 1, threads: int = 2
+) -> int:
+    """Minutes that ``stage`` takes at most on a CPU; less on a GPU. Never more than ``LONGEST_MIN``.
+
+    Parameters
+    ----------
+    stage, size, vertices
+        See ``memory_mb``.
+    repeats
+        Epochs of train; iterations of reconstruct, flexible and rigid ones; maps of generate.
+    latent_dims
+        Of train.
+    threads
+        Of the job, in all its processes; beyond two, which is what was measured, each counts as half a core.
+    """
+    cores = min(threads, 2) + 0.5 * max(threads - 2, 0)
+    seconds = _core_s(stage, size, vertices, repeats, latent_dims) / cores
+    if stage == "train":
+        seconds += MODES_S * (vertices / 20_000) ** 1.5  # on one core
+    return min(LONGEST_MIN, LEAST_MIN + math.ceil(seconds / 60))
 
 
-def disk_mb(stage: str, size: DataSize, *, maps: int = 0, volume: str | Path | None = None) -> int:
+def _core_s(stage: str, size: DataSize, vertices: int, repeats: int, latent_dims: int) -> float:
+    """Seconds of one core for what all cores share."""
+    rows, full_box = size.num_rows, size.full_box
+    if stage == "simulate":
+        return (rows * SIMULATE_US[0] * full_box**2 + SIMULATE_US[1] * full_box**3) * 1e-6
+    if stage == "prepare":
+        return rows * PREPARE_US * 1e-6 * full_box**2
+    if stage == "train":
+        image_s = TRAIN.seconds(size.train_box, size.mask_share, vertices)
+        epoch_s = rows * image_s + rows / _batch_rows(rows) * FIELDS_US * 1e-6 * vertices
+        return (repeats + PASSES + latent_dims) * epoch_s
+    if stage == "reconstruct":
+        iterations = repeats + 2 * ITERATIONS_BESIDES
+        return iterations * rows * RECONSTRUCT.seconds(full_box, size.mask_share, vertices)
+    if stage in ("mesh", "generate", "report"):
+        return repeats * (VOXEL_US * full_box**3 + VERTEX_US * vertices) * 1e-6
+    if stage == "checksum":
+        return rows * 4 * full_box**2 / HASHED_BYTES_S
+    return 0.0
+
+
+def _batch_rows(rows: int) -> float:
+    """Of a mini-batch of training, at most (``train/setup.py``)."""
+    return min(max(rows / 20, 10), 200)
+
+
+def disk_mb(stage: str, size: DataSize, vertices: int = 0, *, maps: int = 0, volume: str | Path | None = None) -> int:
     """What ``stage`` writes, in MiB; ``maps`` is the number of maps in a sweep point's series (generate)."""
-    images_mb = size.num_rows / 2**20 * 4
+    images_mb, fields_mb = size.num_rows / 2**20 * 4, FIELDS_KB * vertices / 2**10
     written = {
         "simulate": images_mb * size.full_box**2 + 10 * _map_mb(size.full_box),
         "prepare": images_mb * size.train_box**2 + 4 * _map_mb(size.full_box) + 800 * size.num_rows / 2**20,
-        "train": 3 * _map_mb(size.train_box) + 3000 * size.num_rows / 2**20,
+        "mesh": 2 * _map_mb(size.train_box) + MESH_FILES_KB * vertices / 2**10,
+        # the model, and in the checkpoints its state and the model again
+        "train": 3 * _map_mb(size.train_box) + 3000 * size.num_rows / 2**20 + 3.3 * fields_mb,
         "reconstruct": 10 * _map_mb(size.full_box),
     }
     if stage == "generate":
         deformed = _map_mb(size.train_box) if volume is None else Path(volume).stat().st_size / 2**20
-        return math.ceil(1.2 * maps * deformed) + 1  # with the mesh's displacements and the film
+        return math.ceil(maps * (1.2 * deformed + FRAME_KB * vertices / 2**10)) + 1  # with the film
     return math.ceil(written.get(stage, 0.0)) + 1
 
 

@@ -155,21 +155,48 @@ def data_size():
     return estimates.data_size(config, RUN.particles.record)
 
 
+def mesh_vertices(wildcards):
+    """Vertices of a job's mesh as known by now; of the finest, for a job that sees them all."""
+    size, given = data_size(), wildcards.get("cells")
+    cells = {point.cells for point in POINTS.values()} if given is None else {int(given)}
+    return max(estimates.num_vertices(size, one, RUN.mesh(MESH_PATTERN.format(cells=one)).quality) for one in cells)
+
+
+def repeats(stage, latent_dims):
+    """What a stage's time is proportional to: epochs, iterations of all maps, maps of the series."""
+    if stage == "train":
+        return estimates.AUTO_EPOCHS if config["train"]["epochs"] == "auto" else config["train"]["epochs"]
+    if stage == "reconstruct":
+        return config["reconstruct"]["max_bfgs_iterations"] * (2 if config["reconstruct"]["rigid_baseline"] else 1)
+    settings = config["generate"]
+    return count_maps(settings["series"], settings["frames"], latent_dims) if stage == "generate" else 1
+
+
 def memory(stage, **more):
     """The stage's memory in MiB, half as much again at each further attempt (``retries`` is the profile's)."""
-    return lambda wildcards, attempt: estimates.memory_mb(stage, data_size(), **more) * (1 + attempt) // 2
+
+    def needed(wildcards, attempt):
+        first = estimates.memory_mb(stage, data_size(), mesh_vertices(wildcards), **more)
+        return first * (1 + attempt) // 2
+
+    return needed
 
 
 def runtime(stage):
     """The stage's longest time in minutes, half as much again at each further attempt."""
-    return lambda wildcards, attempt: min(
-        estimates.LONGEST_MIN, estimates.runtime_min(stage, data_size()) * (1 + attempt) // 2
-    )
+
+    def needed(wildcards, attempt, threads):
+        dims = int(wildcards.get("dims", 1))
+        vertices = mesh_vertices(wildcards)
+        first = estimates.runtime_min(stage, data_size(), vertices, repeats(stage, dims), dims, threads)
+        return min(estimates.LONGEST_MIN, first * (1 + attempt) // 2)
+
+    return needed
 
 
 def disk(stage):
     """What the stage writes, in MiB; its job is refused where there is less room (``workflow/scripts/_common.py``)."""
-    return lambda wildcards: estimates.disk_mb(stage, data_size())
+    return lambda wildcards: estimates.disk_mb(stage, data_size(), mesh_vertices(wildcards))
 
 
 def generate_disk(wildcards):
@@ -179,15 +206,19 @@ def generate_disk(wildcards):
 
 def point_generate_disk(point):
     """What the series of a sweep point take, in MiB."""
-    settings = config["generate"]
-    maps = count_maps(settings["series"], settings["frames"], point.latent_dims)
-    return estimates.disk_mb("generate", data_size(), maps=maps, volume=settings["volume"])
+    maps = repeats("generate", point.latent_dims)
+    vertices = mesh_vertices({"cells": point.cells})
+    return estimates.disk_mb("generate", data_size(), vertices, maps=maps, volume=config["generate"]["volume"])
 
 
 def check_disk():
     """Refuse a run whose results have no room, as far as sizes are known; what exists already is not counted."""
     try:
         needed_mb = 0 if RUN.particles.record.exists() else estimates.disk_mb("prepare", data_size())
+        untrained = [point for path, point in POINTS.items() if not RUN.train(path).model.exists()]
+        needed_mb += sum(
+            estimates.disk_mb("train", data_size(), mesh_vertices({"cells": point.cells})) for point in untrained
+        )
         missing = [point for path, point in POINTS.items() if not RUN.generate(path).path.exists()]
         needed_mb += sum(point_generate_disk(point) for point in missing)
         wanted = config["reconstruct"]["points"]
