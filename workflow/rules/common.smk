@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, fields
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -152,14 +153,26 @@ def reconstructed(file):
 
 def data_size():
     """The size of the data as known by now."""
+    return _data_size(RUN.particles.record.exists())
+
+
+@cache
+def _data_size(is_prepared):
     return estimates.data_size(config, RUN.particles.record)
 
 
 def mesh_vertices(wildcards):
     """Vertices of a job's mesh as known by now; of the finest, for a job that sees them all."""
-    size, given = data_size(), wildcards.get("cells")
-    cells = {point.cells for point in POINTS.values()} if given is None else {int(given)}
-    return max(estimates.num_vertices(size, one, RUN.mesh(MESH_PATTERN.format(cells=one)).quality) for one in cells)
+    cells = {int(wildcards["cells"])} if "cells" in wildcards.keys() else {point.cells for point in POINTS.values()}
+    return max(_mesh_vertices(one, data_size(), QUALITIES[one].exists()) for one in cells)
+
+
+QUALITIES = {point.cells: RUN.mesh(point.mesh_path).quality for point in POINTS.values()}
+
+
+@cache
+def _mesh_vertices(cells, size, is_built):
+    return estimates.num_vertices(size, cells, QUALITIES[cells])
 
 
 def repeats(stage, latent_dims):
