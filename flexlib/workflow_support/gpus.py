@@ -65,7 +65,7 @@ def gpus_of(resources: Mapping[str, Any]) -> int | str | None:
 def uses_gpu(device: str, local: bool, asked_for: Mapping[str, Any]) -> bool:
     """Whether jobs may come to use a GPU; arguments as for ``gpu_complaint``."""
     if device == "auto":
-        return count_gpus() > 0 if local else any(str(gpus) != "0" for gpus in asked_for.values())
+        return any(str(gpus) != "0" for gpus in asked_for.values()) or (local and count_gpus() > 0)
     return device == "cuda"
 
 

@@ -135,30 +135,37 @@ def reconstruct_settings(wildcards):
     return {key: value for key, value in config["reconstruct"].items() if key != "points"}
 
 
+# the best of several is known once all are trained
+IS_CHOSEN = config["reconstruct"]["points"] == "best" and len(POINTS) > 1
+
+
 def reconstructed_points():
-    """Paths of the sweep points to reconstruct; the best of several is known once all are trained."""
+    """Paths of the sweep points to reconstruct."""
     wanted = config["reconstruct"]["points"]
     if isinstance(wanted, list):
         return [point.path for point in select_points(list(POINTS.values()), wanted)]
-    if wanted == "all" or len(POINTS) == 1:
-        return list(POINTS)
-    best = checkpoints.choose.get().output.best
-    return [ChoiceRecord.read(best).path]
+    if IS_CHOSEN:
+        return [ChoiceRecord.read(checkpoints.choose.get().output.best).path]
+    return list(POINTS)
 
 
-def reconstructed(file):
-    """An input function: ``file`` of the ``ReconstructFolder`` of each reconstructed sweep point."""
-    return lambda wildcards: [file(RUN.reconstruct(path)) for path in reconstructed_points()]
+def reconstructed(wildcards):
+    """What later jobs read of each reconstructed sweep point."""
+    folders = [RUN.reconstruct(path) for path in reconstructed_points()]
+    return [file for folder in folders for file in (folder.resolution, folder.map("flex"), folder.fsc)]
+
+
+PREPARED = RUN.particles.record
 
 
 def data_size():
     """The size of the data as known by now."""
-    return _data_size(RUN.particles.record.exists())
+    return _data_size(PREPARED.exists())
 
 
 @cache
 def _data_size(is_prepared):
-    return estimates.data_size(config, RUN.particles.record)
+    return estimates.data_size(config, PREPARED)
 
 
 def mesh_vertices(wildcards):
@@ -175,6 +182,7 @@ def _mesh_vertices(cells, size, is_built):
     return estimates.num_vertices(size, cells, QUALITIES[cells])
 
 
+@cache
 def repeats(stage, latent_dims):
     """What a stage's time is proportional to: epochs, iterations of all maps, maps of the series."""
     if stage == "train":
@@ -185,11 +193,15 @@ def repeats(stage, latent_dims):
     return count_maps(settings["series"], settings["frames"], latent_dims) if stage == "generate" else 1
 
 
+# asked for every job
+memory_mb, runtime_min = cache(estimates.memory_mb), cache(estimates.runtime_min)
+
+
 def memory(stage, **more):
     """The stage's memory in MiB, half as much again at each further attempt (``retries`` is the profile's)."""
 
     def needed(wildcards, attempt):
-        first = estimates.memory_mb(stage, data_size(), mesh_vertices(wildcards), **more)
+        first = memory_mb(stage, data_size(), mesh_vertices(wildcards), **more)
         return first * (1 + attempt) // 2
 
     return needed
@@ -201,39 +213,35 @@ def runtime(stage):
     def needed(wildcards, attempt, threads):
         dims = int(wildcards.get("dims", 1))
         vertices = mesh_vertices(wildcards)
-        first = estimates.runtime_min(stage, data_size(), vertices, repeats(stage, dims), dims, threads)
+        first = runtime_min(stage, data_size(), vertices, repeats(stage, dims), dims, threads)
         return min(estimates.LONGEST_MIN, first * (1 + attempt) // 2)
 
     return needed
 
 
 def disk(stage):
-    """What the stage writes, in MiB; its job is refused where there is less room (``workflow/scripts/_common.py``)."""
-    return lambda wildcards: estimates.disk_mb(stage, data_size(), mesh_vertices(wildcards))
+    """What the stage writes at most, in MiB, as known when the workflow is read.
+
+    A job is refused where there is less room (``workflow/scripts/_common.py``).
+    """
+    return max(point_disk(stage, point) for point in POINTS.values())
 
 
-def generate_disk(wildcards):
-    """What the series of a job's sweep point take, in MiB."""
-    return point_generate_disk(point_of(wildcards))
-
-
-def point_generate_disk(point):
-    """What the series of a sweep point take, in MiB."""
-    maps = repeats("generate", point.latent_dims)
+def point_disk(stage, point):
+    """What the stage writes for a sweep point, in MiB."""
     vertices = mesh_vertices({"cells": point.cells})
-    return estimates.disk_mb("generate", data_size(), vertices, maps=maps, volume=config["generate"]["volume"])
+    more = {"maps": repeats(stage, point.latent_dims), "volume": config["generate"]["volume"]}
+    return estimates.disk_mb(stage, data_size(), vertices, **(more if stage == "generate" else {}))
 
 
 def check_disk():
     """Refuse a run whose results have no room, as far as sizes are known; what exists already is not counted."""
     try:
-        needed_mb = 0 if RUN.particles.record.exists() else estimates.disk_mb("prepare", data_size())
+        needed_mb = 0 if PREPARED.exists() else estimates.disk_mb("prepare", data_size())
         untrained = [point for path, point in POINTS.items() if not RUN.train(path).model.exists()]
-        needed_mb += sum(
-            estimates.disk_mb("train", data_size(), mesh_vertices({"cells": point.cells})) for point in untrained
-        )
+        needed_mb += sum(point_disk("train", point) for point in untrained)
         missing = [point for path, point in POINTS.items() if not RUN.generate(path).path.exists()]
-        needed_mb += sum(point_generate_disk(point) for point in missing)
+        needed_mb += sum(point_disk("generate", point) for point in missing)
         wanted = config["reconstruct"]["points"]
         needed_mb += estimates.disk_mb("reconstruct", data_size()) * (len(missing) if wanted == "all" else 1)
         estimates.check_free_space(RUN.path, needed_mb, f"the results of {len(POINTS)} points")

@@ -24,7 +24,7 @@ rule generate:
     resources:
         mem_mb=memory("generate", volume=config["generate"]["volume"]),
         runtime=runtime("generate"),
-        disk_mb=generate_disk,
+        disk_mb=disk("generate"),
     params:
         settings=config["generate"],
     message:

@@ -31,9 +31,9 @@ checkpoint choose:
 
 rule summarise:
     input:
-        validation=VALIDATIONS,
-        held_out=HELD_OUT,
-        resolutions=reconstructed(lambda folder: folder.resolution),
+        # what chooses among all has read them; each file that Snakemake follows costs time in a sweep of hundreds
+        scores=rules.choose.output.best if IS_CHOSEN else [*VALIDATIONS, *HELD_OUT],
+        reconstructed=reconstructed,
     output:
         table=report(RUN.table, caption="../report/sweep.rst", category="Sweep"),
     log:
@@ -59,8 +59,6 @@ rule report:
     input:
         table=rules.summarise.output.table,
         series=[RUN.generate(path).path for path in POINTS],
-        maps=reconstructed(lambda folder: folder.map("flex")),
-        fsc=reconstructed(lambda folder: folder.fsc),
         checksums=ancient(RUN.checksums),  # shown; others of them need no other report
         truth=rules.simulate.output.truth if config["simulate"] is not None else [],
     output:

@@ -9,7 +9,7 @@ def run(snakemake):
     from flexlib.workflow_support.sweep import summarise_sweep
 
     results = RunFolder(folder(snakemake.output.table))
-    folders = {folder(path) for path in snakemake.input.resolutions}
+    folders = {folder(path) for path in snakemake.input.reconstructed}
     points = [SweepPoint(**point) for point in snakemake.params.points]
     reconstructed = [point for point in points if results.reconstruct(point.path).path in folders]
     summarise_sweep(points, results.path, reconstructed, snakemake.output.table)
