@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -129,6 +130,20 @@ def test_gpus_of_the_profile_choose_the_environment(driver, source, tmp_path):
     arguments = ("--snakefile", str(source / "Snakefile"), "--configfile", "my.yaml", "--profile", "slurm")
     said = driver.run(tmp_path, *arguments, "--dry-run", *IN_CONDA, SNAKEMAKE_CONDA_PREFIX=str(tmp_path / "none"))
     assert "envs/cuda.yaml will be created" in said
+
+
+def test_two_commands_from_particles_and_a_map(driver, source, finished, tmp_path):
+    """The first of the environment that conda made, the second of Snakemake's."""
+    for name in ("particles.star", "particles.mrcs", "consensus.mrc"):
+        shutil.copy(finished[0] / "sim" / name, tmp_path)
+    (command,) = (driver.folder / "conda").glob("*/bin/flex-init")
+    with (tmp_path / "my.yaml").open("w") as config:
+        subprocess.run([command, "particles.star", "consensus.mrc"], cwd=tmp_path, stdout=config, check=True)
+    name = yaml.safe_load((tmp_path / "my.yaml").read_text())["name"]
+    arguments = ("--snakefile", str(source / "Snakefile"), "--configfile", "my.yaml", "--cores", "2", *IN_CONDA)
+    assert re.search(r"^train +3$", driver.run(tmp_path, *arguments, "--dry-run"), re.M)
+    driver.run(tmp_path, *arguments, "--", f"results/{name}/particles/particles.star")
+    assert (tmp_path / f"results/{name}/particles/train.mrcs").exists()
 
 
 # --- from afar: each runs one job, in the environment of the others

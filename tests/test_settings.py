@@ -254,6 +254,14 @@ def test_examples_are_valid():
         assert check_config(yaml.safe_load(path.read_text()))["particles"]
 
 
+def test_small_config_of_the_catalog_is_valid():
+    config = check_config(yaml.safe_load((ROOT / ".test/config/config.yaml").read_text()))
+    assert config["simulate"]["num_particles"] < 200
+    catalog = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())
+    assert catalog["usage"]["software-stack-deployment"] == {"conda": True}
+    assert all((ROOT / name).exists() for name in ("workflow/Snakefile", "config/README.md", "profiles/README.md"))
+
+
 def test_what_simulate_makes_is_not_missed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_paths(check("{particles: demo/p.star, consensus: demo/c.mrc, simulate: {}}"))

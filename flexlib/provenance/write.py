@@ -100,14 +100,19 @@ def _software() -> list[Entity]:
     """Flexlib, with the commit of its code, and what it needs; flexlib first."""
     needed = [
         {
-            "@id": f"https://pypi.org/project/{name}/{version.partition('+')[0]}/",
+            "@id": f"pkg:pypi/{name}@{version.partition('+')[0]}",
             "name": name,
             "softwareVersion": version,
         }
         for name, version in package_versions().items()
     ]
-    python = {"@id": "https://www.python.org/", "name": "Python", "softwareVersion": platform.python_version()}
-    required = [{**entity, "@type": "SoftwareApplication", "url": entity["@id"]} for entity in (python, *needed)]
+    python = {
+        "@id": "https://www.python.org/",
+        "url": "https://www.python.org/",
+        "name": "Python",
+        "softwareVersion": platform.python_version(),
+    }
+    required = [{**entity, "@type": "SoftwareApplication"} for entity in (python, *needed)]
     commit = code_commit()
     about = [] if commit is None else [property_value("commit", "git commit", commit.sha)]
     about += [] if commit is None else [property_value("modified", "modified since the commit", commit.modified)]
