@@ -29,6 +29,7 @@ CONFIG = {
     "name": "tiny",
     "particles": "sim/particles.star",
     "consensus": "sim/consensus.mrc",
+    "device": "cpu",  # the GPUs that the profile asks for are null devices, and an environment for them cannot be had
     "simulate": {"num_particles": 160, "box": 32, "pixel_size_A": 8.0, "snr": 1.0},
     "prepare": {"train_box": 32},
     "mesh": {"cells": 6},
