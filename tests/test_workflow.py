@@ -430,7 +430,7 @@ def test_gpus_are_asked_for_as_the_plugin_has_it(resources, gpus):
 
 
 @pytest.mark.parametrize(
-    ("given", "gpu"), [([], "1"), (["train:gpu=3"], "3"), (["train:gres='gpu:a100:2'"], None), (["train:gpu=0"], "0")]
+    ("given", "gpu"), [([], "1"), (["train:gpu=3"], "3"), (["train:gres='gpu:a100:2'"], "0"), (["train:gpu=0"], "0")]
 )
 def test_device_cuda_asks_for_gpus_where_the_profile_does_not(dry_run, given, gpu):
     (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")

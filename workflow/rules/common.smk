@@ -46,11 +46,17 @@ BENCHMARKS = RUN.benchmarks
 
 GPU_RULES = ["train", "reconstruct"]
 PROCESSES = config["train"]["processes"]
-# what the profile's set-resources gives each of them
-GIVEN = {name: workflow.resource_settings.overwrite_resources.get(name, {}) for name in GPU_RULES}
-GPUS = {name: gpus_of({key: item.raw for key, item in given.items()}) for name, given in GIVEN.items()}
+# what the profile's set-resources says of them, rule by rule; its words are called orig_arg by older Snakemakes
+GIVEN = {
+    name: {
+        key: getattr(item, "raw", None) or getattr(item, "orig_arg", item)
+        for key, item in workflow.resource_settings.overwrite_resources.get(name, {}).items()
+    }
+    for name in GPU_RULES
+}
+GPUS = {name: gpus_of(given) for name, given in GIVEN.items()}
 # asked for where the config insists on them and the profile says nothing; with device: auto the profile decides
-MISSING_GPUS = {name: PROCESSES if config["device"] == "cuda" and GPUS[name] is None else None for name in GPU_RULES}
+MISSING_GPUS = {name: PROCESSES if config["device"] == "cuda" and GPUS[name] is None else 0 for name in GPU_RULES}
 ASKED_FOR = {name: MISSING_GPUS[name] or GPUS[name] or 0 for name in GPU_RULES}
 
 # which of envs/ the jobs run in, with --sdm conda. The jobs' own Snakemakes, perhaps on another machine, must come to

@@ -9,9 +9,11 @@ from pathlib import Path
 def package_root():
     """The folder that holds flexlib: the clone that this file is in; of a workflow on a Git host, Snakemake's cache."""
     rules = workflow.current_basedir
-    folder = Path(rules.get_path_or_uri(secret_free=True))
+    folder = Path(str(rules))
     if folder.is_dir():
         return folder.parents[1]
+    if not hasattr(rules, "hosted_repo"):
+        sys.exit(f"ERROR {rules}: only github() and gitlab() of Snakemake 9.15 or newer can be read; clone it instead")
     # of a repository Snakemake keeps only the files that it is asked for
     names = rules.hosted_repo.repo.git.ls_tree("-r", "--name-only", rules.ref, *PACKAGE).splitlines()
     return Path([workflow.source_path(f"../../{name}") for name in names][-1]).parents[2]
