@@ -15,7 +15,7 @@ def _use_own_packages() -> None:
     has besides (another numpy, another flexlib) must not fill the gaps of this one.
     """
     snakemake_home = Path(sys.modules["snakemake"].__file__).parents[1]
-    if not snakemake_home.is_relative_to(sys.prefix):
+    if str(snakemake_home) in sys.path and not snakemake_home.is_relative_to(sys.prefix):
         del sys.path[sys.path.index(str(snakemake_home)) :]
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
