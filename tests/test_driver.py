@@ -54,6 +54,12 @@ def finished(driver, source, tmp_path_factory):
     return folder, [json.loads(path.read_text()) for path in record.iterdir()], before
 
 
+def jobs_environment(finished) -> Path:
+    """The one environment that all jobs ran in."""
+    (prefix,) = {record["prefix"] for record in finished[1]}
+    return Path(prefix)
+
+
 def test_driver_has_nothing_of_ours(driver):
     listed = subprocess.run([driver.folder / "bin/pip", "list"], capture_output=True, text=True, check=True).stdout
     names = {line.split()[0].lower() for line in listed.splitlines()[2:]}
@@ -83,8 +89,8 @@ def test_jobs_import_from_their_own_environment_and_the_clone(driver, source, fi
     assert not of_driver & {"numpy", "pandas", "scipy", "torch", "yaml", "jsonschema", "jinja2"}
 
 
-def test_environment_holds_flexlib_and_no_snakemake(driver, finished):
-    (python,) = (driver.folder / "conda").glob("*/bin/python")
+def test_environment_holds_flexlib_and_no_snakemake(finished):
+    python = jobs_environment(finished) / "bin/python"
     code = "import flexlib, torch; print(flexlib.__file__)"
     where = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout.strip()
     assert Path(where).is_relative_to(python.parents[1])
@@ -136,7 +142,7 @@ def test_two_commands_from_particles_and_a_map(driver, source, finished, tmp_pat
     """The first of the environment that conda made, the second of Snakemake's."""
     for name in ("particles.star", "particles.mrcs", "consensus.mrc"):
         shutil.copy(finished[0] / "sim" / name, tmp_path)
-    (command,) = (driver.folder / "conda").glob("*/bin/flex-init")
+    command = jobs_environment(finished) / "bin/flex-init"
     with (tmp_path / "my.yaml").open("w") as config:
         subprocess.run([command, "particles.star", "consensus.mrc"], cwd=tmp_path, stdout=config, check=True)
     name = yaml.safe_load((tmp_path / "my.yaml").read_text())["name"]

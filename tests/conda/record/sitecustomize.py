@@ -9,7 +9,11 @@ from pathlib import Path
 
 def write():
     files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    record = {"script": Path(sys.argv[0]).name, "files": {name: file for name, file in files.items() if file}}
+    record = {
+        "script": Path(sys.argv[0]).name,
+        "prefix": sys.prefix,
+        "files": {name: file for name, file in files.items() if file},
+    }
     Path(os.environ["RECORD_IMPORTS"], f"{os.getpid()}.json").write_text(json.dumps(record))
 
 
