@@ -6,9 +6,11 @@ the stand-in for conda in ``tests/conda``, in the same place.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
+import tomllib
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +67,17 @@ class Driver:
         shutil.rmtree(self.packages / "flexlib", ignore_errors=True)
 
     @property
+    def conda_prefix(self) -> Path:
+        """Where conda's environments are; another folder where flexlib, which is in them, has other commands."""
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        return self.folder / f"conda-{hashlib.sha256(repr(project).encode()).hexdigest()[:8]}"
+
+    @property
     def environment(self) -> dict[str, str]:
         """Variables of a shell in which it is active and conda is at hand; none of the tests' own environment."""
         kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         path = [self.folder / "bin", ROOT / "tests/conda/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin"]
-        return kept | {"PATH": os.pathsep.join(map(str, path)), "SNAKEMAKE_CONDA_PREFIX": str(self.folder / "conda")}
+        return kept | {"PATH": os.pathsep.join(map(str, path)), "SNAKEMAKE_CONDA_PREFIX": str(self.conda_prefix)}
 
     def start(self, folder: Path, log: Path, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start Snakemake in ``folder``, in a process group of its own."""
