@@ -14,9 +14,10 @@ def _use_own_packages() -> None:
     Snakemake appends the search path of the interpreter that it runs in, which it needs itself. What that interpreter
     has besides (another numpy, another flexlib) must not fill the gaps of this one.
     """
-    snakemake_home = Path(sys.modules["snakemake"].__file__).parents[1]
-    if str(snakemake_home) in sys.path and not snakemake_home.is_relative_to(sys.prefix):
-        del sys.path[sys.path.index(str(snakemake_home)) :]
+    if "snakemake" in sys.modules:  # not where a script is run without it
+        snakemake_home = Path(sys.modules["snakemake"].__file__).parents[1]
+        if str(snakemake_home) in sys.path and not snakemake_home.is_relative_to(sys.prefix):
+            del sys.path[sys.path.index(str(snakemake_home)) :]
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
