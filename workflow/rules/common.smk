@@ -174,18 +174,22 @@ def _data_size(is_prepared):
     return estimates.data_size(config, PREPARED)
 
 
-def mesh_vertices(wildcards):
-    """Vertices of a job's mesh as known by now; of the finest, for a job that sees them all."""
-    cells = {int(wildcards["cells"])} if "cells" in wildcards.keys() else {point.cells for point in POINTS.values()}
-    return max(_mesh_vertices(one, data_size(), QUALITIES[one].exists()) for one in cells)
-
-
 QUALITIES = {point.cells: RUN.mesh(point.mesh_path).quality for point in POINTS.values()}
 
 
+def vertices(cells):
+    """Vertices of a mesh as known by now."""
+    return _vertices(cells, data_size(), QUALITIES[cells].exists())
+
+
 @cache
-def _mesh_vertices(cells, size, is_built):
+def _vertices(cells, size, is_built):
     return estimates.num_vertices(size, cells, QUALITIES[cells])
+
+
+def mesh_vertices(wildcards):
+    """Vertices of a job's mesh as known by now; of the finest, for a job that sees them all."""
+    return vertices(int(wildcards.cells)) if "cells" in wildcards.keys() else max(map(vertices, QUALITIES))
 
 
 @cache
@@ -218,8 +222,7 @@ def runtime(stage):
 
     def needed(wildcards, attempt, threads):
         dims = int(wildcards.get("dims", 1))
-        vertices = mesh_vertices(wildcards)
-        first = runtime_min(stage, data_size(), vertices, repeats(stage, dims), dims, threads)
+        first = runtime_min(stage, data_size(), mesh_vertices(wildcards), repeats(stage, dims), dims, threads)
         return min(estimates.LONGEST_MIN, first * (1 + attempt) // 2)
 
     return needed
@@ -230,14 +233,14 @@ def disk(stage):
 
     A job is refused where there is less room (``workflow/scripts/_common.py``).
     """
-    return max(point_disk(stage, point) for point in POINTS.values())
+    return max(point_disk(stage, *kind) for kind in {(point.cells, point.latent_dims) for point in POINTS.values()})
 
 
-def point_disk(stage, point):
+@cache
+def point_disk(stage, cells, latent_dims):
     """What the stage writes for a sweep point, in MiB."""
-    vertices = mesh_vertices({"cells": point.cells})
-    more = {"maps": repeats(stage, point.latent_dims), "volume": config["generate"]["volume"]}
-    return estimates.disk_mb(stage, data_size(), vertices, **(more if stage == "generate" else {}))
+    more = {"maps": repeats(stage, latent_dims), "volume": config["generate"]["volume"]} if stage == "generate" else {}
+    return estimates.disk_mb(stage, data_size(), vertices(cells), **more)
 
 
 def check_disk():
@@ -245,9 +248,9 @@ def check_disk():
     try:
         needed_mb = 0 if PREPARED.exists() else estimates.disk_mb("prepare", data_size())
         untrained = [point for path, point in POINTS.items() if not RUN.train(path).model.exists()]
-        needed_mb += sum(point_disk("train", point) for point in untrained)
+        needed_mb += sum(point_disk("train", point.cells, point.latent_dims) for point in untrained)
         missing = [point for path, point in POINTS.items() if not RUN.generate(path).path.exists()]
-        needed_mb += sum(point_disk("generate", point) for point in missing)
+        needed_mb += sum(point_disk("generate", point.cells, point.latent_dims) for point in missing)
         wanted = config["reconstruct"]["points"]
         needed_mb += estimates.disk_mb("reconstruct", data_size()) * (len(missing) if wanted == "all" else 1)
         estimates.check_free_space(RUN.path, needed_mb, f"the results of {len(POINTS)} points")
