@@ -15,22 +15,13 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+import mrcfile
+import numpy as np
+import starfile
 import yaml
-from run_snakemake import ROOT
+from run_snakemake import ROOT, small_config, start
 
 POISON = "raise ImportError(\"this flexlib is of Snakemake's environment, not the workflow's\")\n"
-# takes seconds; two points, so that one must be chosen
-CONFIG = {
-    "name": "tiny",
-    "particles": "sim/particles.star",
-    "consensus": "sim/consensus.mrc",
-    "simulate": {"num_particles": 160, "box": 32, "pixel_size_A": 8.0, "snr": 1.0},
-    "prepare": {"train_box": 32},
-    "mesh": {"cells": 6},
-    "train": {"rigidity": [0.5, 2.0], "epochs": 3, "validation_fraction": 0.25},
-    "generate": {"frames": 3},
-    "reconstruct": {"max_bfgs_iterations": 4},
-}
 IN_CONDA = ("--sdm", "conda")
 
 
@@ -81,15 +72,7 @@ class Driver:
 
     def start(self, folder: Path, log: Path, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start Snakemake in ``folder``, in a process group of its own."""
-        with log.open("w") as file:
-            return subprocess.Popen(
-                ["snakemake", *arguments],
-                cwd=folder,
-                env=self.environment | variables,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
+        return start(["snakemake", *arguments], folder, log, self.environment | variables)
 
     def run(self, folder: Path, *arguments: str, **variables: str) -> str:
         """Run Snakemake in ``folder`` to its end, which must be a good one; what it says."""
@@ -120,6 +103,22 @@ def clone(folder: Path) -> Path:
 
 
 def write_config(folder: Path, **more: object) -> Path:
-    """``CONFIG`` and more as ``my.yaml`` in a folder."""
-    (folder / "my.yaml").write_text(yaml.safe_dump({**CONFIG, **more}))
+    """``small_config`` as ``my.yaml`` in a folder."""
+    (folder / "my.yaml").write_text(yaml.safe_dump(small_config(**more)))
     return folder / "my.yaml"
+
+
+def assert_same_training(disturbed: Path, undisturbed: Path) -> None:
+    """Latents and canonical map in the folders of two trainings of one sweep point."""
+    tables = [
+        starfile.read(folder / "latents.star", always_dict=True)["particles"] for folder in (disturbed, undisturbed)
+    ]
+    columns = ["flexLatent1", "flexLatent2"]
+    np.testing.assert_allclose(tables[0][columns], tables[1][columns], atol=1e-3)
+    assert_same_map(disturbed / "canonical.mrc", undisturbed / "canonical.mrc")
+
+
+def assert_same_map(disturbed: Path, undisturbed: Path) -> None:
+    """Two maps, to a thousandth of the largest value."""
+    maps = [mrcfile.read(path) for path in (disturbed, undisturbed)]
+    np.testing.assert_allclose(maps[0], maps[1], atol=1e-3 * np.abs(maps[1]).max())

@@ -12,17 +12,13 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
-import mrcfile
-import numpy as np
 import pytest
 import starfile
 import yaml
-from driver import CONFIG, IN_CONDA, Driver, clone, write_config
-
-from flexlib.layout import RunFolder
+from driver import IN_CONDA, Driver, assert_same_map, assert_same_training, clone, write_config
+from run_snakemake import small_config, wait_for
 
 pytestmark = pytest.mark.slow
 RESULTS = Path("results/tiny")
@@ -188,7 +184,7 @@ rule everything:
     input: rules.flex_all.input
 """
     )
-    (folder / "my.yaml").write_text(yaml.safe_dump({"flex": CONFIG}))
+    (folder / "my.yaml").write_text(yaml.safe_dump({"flex": small_config()}))
 
 
 @pytest.mark.parametrize("snakefile", ["Snakefile", "workflow/Snakefile"])
@@ -241,15 +237,6 @@ def test_snakedeploy(driver, source, from_github, tmp_path):
 # --- a driver that is killed
 
 
-def wait_for(pattern: str, run: subprocess.Popen[bytes], folder: Path, log: Path) -> None:
-    """Wait until a file appears in ``folder``."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not list(folder.glob(pattern)):
-        assert run.poll() is None, f"waiting for {pattern}, the run ended:\n{log.read_text()[-5000:]}"
-        assert time.monotonic() < deadline, f"no {pattern}:\n{log.read_text()[-5000:]}"
-        time.sleep(0.01)
-
-
 MOMENTS = [
     ("logs/tiny/prepare.log", False),
     ("results/tiny/train/**/checkpoints/*", True),
@@ -266,7 +253,7 @@ def killed(driver: Driver, source, tmp_path_factory):
     command = ("--snakefile", str(source / "workflow/Snakefile"), "--configfile", "my.yaml", "--cores", "2", *IN_CONDA)
     for pattern, with_jobs in MOMENTS:
         run = driver.start(folder, log, *command)
-        wait_for(pattern, run, folder, log)
+        wait_for(pattern, lambda pattern=pattern: list(folder.glob(pattern)), run, log, PATIENCE_S)
         if with_jobs:
             os.killpg(run.pid, signal.SIGKILL)
         else:
@@ -293,19 +280,11 @@ def test_after_kills_results_are_those_of_an_undisturbed_run(finished, killed):
     for expected, row in zip(*tables, strict=True):
         for key in expected:
             assert row[key] == expected[key] or float(row[key]) == pytest.approx(float(expected[key]), rel=1e-3), key
-    undisturbed, disturbed = (RunFolder(folder / RESULTS) for folder in (finished[0], killed[0]))
-    latents = sorted(undisturbed.path.glob("train/**/latents.star"))
-    maps = sorted(
-        [*undisturbed.path.glob("train/**/canonical.mrc"), *undisturbed.path.glob("reconstruct/**/*_half?.mrc")]
-    )
-    assert (len(latents), len(maps)) == (2, 6)
-    for path in latents:
-        pair = [
-            starfile.read(file, always_dict=True)["particles"][["flexLatent1", "flexLatent2"]]
-            for file in (path, disturbed.path / path.relative_to(undisturbed.path))
-        ]
-        np.testing.assert_allclose(pair[0], pair[1], atol=1e-3)
-    for path in maps:
-        expected = mrcfile.read(path)
-        again = mrcfile.read(disturbed.path / path.relative_to(undisturbed.path))
-        np.testing.assert_allclose(again, expected, atol=1e-3 * np.abs(expected).max())
+    undisturbed, disturbed = (folder / RESULTS for folder in (finished[0], killed[0]))
+    trainings = [path.parent.relative_to(undisturbed) for path in undisturbed.glob("train/**/latents.star")]
+    halves = [path.relative_to(undisturbed) for path in undisturbed.glob("reconstruct/**/*_half?.mrc")]
+    assert (len(trainings), len(halves)) == (2, 4)
+    for point in trainings:
+        assert_same_training(disturbed / point, undisturbed / point)
+    for path in halves:
+        assert_same_map(disturbed / path, undisturbed / path)
