@@ -396,7 +396,7 @@ rule everything:
 def test_500_points_are_planned_and_submitted_in_groups(dry_run):
     (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
     sweep = {
-        "mesh": {"cells": [10, 12, 14, 16, 20]},
+        "mesh": {"cells": [6, 7, 8, 9, 10]},  # small ones: room for 500 finer points is not everywhere
         "train": {"latent_dims": [1, 2, 3, 4, 5], "rigidity": [2.0**k for k in range(-2, 8)], "seed": [0, 1]},
         "generate": {"frames": 2},
     }
