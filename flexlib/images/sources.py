@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from flexlib.images.noise import Calibration, read_noise
 from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
 from flexlib.imaging.image_transforms import centred_rfft2, fourier_resample, plane_radius
 from flexlib.layout import ParticlesFolder
+from flexlib.particles.pose_change import PoseChange
 from flexlib.particles.star import particles_from_tables, read_tables
 from flexlib.particles.table import OpticsGroup, Particles
 from flexlib.records import PreparedRecord
@@ -53,13 +55,20 @@ class PreparedImages:
         calibration
             Noise and scale of the optics groups.
         """
-        self.particles = particles
         self.box = box
         self.pixel_size_A = pixel_size_A
         self.half_set = particles.half_set
         self._calibration = calibration
+        self._sides_px = sides_px
         self._band_px = np.minimum(sides_px, box)  # images hold nothing beyond the Nyquist of a box so large
-        amplitude = (calibration.image_scale / sides_px)[particles.optics_index]
+        self._take_poses(particles)
+        self._filters = lru_cache(maxsize=4)(self._make_filters)
+
+    def _take_poses(self, particles: Particles) -> None:
+        """Poses and amplitudes of the images are those of ``particles`` from now on."""
+        self.particles = particles
+        calibration, pixel_size_A = self._calibration, self.pixel_size_A
+        amplitude = (calibration.image_scale / self._sides_px)[particles.optics_index]
         amplitude = amplitude * (pixel_size_A / calibration.full_pixel_size_A) ** 3
         if particles.particle_scale is not None:
             amplitude = amplitude * particles.particle_scale
@@ -69,7 +78,12 @@ class PreparedImages:
         enlarged = magnification[particles.optics_index]
         self._rotation = (view_rotations(particles) * enlarged[:, None, None]).astype(np.float32)
         self._origin_px = (particles.origin_A * enlarged[:, None] / pixel_size_A).astype(np.float32)
-        self._filters = lru_cache(maxsize=4)(self._make_filters)
+
+    def posed(self, change: PoseChange) -> Self:
+        """The same images with poses and contrasts changed."""
+        changed = copy(self)
+        changed._take_poses(change.of(self.particles))
+        return changed
 
     def __len__(self) -> int:
         return len(self.particles)

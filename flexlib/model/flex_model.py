@@ -14,6 +14,7 @@ from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.layout import TrainFolder
 from flexlib.model.flow import FlowGenerator
+from flexlib.particles.pose_change import PoseChange
 from flexlib.tetra.tetmesh import TetraMesh
 
 FORMAT_VERSION = 1
@@ -31,6 +32,10 @@ class FlexModel:
     pixel_size_A: float
     settings: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0
+    # what refinement made of the input's poses and contrasts, in the order of the latents, under this model and under
+    # the rigid map of the same particles; None where they were not refined
+    pose: PoseChange | None = None
+    rigid_pose: PoseChange | None = None
 
     @property
     def latent_dims(self) -> int:
@@ -62,6 +67,8 @@ class FlexModel:
             "pixel_size_A": self.pixel_size_A,
             "settings": self.settings,
             "epoch": self.epoch,
+            "pose": _packed(self.pose),
+            "rigid_pose": _packed(self.rigid_pose),
         }
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
@@ -97,4 +104,16 @@ class FlexModel:
             pixel_size_A=content["pixel_size_A"],
             settings=content["settings"],
             epoch=content["epoch"],
+            pose=_unpacked(content.get("pose")),
+            rigid_pose=_unpacked(content.get("rigid_pose")),
         )
+
+
+def _packed(change: PoseChange | None) -> dict[str, torch.Tensor] | None:
+    if change is None:
+        return None
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in asdict(change).items()}
+
+
+def _unpacked(saved: dict[str, torch.Tensor] | None) -> PoseChange | None:
+    return None if saved is None else PoseChange(**{name: values.numpy() for name, values in saved.items()})
