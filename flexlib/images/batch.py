@@ -46,6 +46,7 @@ class ImageBatch:
     # ratio of the source's pixel size to the image's own where optics groups differ
     rotation: torch.Tensor
     origin_px: torch.Tensor  # (b, 2) float32, subtract from view positions
+    contrast: torch.Tensor | None = None  # (b,) factor of the transfer functions; None for 1
 
     def take(self, rows: torch.Tensor) -> ImageBatch:
         """The part of the batch at ``rows`` ((m,) int)."""
@@ -55,6 +56,7 @@ class ImageBatch:
             self.transfer[rows],
             self.rotation[rows],
             self.origin_px[rows],
+            None if self.contrast is None else self.contrast[rows],
         )
 
 

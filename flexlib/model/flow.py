@@ -14,8 +14,9 @@ class FlowGenerator(nn.Module):
     """Latent coordinates (b, K) to displacements of the mesh vertices (b, nv, 3) in Angstrom.
 
     A multilayer perceptron (3DFlex: 6 layers of 64 units) plus a linear path from z, both onto a basis of smooth
-    displacement fields: the mesh's elastic modes, each scaled so that one unit costs the same strain, and the six
-    rigid-body motions. The linear path carries the spectral start; the perceptron starts at zero.
+    displacement fields: the mesh's elastic modes, each scaled so that one unit costs the same strain, and, where poses
+    are taken for exact, the six rigid-body motions. The linear path carries the spectral start; the perceptron starts
+    at zero.
     """
 
     basis_A: torch.Tensor
@@ -102,6 +103,30 @@ def rigid_modes_A(vertices_A: np.ndarray) -> np.ndarray:
     fields = [np.broadcast_to(axis, centred.shape) for axis in np.eye(3)]
     fields += [np.cross(axis, centred) for axis in np.eye(3)]
     return np.stack([f / np.sqrt((f**2).sum(1).mean()) for f in fields])
+
+
+def without_rigid_motion(fields_A: np.ndarray, vertices_A: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Displacement fields freed of their rigid-body parts: the weighted mean displacement and rotation are zero.
+
+    Parameters
+    ----------
+    fields_A
+        (m, nv, 3).
+    vertices_A
+        (nv, 3) of the mesh at rest.
+    weight
+        (nv,) of the vertices, as the density that rides on each.
+
+    Returns
+    -------
+    fields_A
+        (m, nv, 3) float32. The same holds for every sum of them, as for a flow's displacements at any latents.
+    """
+    rigid = rigid_modes_A(vertices_A.astype(np.float64)).reshape(6, -1)
+    weighted = rigid * np.repeat(weight.astype(np.float64), 3)
+    flat = fields_A.reshape(len(fields_A), -1).astype(np.float64)
+    part = np.linalg.solve(weighted @ rigid.T, weighted @ flat.T)
+    return (flat - part.T @ rigid).reshape(fields_A.shape).astype(np.float32)
 
 
 def displacement_basis_A(modes: np.ndarray, stiffness: np.ndarray, vertices_A: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -119,25 +118,34 @@ def log_likelihood_loss(
     Returns
     -------
     loss
-        (b,), differentiable by ``values`` and ``displacements_A``.
+        (b,), differentiable by ``values``, ``displacements_A`` and the batch's rotation, origin and contrast.
     """
-    return _HalfSquaredResidual.apply(operator.slices(values, batch, displacements_A), batch, weight)
+    return _HalfSquaredResidual.apply(operator.slices(values, batch, displacements_A), batch, weight, batch.contrast)
 
 
 class _HalfSquaredResidual(torch.autograd.Function):
     """Half the weighted squared residual of (b, box, box//2+1) slices, with its gradient written out."""
 
     @staticmethod
-    def forward(ctx: Any, slices: torch.Tensor, batch: ImageBatch, weight: torch.Tensor) -> torch.Tensor:
-        residual = torch.addcmul(batch.images, batch.transfer.to(slices.dtype), slices, value=-1)
+    def forward(
+        ctx: Any, slices: torch.Tensor, batch: ImageBatch, weight: torch.Tensor, contrast: torch.Tensor | None
+    ) -> torch.Tensor:
+        seen = slices if contrast is None else slices * contrast[:, None, None]
+        residual = torch.addcmul(batch.images, batch.transfer.to(slices.dtype), seen, value=-1)
         weighted = residual * weight
-        ctx.save_for_backward(weighted, batch.transfer)
+        by_contrast = contrast is not None and ctx.needs_input_grad[3]
+        ctx.save_for_backward(weighted, batch.transfer, contrast, slices if by_contrast else None)
         return 0.5 * (torch.view_as_real(weighted) * torch.view_as_real(residual)).sum((1, 2, 3))
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        weighted, transfer = ctx.saved_tensors
-        return -weighted * transfer.conj() * grad_loss[:, None, None], None, None
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weighted, transfer, contrast, slices = ctx.saved_tensors
+        by_slices = -weighted * transfer.conj()
+        by_contrast = None
+        if slices is not None:
+            by_contrast = (torch.view_as_real(by_slices) * torch.view_as_real(slices)).sum((1, 2, 3)) * grad_loss
+        factor = grad_loss if contrast is None else grad_loss * contrast
+        return by_slices * factor[:, None, None], None, None, by_contrast
 
 
 @dataclass(frozen=True)
@@ -168,57 +176,9 @@ class CoarseMap:
             transfer=8.0 * fourier_resample(batch.transfer, box),
             rotation=batch.rotation,
             origin_px=batch.origin_px / 2,
+            contrast=batch.contrast,
         )
 
     def weight(self, weight: torch.Tensor) -> torch.Tensor:
         """A (box, box//2+1) weight of Fourier pixels, cropped."""
         return fourier_resample(weight[None], self.operator.voxels.box)[0]
-
-
-@dataclass(frozen=True)
-class MovingMap:
-    """What predicts a particle's image from its latents: a map, a flow, and how they are projected."""
-
-    operator: Operator
-    flow: Callable[[torch.Tensor], torch.Tensor]  # (b, K) to (b, nv, 3) in A
-    values: torch.Tensor  # (nvox,)
-    coarse_map: CoarseMap | None = None  # where there is one, the search and the information use it
-    information_ratio: float = 1.0  # of the full box to the coarse one: what finer shells add is nearly common to all
-
-    @cached_property
-    def coarse(self) -> MovingMap:
-        """The same in the coarse box."""
-        assert self.coarse_map is not None
-        return MovingMap(self.coarse_map.operator, self.flow, self.coarse_map.values(self.values))
-
-    def loss(self, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """(b,) nats at latents (b, K): see ``log_likelihood_loss``."""
-        return log_likelihood_loss(self.operator, self.values, batch, self.flow(latents), weight)
-
-    def information(self, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """(b, K, K) Fisher information at latents (b, K), in the coarse box if there is one, at a tenth of the cost.
-
-        On the IgG set standard deviations by it differ by 8 % rms from ``fisher_information``'s (4 % with K = 8).
-        """
-        if self.coarse_map is None:
-            return fisher_information(self, batch, weight, latents)
-        coarse_batch, coarse_weight = self.coarse_map.batch(batch), self.coarse_map.weight(weight)
-        small = fisher_information(self.coarse, coarse_batch, coarse_weight, latents)
-        return self.information_ratio * small
-
-
-@torch.no_grad()
-def fisher_information(
-    model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, probe: float = 0.05
-) -> torch.Tensor:
-    """(b, K, K) information of the images on their latents (b, K), by K forward differences of step ``probe``."""
-    operator, flow, values = model.operator, model.flow, model.values
-    base = operator.slices(values, batch, flow(latents))
-    slopes = []
-    for axis in range(latents.shape[1]):
-        moved = latents.clone()
-        moved[:, axis] += probe
-        slopes.append((operator.slices(values, batch, flow(moved)) - base) / probe)
-    scaled = batch.transfer * weight.sqrt()
-    tangent = torch.view_as_real(torch.stack(slopes, 1) * scaled[:, None]).flatten(2)
-    return tangent @ tangent.transpose(1, 2)

@@ -83,6 +83,18 @@ def view_adjoint(grad: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return back
 
 
+def turn_adjoint(
+    grad: torch.Tensor, vertices_A: torch.Tensor, displacements_A: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients by the ``turn`` (b, 2, 3) and ``origin_px`` (b, 2) of ``view``, from that by the views, (b, nv, 2)."""
+    num_vertices = vertices_A.shape[-2]
+    if displacements_A is None:
+        displacements_A = torch.empty((0, num_vertices, 3))
+    by_turn, by_origin = torch.empty((len(grad), 2, 3)), torch.empty((len(grad), 2))
+    _turn_adjoint(*_arrays(grad, vertices_A.view(-1, num_vertices, 3), displacements_A, by_turn, by_origin))
+    return by_turn, by_origin
+
+
 def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
     """As arrays that share the memory of contiguous tensors."""
     share_threads_with_numba()
@@ -130,3 +142,26 @@ def _view_adjoint(grad, turn, back):
             back[i, v, 0] = r[0, 0] * x + r[1, 0] * y
             back[i, v, 1] = r[0, 1] * x + r[1, 1] * y
             back[i, v, 2] = r[0, 2] * x + r[1, 2] * y
+
+
+@njit(cache=True, fastmath=True, parallel=True)
+def _turn_adjoint(grad, vertices, displacements, by_turn, by_origin):
+    for i in prange(len(grad)):
+        of_image = vertices[min(np.int64(i), len(vertices) - 1)]
+        sums = np.zeros((2, 4))
+        for v in range(vertices.shape[1]):
+            x, y, z = of_image[v, 0], of_image[v, 1], of_image[v, 2]
+            if len(displacements):
+                x += displacements[i, v, 0]
+                y += displacements[i, v, 1]
+                z += displacements[i, v, 2]
+            for axis in range(2):
+                slope = grad[i, v, axis]
+                sums[axis, 0] += slope * x
+                sums[axis, 1] += slope * y
+                sums[axis, 2] += slope * z
+                sums[axis, 3] -= slope
+        for axis in range(2):
+            by_origin[i, axis] = sums[axis, 3]
+            for k in range(3):
+                by_turn[i, axis, k] = sums[axis, k]

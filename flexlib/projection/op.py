@@ -283,7 +283,7 @@ def view_vertices(
     vertices_A : torch.Tensor
         (nv, 3) or (b, nv, 3) in A.
     rotation, origin_px : torch.Tensor
-        (b, 3, 3) and (b, 2) in pixels; constants.
+        (b, 3, 3) and (b, 2) in pixels.
     pixel_size_A : float
     displacements_A : torch.Tensor, optional
         (b, nv, 3) in A.
@@ -311,16 +311,23 @@ class _View(torch.autograd.Function):
         turn: torch.Tensor,
         origin_px: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(turn)
+        moved = (vertices_A, displacements_A) if any(ctx.needs_input_grad[2:]) else (None, None)
+        ctx.save_for_backward(turn, *moved)
         ctx.shared = vertices_A.ndim == 2
         return import_module("flexlib.projection.cpu").view(vertices_A, displacements_A, turn, origin_px)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (turn,) = ctx.saved_tensors
-        back = import_module("flexlib.projection.cpu").view_adjoint(grad, turn)
-        of_vertices = (back.sum(0) if ctx.shared else back) if ctx.needs_input_grad[0] else None
-        return of_vertices, back if ctx.needs_input_grad[1] else None, None, None
+        turn, vertices_A, displacements_A = ctx.saved_tensors
+        cpu = import_module("flexlib.projection.cpu")
+        of_vertices = of_displacements = of_turn = of_origin = None
+        if any(ctx.needs_input_grad[:2]):
+            back = cpu.view_adjoint(grad, turn)
+            of_vertices = (back.sum(0) if ctx.shared else back) if ctx.needs_input_grad[0] else None
+            of_displacements = back if ctx.needs_input_grad[1] else None
+        if vertices_A is not None:
+            of_turn, of_origin = cpu.turn_adjoint(grad, vertices_A, displacements_A)
+        return of_vertices, of_displacements, of_turn, of_origin
 
 
 def scatter_volume(values: torch.Tensor, voxels: VoxelTensors) -> torch.Tensor:

@@ -13,11 +13,13 @@ import torch
 from tqdm import tqdm
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
-from flexlib.train.latents import LatentScale, posterior_scale
+from flexlib.model.views import ViewPrior
+from flexlib.train.latents import LatentScale, posterior_scale, posterior_widths
 from flexlib.train.local_minima import leave_wrong_minima, search_centres
 from flexlib.train.motion import rms_displacement_A
+from flexlib.train.rigid import rigid_model
 from flexlib.train.schedule import BAND_EPOCHS
-from flexlib.train.score import HeldOutScore, RigidModel, score_held_out
+from flexlib.train.score import HeldOutScore, score_held_out
 from flexlib.train.setup import Setup, derived_seed
 from flexlib.train.state import State
 from flexlib.train.step import MiniBatch, take_step
@@ -54,7 +56,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     standardise(setup, state)
     state.follow_first(setup.ranks)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
-    state.held_latents = score.latents
+    state.hold(score.parameters, score.rigid_views)
     state.epoch, state.step, state.totals = epoch + 1, 0, None
     entry = {
         "epoch": epoch + 1,
@@ -109,18 +111,23 @@ def _learn(setup: Setup, state: State, anneal: float, after_batch: Callable[[], 
 def standardise(setup: Setup, state: State) -> LatentScale | None:
     """Bring the training latents' posteriors to zero mean and unit covariance; the flow learns the new coordinates.
 
-    Returns the change; None where latents keep their scale: they are frozen, or their prior has a scale of its own.
+    The widths of the views' prior are learnt in the same way. Returns the change of the latents; None where they keep
+    their scale: they are frozen, or their prior has a scale of its own.
     """
-    if setup.settings.freeze_latents or setup.settings.centering != "auto":
-        return None
     rows = setup.rows_on_device(setup.training_rows)
-    scale = posterior_scale(state.latents[rows], state.information[rows])
-    state.change_latents(scale)
+    scale = None
+    if not setup.settings.freeze_latents and setup.settings.centering == "auto":
+        scale = posterior_scale(state.latents[rows], state.information[rows])
+    if state.views.prior is not None:
+        factor = posterior_widths(state.views.units[rows], state.information[rows])
+        state.change_widths(ViewPrior.of_widths(state.views.prior.widths * factor.cpu()))
+    if scale is not None:
+        state.change_latents(scale)
     return scale
 
 
 @torch.no_grad()
-def score_now(setup: Setup, state: State, steps: int, search: bool) -> HeldOutScore:
+def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool = False) -> HeldOutScore:
     """The held-out score as things stand (``score.py``).
 
     Parameters
@@ -128,18 +135,24 @@ def score_now(setup: Setup, state: State, steps: int, search: bool) -> HeldOutSc
     setup, state
         The run.
     steps
-        Of the inference of latents; frozen ones stay as they are.
+        Of the inference of latents and views; frozen latents stay as they are.
     search
         Whether other local minima are looked for.
+    final
+        Whether all that knows nothing of a particle's motion is compared with. Where that has poses of its own it costs
+        as much as the flexible model each time, and between epochs the rigid map is enough.
     """
     frozen = setup.settings.freeze_latents
     return score_held_out(
-        setup.held_out(),
+        setup.held_out(state.views.num),
         state.moving_map(setup.operator, setup.coarse),
-        RigidModel(setup.rigid, state.rigid_values),
-        state.held_latents,
-        steps=0 if frozen else steps,
+        rigid_model(setup, state.rigid_values, state.rigid_views.prior),
+        state.held_parameters(),
+        state.rigid_views.held,
+        steps=steps,
+        fixed=setup.settings.latent_dims if frozen else 0,
         centres=search_centres(setup, state) if search and not frozen else None,
+        rigid_only=state.views.prior is not None and not final,
     )
 
 

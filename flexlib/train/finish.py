@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from flexlib.images.batch import read_ahead, split_batches
 from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.train.epoch import score_now, standardise
 from flexlib.train.initial_latents import standard_scale
-from flexlib.train.latents import infer_everywhere
+from flexlib.train.latents import infer_everywhere, infer_latents, latent_precision
 from flexlib.train.local_minima import search_centres
 from flexlib.train.motion import slope_A
 from flexlib.train.score import HeldOutScore
@@ -28,17 +29,17 @@ FINAL_STEPS = 4  # of Levenberg-Marquardt, with the finished flow and map
 
 @torch.no_grad()
 def infer_all(setup: Setup, state: State) -> torch.Tensor:
-    """Infer every particle's latents with the final model and turn them to axes of decreasing motion.
+    """Infer every particle's latents and view with the final model and turn latents to axes of decreasing motion.
 
     Returns
     -------
     precision
-        (n, K, K) of the posteriors in the final coordinates.
+        (n, K, K) of the posteriors of the latents in the final coordinates, whatever the views are.
     """
     frozen, device = setup.settings.freeze_latents, setup.device
     if not frozen:
-        state.latents[setup.rows_on_device(setup.validation_rows)] = state.held_latents
-    precision = _infer_own_share(setup, state)
+        state.set_parameters(setup.rows_on_device(setup.validation_rows), state.held_parameters())
+    precision = latent_precision(_infer_own_share(setup, state), setup.settings.latent_dims)
     if state.given_latents is not None:
         scale, offset = standard_scale(state.given_latents)[1]
         state.flow.rescale_latents(torch.diag(1 / scale), -offset / scale)
@@ -56,28 +57,33 @@ def infer_all(setup: Setup, state: State) -> torch.Tensor:
 
 
 def _infer_own_share(setup: Setup, state: State) -> torch.Tensor:
-    """Infer the latents of this rank's rows, and gather all ranks'; (n, K, K) precision."""
-    dims, num, device = setup.settings.latent_dims, len(setup.source), setup.device
+    """Infer the parameters of this rank's rows, and gather all ranks'; (n, P, P) precision."""
+    num, device, prior = len(setup.source), setup.device, setup.prior(state.views.num)
+    fixed = setup.settings.latent_dims if setup.settings.freeze_latents else 0
     weight = setup.weight(setup.schedule.full_band)
-    precision = torch.zeros((num, dims, dims), device=device)
+    precision = torch.zeros_like(state.information)
     mine = setup.ranks.part(num)
     own_batches = split_batches(np.arange(num)[mine], setup.batch_size)
     centres = None if setup.settings.freeze_latents else search_centres(setup, state)
     model = state.moving_map(setup.operator, setup.coarse)
     for number, batch in enumerate(read_ahead(setup.source, own_batches, device)):
         rows = setup.rows_on_device(batch.rows)
+        start = state.parameters(rows)
         if number == 0:
-            model = with_measured_ratio(model, batch, weight, state.latents[rows], setup.ranks)
-        if centres is None:
-            information = model.information(batch, weight, state.latents[rows])
-            precision[rows] = information + setup.prior.curvature(state.latents[rows])
+            model = with_measured_ratio(model, batch, weight, start, setup.ranks)
+        if centres is not None:
+            posterior = infer_everywhere(model, batch, weight, start, FINAL_STEPS, centres, prior)
         else:
-            posterior = infer_everywhere(model, batch, weight, state.latents[rows], FINAL_STEPS, centres, setup.prior)
-            state.latents[rows], precision[rows] = posterior.latents, posterior.precision
-            information = posterior.precision - setup.prior.curvature(posterior.latents)
-        state.information[rows] = information
-    state.information_ratio = model.information_ratio
-    for rows_of_all in (state.latents, precision, state.information):
+            posterior = infer_latents(
+                model, batch, weight, start, FINAL_STEPS if state.views.num else 0, prior, fixed=fixed
+            )
+        state.set_parameters(rows, posterior.latents)
+        information = posterior.precision - prior.curvature(posterior.latents)
+        if fixed:
+            information = model.information(batch, weight, posterior.latents)
+        precision[rows], state.information[rows] = information + prior.curvature(posterior.latents), information
+    state.information_ratios = model.information_ratios
+    for rows_of_all in (state.latents, state.views.units, precision, state.information):
         rows_of_all.copy_(setup.ranks.gather(rows_of_all[mine], num))
     return precision
 
@@ -100,7 +106,7 @@ def final_score(setup: Setup, state: State) -> tuple[HeldOutScore, HeldOutScore 
     Its gain over the rigid model is then zero, for it is the rigid model; the score that did not convince comes second.
     Where nothing was held out the model stays as it is.
     """
-    score = score_now(setup, state, steps=3, search=True)
+    score = score_now(setup, state, steps=3, search=True, final=True)
     if math.isnan(score.gain) or math.isnan(score.standard_error) or confirms_motion(score.gain, score.standard_error):
         return score, None
     logger.warning(
@@ -112,4 +118,5 @@ def final_score(setup: Setup, state: State) -> tuple[HeldOutScore, HeldOutScore 
     state.flow.stand_still()
     rigid_map = scatter_volume(state.rigid_values, setup.rigid.voxels)
     state.canonical.values = gather_volume(rigid_map, setup.operator.voxels)
-    return HeldOutScore(np.zeros_like(score.gains), score.rows, score.latents), score
+    state.views = state.rigid_views.copy()
+    return replace(score, gains=np.zeros_like(score.gains)), score

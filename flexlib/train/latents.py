@@ -1,7 +1,8 @@
-"""Latents of single particles: their prior, Gauss-Newton inference, and the search for other local minima.
+"""Latents and views of single particles: prior, Gauss-Newton inference, and the search for other local minima.
 
-A particle's latents are found by Levenberg-Marquardt steps with the exact gradient and a Gauss-Newton matrix (the
-Fisher information) from K forward derivatives. Where the objective has several local minima, each is a start.
+A particle's parameters are K latents and, where poses or contrasts are refined, six of its view (``model/views.py``),
+P in all. They are found together, by Levenberg-Marquardt steps with the exact gradient and a Gauss-Newton matrix (the
+Fisher information) from forward derivatives. Where the objective has several local minima, each is a start.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import numpy as np
 import torch
 
 from flexlib.images.batch import ImageBatch
-from flexlib.model.forward import (
-    MovingMap,
-    log_likelihood_loss,
-)
+from flexlib.model.forward import log_likelihood_loss
+from flexlib.model.moving_map import MovingMap
 
 _MOST_CENTRES = 12  # with more dims, more would only cost: they reach no further
 _APART, _APART_NATS = 0.5, 1.0  # latents this far apart are other local minima: latent units, and a parabola's nats
@@ -25,6 +24,8 @@ _WORTH_TRYING_NATS, _WORTH_TRYING_PART = 30.0, 0.5
 _AT_OPTIMUM_NATS = 1e-3  # a step that promises less is not taken
 _UNDECIDED_NATS = 3.0  # local minima this close in the coarse map are decided in the full one
 LATENT_RATE = 0.7  # of a Gauss-Newton step, in one mini-batch
+LONGEST_STEP = (1.0, 3.0)  # of latents and of view parameters, in units of their priors
+LONGEST_BATCH_STEP = (0.5, 1.5)  # in one mini-batch
 
 
 def friedel_halves(box: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,47 +40,65 @@ def friedel_halves(box: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Latents of some particles with what the images say of their precision."""
+    """Parameters of some particles with what the images say of their precision."""
 
-    latents: torch.Tensor  # (b, K)
-    precision: torch.Tensor  # (b, K, K) Fisher information of the images plus the prior's
+    latents: torch.Tensor  # (b, P)
+    precision: torch.Tensor  # (b, P, P) Fisher information of the images plus the prior's
     objective: torch.Tensor  # (b,) nats at ``latents``, prior included
 
 
 @dataclass(frozen=True)
 class LatentPrior:
-    """Minus the log of the prior on latents, in nats: ``strength * sum |z|^power / power``, summed over the dims.
+    """Minus the log of the prior on parameters, in nats: ``strength * sum |z|^power / power``, summed over the dims.
 
     The default is the unit normal that standardised latents have. 3DFlex's is ``lambda |z|^4``
-    (``LatentPrior(4 * lambda, 4.0)``, up to its own unit of lambda).
+    (``LatentPrior(4 * lambda, 4.0)``, up to its own unit of lambda). View parameters, the last ``num_views`` ones, have
+    the unit normal always.
     """
 
     strength: float = 1.0
     power: float = 2.0
+    num_views: int = 0
 
-    def energy(self, latents: torch.Tensor) -> torch.Tensor:
-        """(b, K) to (b,)."""
-        return self.strength / self.power * (latents.abs() ** self.power).sum(1)
+    def _parts(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dims = parameters.shape[1] - self.num_views
+        return parameters[:, :dims], parameters[:, dims:]
 
-    def gradient(self, latents: torch.Tensor) -> torch.Tensor:
-        """(b, K) to (b, K)."""
-        return self.strength * latents.abs() ** (self.power - 1.0) * torch.sign(latents)
+    def energy(self, parameters: torch.Tensor) -> torch.Tensor:
+        """(b, P) to (b,)."""
+        latents, views = self._parts(parameters)
+        return self.strength / self.power * (latents.abs() ** self.power).sum(1) + 0.5 * views.square().sum(1)
 
-    def curvature(self, latents: torch.Tensor) -> torch.Tensor:
-        """(b, K) to (b, K, K), positive definite."""
+    def gradient(self, parameters: torch.Tensor) -> torch.Tensor:
+        """(b, P) to (b, P)."""
+        latents, views = self._parts(parameters)
+        return torch.cat([self.strength * latents.abs() ** (self.power - 1.0) * torch.sign(latents), views], 1)
+
+    def curvature(self, parameters: torch.Tensor) -> torch.Tensor:
+        """(b, P) to (b, P, P), positive definite."""
+        latents, views = self._parts(parameters)
         bend = self.strength * (self.power - 1.0) * latents.abs() ** (self.power - 2.0)
-        return torch.diag_embed(bend + 1e-3 * self.strength)
+        return torch.diag_embed(torch.cat([bend + 1e-3 * self.strength, torch.ones_like(views)], 1))
 
 
 def _objective_and_gradient(
     model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, prior: LatentPrior
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b,) nats with the prior, and their gradient (b, K)."""
+    """(b,) nats with the prior, and their gradient (b, P)."""
     with torch.enable_grad():
         moving = latents.detach().requires_grad_()
         loss = model.loss(batch, weight, moving)
         (gradient,) = torch.autograd.grad(loss.sum(), moving)
     return loss.detach() + prior.energy(latents), gradient + prior.gradient(latents)
+
+
+def _no_longer(step: torch.Tensor, num_views: int, longest: tuple[float, float]) -> torch.Tensor:
+    """``step`` (b, P), shortened where its latents or its view parameters would go farther than ``longest``."""
+    dims = step.shape[1] - num_views
+    excess = step[:, :dims].norm(dim=1) / longest[0]
+    if num_views:
+        excess = torch.maximum(excess, step[:, dims:].norm(dim=1) / longest[1])
+    return step / excess.clamp(min=1.0)[:, None]
 
 
 @torch.no_grad()
@@ -91,8 +110,9 @@ def infer_latents(
     steps: int = 3,
     prior: LatentPrior = LatentPrior(),
     information: torch.Tensor | None = None,
+    fixed: int = 0,
 ) -> Posterior:
-    """Maximum a posteriori latents by Levenberg-Marquardt, with exact gradients.
+    """Maximum a posteriori parameters by Levenberg-Marquardt, with exact gradients.
 
     The curvature starts as Gauss-Newton's and learns from every trial: the linear kernel's objective has wiggles of a
     pixel's length that no model knows. With Gauss-Newton's alone eight steps got as far as now four. A step that raises
@@ -106,18 +126,21 @@ def infer_latents(
     weight
         (box, box//2+1) ``plane_weight`` of the band in use.
     start
-        (b, K) latents.
+        (b, P) parameters.
     steps
         At most.
     prior
-        Of the latents.
+        Of the parameters.
     information
-        (b, K, K) at the start; measured if not given. The precision returned is this, with the prior's.
+        (b, P, P) at the start; measured if not given. The precision returned is this, with the prior's.
+    fixed
+        Of the parameters, the first ones, stay as they are.
     """
     if information is None:
-        information = model.information(batch, weight, start)
+        information = model.information(batch, weight, start, fixed)
     latents, rows = start.clone(), torch.arange(len(start), device=start.device)
     objective, gradient = _objective_and_gradient(model, batch, weight, latents, prior)
+    gradient[:, :fixed] = 0.0
     damping = torch.full((len(latents),), 1e-2, device=latents.device)
     curvature = (information + prior.curvature(latents)).double()
     for _ in range(steps):
@@ -131,9 +154,10 @@ def infer_latents(
             break
         damped = hessian + damping[rows, None, None] * torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
         step = -torch.linalg.solve(damped, slope)[..., 0]
-        step = step / step.norm(dim=1, keepdim=True).clamp(min=1.0)  # at most one unit
+        step = _no_longer(step, prior.num_views, LONGEST_STEP)
         trial = latents[rows] + step.float()
         new_objective, new_gradient = _objective_and_gradient(model, batch, weight, trial, prior)
+        new_gradient[:, :fixed] = 0.0
         curvature[rows] = learn_curvature(hessian, step, (new_gradient - gradient[rows]).double())
         better = new_objective <= objective[rows]
         latents[rows] = torch.where(better[:, None], trial, latents[rows])
@@ -144,28 +168,36 @@ def infer_latents(
 
 
 def newton_latents(
-    prior: LatentPrior, latents: torch.Tensor, at: torch.Tensor, gradient: torch.Tensor, information: torch.Tensor
+    prior: LatentPrior,
+    latents: torch.Tensor,
+    at: torch.Tensor,
+    gradient: torch.Tensor,
+    information: torch.Tensor,
+    fixed: int = 0,
 ) -> torch.Tensor:
-    """Move latents (b, K) towards the maximum a posteriori that a Gauss-Newton step from ``at`` predicts.
+    """Move parameters (b, P) towards the maximum a posteriori that a Gauss-Newton step from ``at`` predicts.
 
     Parameters
     ----------
     prior
-        Of the latents.
+        Of the parameters.
     latents, at
-        (b, K) as they are, and where the gradient was measured.
+        (b, P) as they are, and where the gradient was measured.
     gradient, information
-        (b, K) of the loss at ``at``, and (b, K, K).
+        (b, P) of the loss at ``at``, and (b, P, P).
+    fixed
+        Of the parameters, the first ones, stay as they are; their information is zero.
 
     Returns
     -------
     latents
-        (b, K), no farther than half a unit from where they were.
+        (b, P), no farther from where they were than ``LONGEST_BATCH_STEP``.
     """
     slope = (gradient + prior.gradient(at))[..., None]
     full_step = torch.linalg.solve_ex(information + prior.curvature(at), slope).result[..., 0]
     change = LATENT_RATE * (at - full_step - latents)
-    return latents + change * (0.5 / change.norm(dim=1, keepdim=True).clamp(min=0.5))
+    change[:, :fixed] = 0.0
+    return latents + _no_longer(change, prior.num_views, LONGEST_BATCH_STEP)
 
 
 def learn_curvature(hessian: torch.Tensor, step: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
@@ -207,47 +239,65 @@ def search_latents(
     ----------
     model, batch, weight
         As in ``infer_latents``.
-    current : (b, K)
+    current : (b, P)
     centres : (m, K)
-    information : (b, K, K)
+        Latents; the views stay as they are at first, and follow in the descent.
+    information : (b, P, P)
         At ``current``; for both descents.
     prior
-        Of the latents.
+        Of the parameters.
 
     Returns
     -------
     found
-        (b, K) where those descents end, elsewhere ``current``.
+        (b, P) where those descents end, elsewhere ``current``.
     lower
         (b,) how much lower they lie, in nats (of the coarse map); minus infinity where there is no other local minimum.
     """
     if model.coarse_map is not None:
-        information = information / model.information_ratio
+        information = information / model.information_ratios[0]
         batch, weight, model = model.coarse_map.batch(batch), model.coarse_map.weight(weight), model.coarse
+    assert model.flow is not None
     here = model.loss(batch, weight, current) + prior.energy(current)
-    best, start = torch.full_like(here, torch.inf), current.clone()
+    best, start, dims = torch.full_like(here, torch.inf), current.clone(), centres.shape[1]
+    seen = model.seen(batch, current)
     for centre in centres:
+        trial = torch.cat([centre.expand(len(current), -1), current[:, dims:]], 1)
         displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
-        tried = log_likelihood_loss(model.operator, model.values, batch, displacements_A, weight)
-        tried = tried + prior.energy(centre[None])
-        start = torch.where((tried < best)[:, None], centre, start)
+        tried = log_likelihood_loss(model.operator, model.values, seen, displacements_A, weight) + prior.energy(trial)
+        start = torch.where((tried < best)[:, None], trial, start)
         best = torch.minimum(tried, best)
-    hessian = information + prior.curvature(current)
-    worth_trying = (_WORTH_TRYING_PART * _parabola(hessian, start - current)).clamp(max=_WORTH_TRYING_NATS)
-    rows = torch.nonzero(_apart(hessian, start - current) & (best < here + worth_trying))[:, 0]
+    hessian = latent_precision(information + prior.curvature(current), dims)
+
+    def away(there: torch.Tensor, here: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        return _apart(hessian[of], there[:, :dims] - here[:, :dims])
+
+    every = torch.arange(len(current), device=current.device)
+    lift = _parabola(hessian, start[:, :dims] - current[:, :dims])
+    worth_trying = (_WORTH_TRYING_PART * lift).clamp(max=_WORTH_TRYING_NATS)
+    rows = torch.nonzero(away(start, current, every) & (best < here + worth_trying))[:, 0]
     found, lower = current.clone(), torch.full_like(here, -torch.inf)
     if not len(rows):
         return found, lower
     there = infer_latents(model, batch.take(rows), weight, start[rows], 4, prior, information[rows])
-    other = _apart(hessian[rows], there.latents - current[rows])
+    other = away(there.latents, current[rows], rows)
     kept = torch.nonzero(other & (there.objective < here[rows] + _UNDECIDED_NATS))[:, 0]
     rows, there_latents, there_objective = rows[kept], there.latents[kept], there.objective[kept]
     if len(rows):  # only now is it worth descending from where they are
         ends = infer_latents(model, batch.take(rows), weight, current[rows], 4, prior, information[rows])
-        other = _apart(hessian[rows], there_latents - ends.latents)
+        other = away(there_latents, ends.latents, rows)
         found[rows] = torch.where(other[:, None], there_latents, current[rows])
         lower[rows] = torch.where(other, ends.objective - there_objective, -torch.inf)
     return found, lower
+
+
+def latent_precision(precision: torch.Tensor, dims: int) -> torch.Tensor:
+    """(b, K, K) precision of the first ``dims`` parameters, whatever the others are: (b, P, P)'s Schur complement."""
+    if precision.shape[1] == dims:
+        return precision
+    cross = precision[:, :dims, dims:]
+    solved = torch.linalg.solve_ex(precision[:, dims:, dims:], cross.transpose(1, 2)).result
+    return precision[:, :dims, :dims] - cross @ solved
 
 
 def _parabola(hessian: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
@@ -323,9 +373,29 @@ def posterior_scale(latents: torch.Tensor, information: torch.Tensor) -> LatentS
     Parameters
     ----------
     latents, information
-        (n, K) estimates and their (n, K, K) Fisher information; the prior is the unit normal.
+        (n, K) estimates and the (n, P, P) Fisher information of all parameters; the prior is the unit normal.
     """
-    eye = torch.eye(latents.shape[1], device=latents.device)
+    dims = latents.shape[1]
     offset = latents.mean(0)
-    uncertainty = torch.linalg.inv(information + eye).mean(0)
-    return LatentScale(offset, torch.linalg.cholesky(torch.cov(latents.T).reshape(eye.shape) + uncertainty))
+    uncertainty = _covariance(information).mean(0)[:dims, :dims]
+    spread = torch.cov(latents.T).reshape(dims, dims)
+    return LatentScale(offset, torch.linalg.cholesky(spread + uncertainty))
+
+
+@torch.no_grad()
+def posterior_widths(views: torch.Tensor, information: torch.Tensor) -> torch.Tensor:
+    """(6,) what the widths of the view parameters' priors are to be multiplied with: their EM update.
+
+    Parameters
+    ----------
+    views, information
+        (n, 6) estimates in units of the widths and the (n, P, P) Fisher information of all parameters.
+    """
+    uncertainty = _covariance(information).diagonal(dim1=1, dim2=2)[:, -views.shape[1] :]
+    return (views.square() + uncertainty).mean(0).sqrt()
+
+
+def _covariance(information: torch.Tensor) -> torch.Tensor:
+    """(n, P, P) of posteriors with the unit normal as prior."""
+    eye = torch.eye(information.shape[1], device=information.device)
+    return torch.cat([torch.linalg.inv(some + eye) for some in information.split(65536)])

@@ -24,19 +24,19 @@ def leave_wrong_minima(setup: Setup, state: State) -> None:
     weight = setup.weight(setup.schedule.full_band)
     centres, moved = search_centres(setup, state), torch.zeros(1)
     model = state.moving_map(setup.operator, setup.coarse)
-    own_rows = setup.ranks.share(setup.training_rows)
+    own_rows, prior = setup.ranks.share(setup.training_rows), setup.prior(state.views.num)
     for batch in read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device):
         rows = setup.rows_on_device(batch.rows)
         found, lower = search_latents(
-            model, batch, weight, state.latents[rows], centres, state.information[rows], setup.prior
+            model, batch, weight, state.parameters(rows), centres, state.information[rows], prior
         )
         clearly = lower > CLEARLY_LOWER_NATS
-        state.latents[rows[clearly]] = found[clearly]
+        state.set_parameters(rows[clearly], found[clearly])
         moved += clearly.sum().cpu()
     setup.ranks.add(moved)
-    own_latents = state.latents[setup.rows_on_device(own_rows)]
+    own = state.parameters(setup.rows_on_device(own_rows))
     rows = setup.rows_on_device(setup.training_rows)
-    state.latents[rows] = setup.ranks.gather(own_latents, len(rows))
+    state.set_parameters(rows, setup.ranks.gather(own, len(rows)))
     logger.info("%d of %d particles have left a wrong local minimum of their objective", int(moved), len(rows))
 
 

@@ -18,6 +18,7 @@ from flexlib.imaging.maps import write_map
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.particles.latents_write import write_latents_cs, write_latents_star
+from flexlib.particles.pose_change import PoseChange
 from flexlib.records import ValidationRecord
 from flexlib.runtime import describe_device
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
@@ -25,6 +26,7 @@ from flexlib.train.score import HeldOutScore
 from flexlib.train.setup import Setup
 from flexlib.train.spectral import SpectralStart
 from flexlib.train.state import State
+from flexlib.train.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,14 @@ def write_model(path: Path, setup: Setup, state: State) -> None:
         pixel_size_A=setup.source.pixel_size_A,
         settings=plain,
         epoch=state.epoch,
+        pose=pose_change(state.views),
+        rigid_pose=pose_change(state.rigid_views),
     ).save(path)
+
+
+def pose_change(views: Views) -> PoseChange | None:
+    """How the input's poses and contrasts were changed; None where they were taken for exact."""
+    return None if views.prior is None else views.prior.change(views.units)
 
 
 def write_log(path: Path, log: list[dict[str, float]]) -> None:

@@ -23,7 +23,7 @@ from flexlib.runtime import tune_process
 from flexlib.train.epoch import run_epoch
 from flexlib.train.finish import final_score, infer_all
 from flexlib.train.results import write_log, write_model, write_results
-from flexlib.train.settle import settle_shape
+from flexlib.train.settle import settle_shape, take_out_mean_pose
 from flexlib.train.setup import Setup, set_up
 from flexlib.train.start import start_or_resume
 from flexlib.train.state import State
@@ -113,6 +113,8 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
     score, rejected = final_score(setup, state)
     if rejected is None:
         settle_shape(setup, state)
+    if state.rigid_views.refines_poses:
+        take_out_mean_pose(setup, state.rigid_views)
     if ranks.leads:
         state.wall_s = clock.wall_s()
         write_results(job.out, setup, state, precision, score, rejected)

@@ -9,15 +9,15 @@ compared particle by particle. Symmetry copies of a particle show one image: the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from flexlib.distributed import ALONE, Ranks
-from flexlib.images.batch import ImageSource, read_ahead, split_batches
+from flexlib.images.batch import ImageBatch, ImageSource, read_ahead, split_batches
 from flexlib.imaging.image_transforms import plane_weight
-from flexlib.model.forward import MovingMap, Operator, log_likelihood_loss
+from flexlib.model.moving_map import MovingMap
 from flexlib.train.latents import LatentPrior, friedel_halves, infer_everywhere, infer_latents
 
 MOST_HELD_OUT = 2000  # particles: enough for a standard error of a few hundredths of a nat
@@ -32,17 +32,9 @@ class HeldOut:
     particle: np.ndarray  # (v,) which image each row shows: symmetry copies share theirs
     band: float  # highest shell that is looked at
     seed: int  # of the halves of Fourier pixels
-    prior: LatentPrior
+    prior: LatentPrior  # of latents and views
     batch_size: int
     ranks: Ranks = ALONE
-
-
-@dataclass(frozen=True)
-class RigidModel:
-    """A map that does not move."""
-
-    operator: Operator
-    values: torch.Tensor  # (nvox,)
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,8 @@ class HeldOutScore:
 
     gains: np.ndarray  # (p,) nats, one a particle
     rows: np.ndarray  # (p,) first row of each particle
-    latents: torch.Tensor  # (v, K) of all held-out rows, inferred from half of the Fourier pixels
+    parameters: torch.Tensor  # (v, P) of all held-out rows, inferred from half of the Fourier pixels
+    rigid_views: torch.Tensor  # (v, V) likewise, under the rigid map
 
     @property
     def gain(self) -> float:
@@ -83,63 +76,100 @@ def choose_held_out(image_index: np.ndarray, fraction: float, seed: int) -> tupl
     return np.flatnonzero(~held[owner]), np.flatnonzero(held[owner])
 
 
+@dataclass(frozen=True)
+class _Rival:
+    """What knows nothing of a particle's motion: a model with latents that are not its own."""
+
+    model: MovingMap
+    start: torch.Tensor  # (b, P)
+    fixed: int  # of the parameters: its latents
+
+
 @torch.no_grad()
 def score_held_out(
     held_out: HeldOut,
     model: MovingMap,
-    rigid: RigidModel,
+    rigid: MovingMap,
     start: torch.Tensor,
+    rigid_start: torch.Tensor,
     *,
     steps: int,
+    fixed: int = 0,
     centres: torch.Tensor | None = None,
+    rigid_only: bool = False,
 ) -> HeldOutScore:
-    """Score the held-out particles, their latents inferred from ``start``.
+    """Score the held-out particles, their latents and views inferred from ``start``.
 
     What knows nothing of a particle's motion has the best of four: the rigid map; the flexible model's at rest; that
     moved to the mean latents; and that moved to the latents of another particle. The last is needed because a flow
     that moves every particle somewhere regularises its map: on particles without motion it scored 0.2 nats better than
-    the rigid map, with anybody's latents. With several ranks each scores its share.
+    the rigid map, with anybody's latents. Where poses and contrasts are refined each of the four refines them as the
+    model does, against itself and from the same half of the Fourier pixels: what is left is internal motion. With
+    several ranks each scores its share.
 
     Parameters
     ----------
     held_out
         The particles.
     model, rigid
-        The flexible and the rigid model.
-    start
-        (v, K) latents.
+        The flexible model, and the rigid map.
+    start, rigid_start
+        (v, P) parameters, and (v, V) views under the rigid map.
     steps
-        Of inference; with 0, and without ``centres``, latents stay as they are.
+        Of inference; with 0, and without ``centres``, parameters stay as they are.
+    fixed
+        Of the parameters, the first ones, stay as they are.
     centres
         (m, K) from which other local minima are looked for; None for none.
+    rigid_only
+        Compare with the rigid map alone.
     """
     ranks, device = held_out.ranks, model.values.device
     weight = plane_weight(held_out.source.box, held_out.band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(held_out.source.box, held_out.seed))
-    gains, inferred = [torch.zeros((4, 0), dtype=torch.float64)], [start[:0]]
+    gains, inferred, rigid_views = [], [start[:0]], [rigid_start[:0]]
     copies = int(np.unique(held_out.particle, return_counts=True)[1].max(initial=1))  # of a particle, one after another
-    own_start, others = ranks.share(start), ranks.share(start.roll(copies, 0))
-    first = 0
+    own_start, others, own_rigid = (ranks.share(z) for z in (start, start.roll(copies, 0), rigid_start))
+    first, dims = 0, model.latent_dims(start)
     own_batches = split_batches(ranks.share(held_out.rows), held_out.batch_size)
     for batch in read_ahead(held_out.source, own_batches, device):
-        latents, another = (z[first : first + len(batch.rows)] for z in (own_start, others))
+        parameters, another, still = (z[first : first + len(batch.rows)] for z in (own_start, others, own_rigid))
         first += len(batch.rows)
         if centres is not None:
-            latents = infer_everywhere(model, batch, seen, latents, steps, centres, held_out.prior).latents
-        elif steps:
-            latents = infer_latents(model, batch, seen, latents, steps, held_out.prior).latents
-        inferred.append(latents)
-        moved = model.loss(batch, unseen, latents)
-        still = log_likelihood_loss(rigid.operator, rigid.values, batch, None, unseen)
-        at_rest = log_likelihood_loss(model.operator, model.values, batch, None, unseen)
-        at_mean = model.loss(batch, unseen, start.mean(0).expand_as(latents))
-        exchanged = model.loss(batch, unseen, another)
-        gains.append((torch.stack([still, at_rest, at_mean, exchanged]) - moved).double().cpu())
+            parameters = infer_everywhere(model, batch, seen, parameters, steps, centres, held_out.prior).latents
+        elif steps and fixed < parameters.shape[1]:
+            posterior = infer_latents(model, batch, seen, parameters, steps, held_out.prior, fixed=fixed)
+            parameters = posterior.latents
+        inferred.append(parameters)
+        views = parameters[:, dims:]
+        at_mean = torch.cat([start[:, :dims].mean(0).expand(len(views), -1), views], 1)
+        rivals = [_Rival(rigid, still, 0)]
+        if not rigid_only:
+            rivals.append(_Rival(replace(model, flow=None), views, 0))
+            rivals.append(_Rival(model, at_mean, dims))
+            rivals.append(_Rival(model, torch.cat([another[:, :dims], views], 1), dims))
+        best = [_best_of(rival, batch, seen, steps, held_out.prior) for rival in rivals]
+        rigid_views.append(best[0])
+        losses = [rival.model.loss(batch, unseen, z) for rival, z in zip(rivals, best, strict=True)]
+        gains.append((torch.stack(losses, 1) - model.loss(batch, unseen, parameters)[:, None]).double().cpu())
     num = len(held_out.rows)
-    of_rows = ranks.gather(torch.cat(gains, dim=1).T, num).numpy()
+    gains.append(torch.zeros((0, 1 if rigid_only else 4), dtype=torch.float64))
+    of_rows = ranks.gather(torch.cat(gains), num).numpy()
     of_particles, rows = mean_by_particle(of_rows, held_out.particle, held_out.rows)
     worst = int(of_particles.mean(0).argmin()) if len(rows) else 0
-    return HeldOutScore(np.ascontiguousarray(of_particles[:, worst]), rows, ranks.gather(torch.cat(inferred), num))
+    return HeldOutScore(
+        gains=np.ascontiguousarray(of_particles[:, worst]),
+        rows=rows,
+        parameters=ranks.gather(torch.cat(inferred), num),
+        rigid_views=ranks.gather(torch.cat(rigid_views), num),
+    )
+
+
+def _best_of(rival: _Rival, batch: ImageBatch, weight: torch.Tensor, steps: int, prior: LatentPrior) -> torch.Tensor:
+    """The rival's parameters (b, P) with its views refined, if it has any."""
+    if rival.model.views is None or steps == 0:
+        return rival.start
+    return infer_latents(rival.model, batch, weight, rival.start, steps, prior, fixed=rival.fixed).latents
 
 
 def mean_by_particle(values: np.ndarray, particle: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import torch
 from scipy import sparse
 
 from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
+from flexlib.model.views import ROTATION, SHIFT, mean_rigid_motion, rotation_matrices
 from flexlib.projection.op import gather_volume
 from flexlib.tetra.deform import deform_volume
 from flexlib.tetra.tetmesh import TetraMesh
@@ -14,6 +15,7 @@ from flexlib.train.gauge import rigid_part
 from flexlib.train.map_pass import map_pass
 from flexlib.train.setup import Setup
 from flexlib.train.state import State
+from flexlib.train.views import Views
 
 SETTLING_STEPS = (4.0, 1.2, 0.4)  # Newton steps of the map in the passes after its shape has been settled
 
@@ -30,6 +32,8 @@ def settle_shape(setup: Setup, state: State) -> None:
     arm is shorter than the arm.) The map is carried along, and refined where it came to lie.
     """
     removed_A = _take_out_mean_shape(setup, state)
+    if state.views.refines_poses:
+        removed_A = removed_A + take_out_mean_pose(setup, state.views)
     inside = inside_mask(setup.mask.data, TRAINING_FLOOR).astype(np.float32)
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
@@ -44,6 +48,7 @@ def settle_shape(setup: Setup, state: State) -> None:
             order,
             newton_steps / setup.schedule.num_batches,
             lambda rows: flow(state.latents[setup.rows_on_device(rows)]),
+            state.views,
         )
 
 
@@ -52,19 +57,39 @@ def _take_out_mean_shape(setup: Setup, state: State) -> torch.Tensor:
 
     The flow's fields are carried along by it: (nv, 3) in Angstrom.
     """
-    flow, bias = state.flow, state.flow.output.bias
+    flow, bias, has_rigid = state.flow, state.flow.output.bias, not state.views.refines_poses
     before = bias.clone()
     bias.sub_(flow.coefficients(state.latents.mean(0, keepdim=True))[0])
-    mean_A = torch.zeros_like(setup.operator.vertices_A)
-    for latents in state.latents.split(1000):
-        mean_A += flow(latents).sum(0) / len(state.latents)
-    bias[-6:].sub_(rigid_part(flow, setup.density_share, mean_A))
+    if has_rigid:
+        mean_A = torch.zeros_like(setup.operator.vertices_A)
+        for latents in state.latents.split(1000):
+            mean_A += flow(latents).sum(0) / len(state.latents)
+        bias[-6:].sub_(rigid_part(flow, setup.density_share, mean_A))
     removed_A = ((before - bias) @ flow.basis_A.flatten(1)).view(-1, 3)
     carried = torch.as_tensor(carried_fields(setup.mesh, flow.basis_A, removed_A), device=setup.device)
     flow.output.weight.copy_(carried.T @ flow.output.weight)
     flow.linear.copy_(flow.linear @ carried)
     bias.copy_(bias @ carried)
     return removed_A
+
+
+def take_out_mean_pose(setup: Setup, views: Views) -> torch.Tensor:
+    """Take what all poses' changes have in common, in the volume's frame, out of them.
+
+    The map may as well have it, and no refinement knows which. Returns the displacement (nv, 3) in Angstrom that the
+    map is to have instead.
+    """
+    assert views.prior is not None
+    rotation = torch.as_tensor(setup.source.particles.rotation, dtype=torch.float32, device=setup.device)
+    widths = views.prior.widths.to(setup.device)
+    own = views.units * widths
+    common = mean_rigid_motion(rotation, own[:, ROTATION], own[:, SHIFT]).float()
+    turn, push = common[:3], common[3:]
+    own[:, ROTATION] -= (rotation @ turn[:, None])[..., 0]
+    own[:, SHIFT] -= (rotation[:, :2] @ push[:, None])[..., 0]
+    views.units = torch.where(widths > 0, own / widths.clamp(min=1e-30), 0.0)
+    moved = setup.operator.vertices_A @ rotation_matrices(turn[None])[0].T + push
+    return moved - setup.operator.vertices_A
 
 
 def carried_fields(mesh: TetraMesh, basis_A: torch.Tensor, shift_A: torch.Tensor) -> np.ndarray:

@@ -22,6 +22,7 @@ from flexlib.runtime import resolve_device
 from flexlib.tetra.io import read_mesh
 from flexlib.tetra.rigidity import RigidityTensors
 from flexlib.tetra.tetmesh import TetraMesh, single_cell_mesh
+from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentPrior
 from flexlib.train.schedule import Schedule
 from flexlib.train.score import HeldOut, choose_held_out
@@ -42,6 +43,7 @@ class Setup:
     operator: Operator
     rigid: Operator
     coarse: CoarseMap | None
+    rigid_coarse: CoarseMap | None
     rigidity: RigidityTensors
     density_share: torch.Tensor  # (nv,) of the consensus' density, by the vertex that it rides on
     mask: Map
@@ -53,15 +55,17 @@ class Setup:
     batch_size: int
     ranks: Ranks = ALONE
 
-    @property
-    def prior(self) -> LatentPrior:
-        """Of the latents: a unit normal, or 3DFlex's penalty on the fourth power.
+    def prior(self, num_views: int = 0) -> LatentPrior:
+        """Of the latents, and of ``num_views`` view parameters behind them.
 
+        A unit normal; for the latents, it may be 3DFlex's penalty on the fourth power.
         3DFlex's unit is not known; its default of 20 is given the strength of the unit normal at |z| = 1.5, where it
         says that latents pile up when centering is too weak.
         """
         centering = self.settings.centering
-        return LatentPrior() if centering == "auto" else LatentPrior(4.0 * float(centering) / 81.0, 4.0)
+        if centering == "auto":
+            return LatentPrior(num_views=num_views)
+        return LatentPrior(4.0 * float(centering) / 81.0, 4.0, num_views)
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -87,15 +91,15 @@ class Setup:
         """Rows as an index on the run's device."""
         return torch.as_tensor(rows, device=self.device)
 
-    def held_out(self) -> HeldOut:
-        """The held-out rows, and how they are scored."""
+    def held_out(self, num_views: int = 0) -> HeldOut:
+        """The held-out rows, and how they are scored: with ``num_views`` view parameters each."""
         return HeldOut(
             source=self.source,
             rows=self.validation_rows,
             particle=self.source.particles.image_index[self.validation_rows],
             band=self.schedule.full_band,
             seed=derived_seed(self.settings.seed, 7),
-            prior=self.prior,
+            prior=self.prior(num_views),
             batch_size=self.batch_size,
             ranks=self.ranks,
         )
@@ -142,13 +146,15 @@ def set_up(
         source.particles.image_index, settings.validation_fraction, settings.seed
     )
     batch_size = _fitting_batch_size(training_rows, batch_size, ranks)
+    rigid = Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy)
     return Setup(
         particles=particles,
         source=source,
         mesh=mesh,
         operator=flexible,
-        rigid=Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy),
+        rigid=rigid,
         coarse=_coarse_map(mesh, inside, flexible, accuracy),
+        rigid_coarse=_coarse_map(rigid_mesh, inside, rigid, accuracy),
         rigidity=RigidityTensors.from_mesh(mesh, chosen),
         density_share=density_at_vertices(flexible.voxels, gather_volume(density, flexible.voxels)),
         mask=mask,
@@ -177,6 +183,13 @@ def _coarse_map(mesh: TetraMesh, inside: np.ndarray, fine: Operator, accuracy: A
         return None
     device, pixel_size_A = fine.vertices_A.device, 2 * fine.pixel_size_A
     return CoarseMap(Operator.on_mesh(mesh, inside[::2, ::2, ::2], pixel_size_A, device, accuracy), fine.voxels)
+
+
+def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
+    """The consensus, ready to be improved at the voxels of ``operator``; ``transfer2`` as ``mean_transfer2``."""
+    volume = torch.as_tensor(setup.consensus.data, device=setup.device)
+    mask = torch.as_tensor(setup.mask.data, device=setup.device)
+    return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows))
 
 
 def density_at_vertices(voxels: VoxelTensors, values: torch.Tensor) -> torch.Tensor:

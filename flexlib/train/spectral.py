@@ -34,6 +34,22 @@ class FieldForces:
     force: np.ndarray  # (n, m) float32, minus the gradient of the loss by the field's coefficient, mean removed
     information: np.ndarray  # (m, m) float64, mean Fisher information = covariance of the forces of pure noise
 
+    def freed_of(self, kept: int) -> FieldForces:
+        """The first ``kept`` forces, without what the others explain as well: those of poses and contrast.
+
+        Forces lose their regression on the others, the information becomes its Schur complement. Where one of the
+        others is not seen (a translation along the views' one direction), it explains nothing.
+        """
+        if kept == len(self.information):
+            return self
+        others = self.information[kept:, kept:]
+        scale = 1 / np.sqrt(np.maximum(others.diagonal(), 1e-30))
+        inverse = scale[:, None] * np.linalg.pinv(scale[:, None] * others * scale, rcond=1e-6, hermitian=True) * scale
+        regression = inverse @ self.information[kept:, :kept]
+        force = self.force[:, :kept] - (self.force[:, kept:] @ regression).astype(np.float32)
+        schur = self.information[:kept, :kept] - self.information[:kept, kept:] @ regression
+        return FieldForces(force, 0.5 * (schur + schur.T))
+
 
 @dataclass(frozen=True)
 class SpectralStart:
@@ -78,6 +94,8 @@ def measure_forces(
     basis_A: torch.Tensor,
     band: float,
     ranks: Ranks = ALONE,
+    *,
+    contrast: bool = False,
 ) -> FieldForces:
     """One pass over the rows: their forces on displacement fields at rest.
 
@@ -95,17 +113,20 @@ def measure_forces(
         Highest shell in use.
     ranks
         The ranks that share the rows; each gets the result of all.
+    contrast
+        Whether the image's contrast, as its logarithm, counts as one more field at the end.
     """
     box = operator.voxels.box
     weight = plane_weight(box, band).to(values.device)
-    force = np.empty((num_rows, len(basis_A)), np.float32)
+    force = np.empty((num_rows, len(basis_A) + contrast), np.float32)
     sampling = FourierSampling(box, band)
     every = max(1, num_rows // 2000)  # a few thousand views show how Fourier space is sampled
     mine = ranks.part(num_rows)
     first = mine.start
     for batch in batches:
         last = first + len(batch.rows)
-        force[first:last] = _batch_forces(operator, values, batch, basis_A, weight).cpu().numpy()
+        forces = _batch_forces(operator, values, batch, basis_A, weight)
+        force[first:last] = forces[:, : force.shape[1]].cpu().numpy()
         sampling.add(batch, slice((-first) % every, None, every))
         first = last
     if ranks.size > 1:
@@ -115,21 +136,20 @@ def measure_forces(
         sampling.add_up(ranks)
     for axis in range(force.shape[1]):
         force[:, axis] -= force[:, axis].mean(dtype=np.float64)
-    return FieldForces(force, ranks.from_first(lambda: mean_information(operator, values, basis_A, sampling)))
+    return FieldForces(force, ranks.from_first(lambda: mean_information(operator, values, basis_A, sampling, contrast)))
 
 
 def _batch_forces(
     operator: Operator, values: torch.Tensor, batch: ImageBatch, basis_A: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """(b, m) forces of one batch."""
+    """(b, m + 1) forces of one batch, and that on the logarithm of the contrast."""
     vertices = operator.vertices_px(batch).detach().requires_grad_()
     predicted = batch.transfer * operator.project(values, vertices)
     residual = (batch.images - predicted).detach()
-    (gradient,) = torch.autograd.grad(
-        (weight * (residual.real * predicted.real + residual.imag * predicted.imag)).sum(), vertices
-    )
+    of_contrast = (weight * (residual.real * predicted.real + residual.imag * predicted.imag)).sum((1, 2))
+    (gradient,) = torch.autograd.grad(of_contrast.sum(), vertices)
     spatial = gradient @ batch.rotation[:, :2] / operator.pixel_size_A  # (b, nv, 3), back in the volume's frame
-    return spatial.flatten(1) @ basis_A.flatten(1).T
+    return torch.cat([spatial.flatten(1) @ basis_A.flatten(1).T, of_contrast.detach()[:, None]], 1)
 
 
 class FourierSampling:
@@ -170,9 +190,11 @@ class FourierSampling:
 
 
 def mean_information(
-    operator: Operator, values: torch.Tensor, basis_A: torch.Tensor, sampling: FourierSampling
+    operator: Operator, values: torch.Tensor, basis_A: torch.Tensor, sampling: FourierSampling, contrast: bool = False
 ) -> np.ndarray:
     """(m, m) float64 mean Fisher information of the coefficients of m displacement fields at rest.
+
+    With ``contrast`` (m + 1, m + 1), that of the contrast's logarithm at the end.
 
     A voxel that moves by u changes the transform of the map by ``-2 pi i (k . u) V exp(-2 pi i k . x)``: three 3D FFTs
     per field, no image. By the projection theorem the mean over particles of the squared change of their images is
@@ -194,7 +216,7 @@ def mean_information(
     axes = [torch.from_numpy(wavenumbers(box))] * 2 + [torch.arange(box // 2 + 1, dtype=torch.float32)]
     grid = torch.meshgrid(*[axis.to(values.device) for axis in axes], indexing="ij")
     frequency = [part.flatten()[where] for part in reversed(grid)]  # x, y, z
-    changes = torch.empty((len(basis_A), len(where), 2), device=values.device)
+    changes = torch.empty((len(basis_A) + contrast, len(where), 2), device=values.device)
     corners = voxels.cells.long()[voxels.cell.long()]
     for number, field in enumerate(basis_A):
         moved = (field[corners] * voxels.bary[..., None]).sum(1) / operator.pixel_size_A  # (nvox, 3) pixels
@@ -203,7 +225,10 @@ def mean_information(
             spectrum = torch.fft.rfftn(scatter_volume(values * moved[:, axis], voxels))
             change += frequency[axis] * spectrum.flatten()[where]
         changes[number] = torch.view_as_real(change * root * (2 * np.pi / box))
-    information = torch.zeros((len(basis_A),) * 2, dtype=torch.float64, device=values.device)
+    if contrast:  # all are multiplied with i
+        spectrum = torch.fft.rfftn(scatter_volume(values, voxels)).flatten()[where]
+        changes[-1] = torch.view_as_real(1j * spectrum * root)
+    information = torch.zeros((len(changes),) * 2, dtype=torch.float64, device=values.device)
     for part in changes.flatten(1).split(_CHUNK, 1):
         part = part.double()
         information += part @ part.T

@@ -15,21 +15,20 @@ from flexlib.imaging.fourier import stored_means
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
-from flexlib.model.forward import Operator
 from flexlib.projection.op import gather_volume
 from flexlib.train.canonical import CanonicalMap
-from flexlib.train.fields import displacement_basis, rigidity_precision, spectral_fields
+from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
 from flexlib.train.initial_latents import InitialLatents, initial_latents, read_own_latents, standard_scale
-from flexlib.train.map_pass import map_pass
+from flexlib.train.rigid import rigid_start
 from flexlib.train.schedule import FLOW_RATE
-from flexlib.train.setup import Setup, derived_seed
+from flexlib.train.setup import Setup, canonical_map, derived_seed
 from flexlib.train.spectral import FieldForces, SpectralStart, measure_forces, spectral_start
 from flexlib.train.state import State
+from flexlib.train.views import Views
 
 logger = logging.getLogger(__name__)
 
 INFORMATION_AT_START = 30.0  # of each latent, until the first mini-batch measures it
-RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
 
 
 def start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str], discard_other: bool) -> State:
@@ -72,7 +71,8 @@ def resume(setup: Setup, saved: dict[str, Any]) -> State:
     canonical = canonical_map(setup, setup.operator, mean_transfer2(setup))
     spectrum = SpectralStart.from_state_dict(saved["spectrum"])
     empty = InitialLatents(torch.zeros((num, dims)), spectrum.directions)
-    state = new_state(setup, flow, canonical, saved["rigid_values"], spectrum, empty)
+    views = Views.none(num, len(setup.validation_rows), setup.device)
+    state = new_state(setup, flow, canonical, (saved["rigid_values"], views), spectrum, empty)
     state.restore(saved)
     logger.info("resumed after epoch %d, batch %d", state.epoch, state.step)
     return state
@@ -82,12 +82,14 @@ def start(setup: Setup) -> State:
     """The state at epoch 0: rigid map, elastic modes, spectral start."""
     settings = setup.settings
     transfer2 = mean_transfer2(setup)
-    rigid = rigid_map(setup, transfer2)
-    basis = displacement_basis(setup.mesh, setup.ranks, setup.device)
-    soft = spectral_fields(len(basis))
+    rigid, views = rigid_start(setup, transfer2)
+    basis = displacement_basis(
+        setup.mesh, setup.ranks, setup.device, setup.density_share if views.refines_poses else None
+    )
+    soft = spectral_fields(len(basis), rigid=not views.refines_poses)
     canonical = canonical_map(setup, setup.operator, transfer2)
     canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=setup.device), setup.operator.voxels)
-    forces = _forces(setup, canonical, basis[soft])
+    forces = _forces(setup, canonical, views, basis[soft])
     prior = rigidity_precision(setup.rigidity, setup.operator.vertices_A, basis[soft], setup.rigidity_nats)
     spectrum = setup.ranks.from_first(lambda: spectral_start(forces, settings.latent_dims, prior))
     logger.info(
@@ -100,36 +102,38 @@ def start(setup: Setup) -> State:
     initial = initial_latents(settings, setup.particles, drawn, forces, spectrum, prior)
     with torch.no_grad():
         flow.linear[:, soft] = torch.as_tensor(initial.directions, device=setup.device)
-    state = new_state(setup, flow, canonical, rigid.values, spectrum, initial)
+    state = new_state(setup, flow, canonical, (rigid.values, views), spectrum, initial)
     if settings.init_from is not None and settings.init_from.is_dir():
         _continue_from(setup, state, settings.init_from)
     state.follow_first(setup.ranks)
     return state
 
 
-def rigid_map(setup: Setup, transfer2: torch.Tensor) -> CanonicalMap:
-    """The map of the training particles without motion."""
-    rigid = canonical_map(setup, setup.rigid, transfer2)
-    for number, newton_steps in enumerate(RIGID_STEPS):
-        order = np.random.default_rng((setup.settings.seed, 2, number)).permutation(setup.training_rows)
-        rate = newton_steps * setup.batch_size / len(order)
-        total = map_pass(setup, rigid, setup.rigid, order, rate)
-        logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
-    return rigid
+def _forces(setup: Setup, canonical: CanonicalMap, views: Views, fields_A: torch.Tensor) -> FieldForces:
+    """Of all particles on the fields (m, nv, 3), at the first band.
 
-
-def _forces(setup: Setup, canonical: CanonicalMap, fields_A: torch.Tensor) -> FieldForces:
-    """Of all particles on the fields (m, nv, 3), at the first band."""
+    What a change of poses or contrasts explains as well is no motion: where these are refined, it is taken out.
+    """
     mine = split_batches(setup.ranks.share(np.arange(len(setup.source))), setup.batch_size)
-    return measure_forces(
+    batches = read_ahead(setup.source, mine, setup.device)
+    nuisance = rigid_fields(setup.operator.vertices_A) if views.refines_poses else fields_A[:0]
+    prior = views.prior
+    if prior is not None:
+        batches = (
+            prior.posed(batch, views.units[setup.rows_on_device(batch.rows)], setup.source.pixel_size_A)
+            for batch in batches
+        )
+    forces = measure_forces(
         setup.operator,
         canonical.values,
-        read_ahead(setup.source, mine, setup.device),
+        batches,
         len(setup.source),
-        fields_A,
+        torch.cat([fields_A, nuisance]),
         setup.schedule.band(0),
         setup.ranks,
+        contrast=prior is not None and prior.log_contrast > 0,
     )
+    return forces.freed_of(len(fields_A))
 
 
 def mean_transfer2(setup: Setup) -> torch.Tensor:
@@ -141,13 +145,6 @@ def mean_transfer2(setup: Setup) -> torch.Tensor:
         power += setup.source.transfer(rows).abs().square().sum(0).double()
     setup.ranks.add(power)
     return (stored_means(power, 2) / len(sample)).float().to(setup.device)
-
-
-def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
-    """The consensus, ready to be improved at the voxels of ``operator``."""
-    volume = torch.as_tensor(setup.consensus.data, device=setup.device)
-    mask = torch.as_tensor(setup.mask.data, device=setup.device)
-    return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows))
 
 
 def new_flow(setup: Setup, basis: torch.Tensor, drawn: tuple[int, int]) -> tuple[FlowGenerator, torch.Tensor]:
@@ -162,11 +159,12 @@ def new_state(
     setup: Setup,
     flow: FlowGenerator,
     canonical: CanonicalMap,
-    rigid_values: torch.Tensor,
+    rigid: tuple[torch.Tensor, Views],
     spectrum: SpectralStart,
     initial: InitialLatents,
 ) -> State:
-    """A state at epoch 0."""
+    """A state at epoch 0; ``rigid`` are the rigid map's values (nvox,) and the views under it."""
+    rigid_values, views = rigid
     latents = initial.latents.to(setup.device)
     num, dims = latents.shape
     return State(
@@ -174,9 +172,11 @@ def new_state(
         optimiser=torch.optim.Adam(flow.parameters(), lr=FLOW_RATE, fused=True),
         canonical=canonical,
         latents=latents,
-        information=INFORMATION_AT_START * torch.eye(dims, device=setup.device).repeat(num, 1, 1),
+        views=views.copy(),
+        information=INFORMATION_AT_START * torch.eye(dims + views.num, device=setup.device).repeat(num, 1, 1),
         held_latents=latents[torch.as_tensor(setup.validation_rows)].clone(),
         rigid_values=rigid_values,
+        rigid_views=views,
         spectrum=spectrum,
         given_latents=None if initial.given is None else initial.given.to(setup.device),
         log=[],
@@ -201,6 +201,11 @@ def _continue_from(setup: Setup, state: State, train_dir: Path) -> None:
     if not same_mesh or shape != wanted or model.box != setup.source.box:
         raise InputError(
             f"{train_dir}: train.init_from must have this point's mesh, train_box, latent_dims, layers and hidden_units"
+        )
+    if model.flow.basis_A.shape != state.flow.basis_A.shape:
+        raise InputError(
+            f"{train_dir}: train.init_from has refined poses and this training does not, or the other way round: "
+            "set train.refine_poses to true or false, as there"
         )
     state.flow.load_state_dict(model.flow.state_dict())
     own = read_own_latents(TrainFolder(train_dir).latents, setup.particles, settings.latent_dims)

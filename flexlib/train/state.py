@@ -9,10 +9,13 @@ import torch
 
 from flexlib.distributed import Ranks
 from flexlib.model.flow import AssembledFlow, FlowGenerator
-from flexlib.model.forward import CoarseMap, MovingMap, Operator
+from flexlib.model.forward import CoarseMap, Operator
+from flexlib.model.moving_map import MovingMap, Ratios
+from flexlib.model.views import ViewPrior
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentScale
 from flexlib.train.spectral import SpectralStart
+from flexlib.train.views import Views
 
 
 @dataclass
@@ -23,13 +26,15 @@ class State:
     optimiser: torch.optim.Optimizer
     canonical: CanonicalMap
     latents: torch.Tensor  # (n, K)
-    information: torch.Tensor  # (n, K, K) Fisher information of each latent, without the prior
+    views: Views  # poses and contrasts under the flexible model
+    information: torch.Tensor  # (n, K + V, K + V) Fisher information on latents and views, without the prior
     held_latents: torch.Tensor  # (validation rows, K) from half the Fourier pixels
     rigid_values: torch.Tensor  # (nvox of the rigid operator,)
+    rigid_views: Views  # under the rigid map
     spectrum: SpectralStart
     given_latents: torch.Tensor | None  # (n, K) in the user's own scale, where they are frozen
     log: list[dict[str, float]]
-    information_ratio: float = 1.0  # of the full box to the coarse map
+    information_ratios: Ratios = (1.0, 1.0, 1.0, 1.0)  # of the full box to the coarse map
     epoch: int = 0  # epochs done
     step: int = 0  # mini-batches of the next epoch done
     anneal_from: int | None = None  # epoch at which annealing started
@@ -52,19 +57,47 @@ class State:
 
     def follow_first(self, ranks: Ranks) -> None:
         """Take the first rank's flow, map and latents: what ranks compute alike may differ in the last bit."""
-        ranks.follow_first(*self.flow.state_dict().values(), self.canonical.values, self.latents)
+        ranks.follow_first(*self.flow.state_dict().values(), self.canonical.values, self.latents, self.views.units)
 
     def moving_map(self, operator: Operator, coarse: CoarseMap | None, flow: AssembledFlow | None = None) -> MovingMap:
         """Flow and map as they stand (``flow`` if it is assembled already)."""
         flow = self.flow.assembled() if flow is None else flow
-        return MovingMap(operator, flow, self.canonical.values, coarse, self.information_ratio)
+        return MovingMap(operator, flow, self.canonical.values, coarse, self.information_ratios, self.views.prior)
+
+    def parameters(self, rows: torch.Tensor) -> torch.Tensor:
+        """(b, K + V) latents and views of ``rows``."""
+        return torch.cat([self.latents[rows], self.views.units[rows]], 1)
+
+    def set_parameters(self, rows: torch.Tensor, parameters: torch.Tensor) -> None:
+        """Change latents and views of ``rows`` to ``parameters`` (b, K + V)."""
+        dims = self.latents.shape[1]
+        self.latents[rows], self.views.units[rows] = parameters[:, :dims], parameters[:, dims:]
+
+    def held_parameters(self) -> torch.Tensor:
+        """(validation rows, K + V) from half the Fourier pixels."""
+        return torch.cat([self.held_latents, self.views.held], 1)
+
+    def hold(self, parameters: torch.Tensor, rigid_views: torch.Tensor) -> None:
+        """Remember what half the Fourier pixels say of the held-out rows: (v, K + V) and (v, V)."""
+        dims = self.latents.shape[1]
+        self.held_latents, self.views.held = parameters[:, :dims], parameters[:, dims:]
+        self.rigid_views.held = rigid_views
 
     @torch.no_grad()
     def change_latents(self, scale: LatentScale) -> None:
         """Bring all latents to the coordinates that ``scale`` leads to; no displacement changes."""
         self.flow.rescale_latents(scale.matrix, scale.offset)
         self.latents, self.held_latents = scale.to_new(self.latents), scale.to_new(self.held_latents)
-        self.information = scale.matrix.T @ self.information @ scale.matrix
+        matrix = torch.block_diag(scale.matrix, torch.eye(self.views.num, device=scale.matrix.device))
+        self.information = matrix.T @ self.information @ matrix
+
+    @torch.no_grad()
+    def change_widths(self, prior: ViewPrior) -> None:
+        """Take other widths of the view parameters; no pose or contrast changes."""
+        factor = self.views.rescale(prior)
+        back = torch.where(factor > 0, 1 / factor.clamp(min=1e-30), 0.0)
+        every = torch.cat([torch.ones(self.latents.shape[1], device=back.device), back])
+        self.information = self.information * (every[:, None] * every)
 
 
 def _packed(value: Any) -> Any:

@@ -9,7 +9,9 @@ import torch
 
 from flexlib.distributed import Ranks
 from flexlib.images.batch import ImageBatch, to_device
-from flexlib.model.forward import MovingMap, fisher_information, log_likelihood_loss
+from flexlib.model.forward import log_likelihood_loss
+from flexlib.model.moving_map import MovingMap, Ratios, fisher_information
+from flexlib.model.views import CONTRAST, ROTATION, SHIFT
 from flexlib.tetra.rigidity import mesh_rigidity
 from flexlib.train.gauge import GAUGE_RATE, hold_gauge
 from flexlib.train.latents import LatentPrior, newton_latents
@@ -36,16 +38,16 @@ class MiniBatch:
 class StepResult:
     """What this rank's share of a mini-batch says; the flow's gradient lies in its parameters.
 
-    Sums over ranks are still to be taken: all tensors but ``information_ratio`` add up.
+    Sums over ranks are still to be taken: all tensors add up.
     """
 
     loss: torch.Tensor  # () nats, summed
     strain: torch.Tensor  # () mean squared strain, this rank's part of the mean
     map_gradient: torch.Tensor  # (nvox,) of the mean objective
     mean_A: torch.Tensor  # (nv, 3) this rank's part of the mean displacement
-    latents: torch.Tensor  # (b, K) where this rank's rows move to, zero elsewhere
-    information: torch.Tensor  # (b, K, K) Fisher information, likewise
-    information_ratio: float
+    parameters: torch.Tensor  # (b, P) where this rank's rows move to, zero elsewhere
+    information: torch.Tensor  # (b, P, P) Fisher information, likewise
+    information_ratios: Ratios
 
 
 def take_step(setup: Setup, state: State, batch: MiniBatch) -> torch.Tensor:
@@ -62,90 +64,103 @@ def take_step(setup: Setup, state: State, batch: MiniBatch) -> torch.Tensor:
     """
     num, rows = len(batch.rows), to_device(batch.rows, setup.device)
     model = state.moving_map(setup.operator, setup.coarse)
-    found = find_step(setup, model, batch, state.latents[rows], state.information[rows])
+    found = find_step(setup, model, batch, state.parameters(rows), state.information[rows])
     gradients = [parameter.grad for parameter in state.flow.parameters() if parameter.grad is not None]
-    parts = (found.map_gradient, found.loss, found.strain, found.mean_A, found.latents, found.information)
+    parts = (found.map_gradient, found.loss, found.strain, found.mean_A, found.parameters, found.information)
     setup.ranks.add(*gradients, *parts)
-    state.information_ratio = found.information_ratio
-    state.latents[rows], state.information[rows] = found.latents, found.information
+    state.information_ratios = found.information_ratios
+    state.set_parameters(rows, found.parameters)
+    state.information[rows] = found.information
     state.optimiser.step()
     state.optimiser.zero_grad()
-    hold_gauge(state.flow, setup.density_share, found.mean_A, GAUGE_RATE)
+    if not state.views.refines_poses:
+        hold_gauge(state.flow, setup.density_share, found.mean_A, GAUGE_RATE)
     state.canonical.step(found.map_gradient * num, num / len(setup.training_rows), batch.map_rate, batch.band)
     return torch.stack([found.loss, found.strain * num]).double()
 
 
 def find_step(
-    setup: Setup, model: MovingMap, batch: MiniBatch, latents: torch.Tensor, information: torch.Tensor
+    setup: Setup, model: MovingMap, batch: MiniBatch, parameters: torch.Tensor, information: torch.Tensor
 ) -> StepResult:
-    """What a mini-batch says at its ``latents`` (b, K), of Fisher ``information`` (b, K, K).
+    """What a mini-batch says at its ``parameters`` (b, P), of Fisher ``information`` (b, P, P).
 
     ``model`` has a flow that is assembled with its gradient.
     """
-    ranks, num = setup.ranks, len(batch.rows)
-    noise = posterior_noise(setup.prior, latents, information, setup.settings.noise_injection)
-    noisy = ranks.share(latents + noise).requires_grad_()
+    assert model.flow is not None
+    ranks, num, dims = setup.ranks, len(batch.rows), model.latent_dims(parameters)
+    prior = setup.prior(parameters.shape[1] - dims)
+    noise = posterior_noise(prior, parameters, information, setup.settings.noise_injection)
+    noisy = ranks.share(parameters + noise).requires_grad_()
     values = model.values.clone().requires_grad_()
-    displacements = model.flow(noisy)
-    loss = log_likelihood_loss(setup.operator, values, batch.images, displacements, batch.weight).sum()
+    displacements = model.flow(noisy[:, :dims])
+    seen = model.seen(batch.images, noisy)
+    loss = log_likelihood_loss(setup.operator, values, seen, displacements, batch.weight).sum()
     sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, ranks.size)]
-    moved = setup.operator.vertices_A + model.flow(latents[to_device(ranks.share(sample), setup.device)])
-    strain = mesh_rigidity(setup.rigidity, moved).sum() / len(sample)
+    strained = parameters[to_device(ranks.share(sample), setup.device), :dims]
+    strain = mesh_rigidity(setup.rigidity, setup.operator.vertices_A + model.flow(strained)).sum() / len(sample)
     (loss / num + setup.rigidity_nats * strain).backward()
     assert values.grad is not None and noisy.grad is not None
 
-    own_latents, own_information = ranks.share(latents), ranks.share(information)
-    if not setup.settings.freeze_latents:
+    own, own_information = ranks.share(parameters), ranks.share(information)
+    fixed = dims if setup.settings.freeze_latents else 0
+    if fixed < parameters.shape[1]:
         with torch.no_grad():
             if batch.measures_information:
                 if batch.measures_ratio:
-                    model = with_measured_ratio(model, batch.images, batch.weight, own_latents, ranks)
-                own_information = model.information(batch.images, batch.weight, own_latents)
-            slope = noisy.grad * num
-            own_latents = newton_latents(setup.prior, own_latents, noisy.detach(), slope, own_information)
+                    model = with_measured_ratio(model, batch.images, batch.weight, own, ranks)
+                own_information = model.information(batch.images, batch.weight, own, fixed)
+            own = newton_latents(prior, own, noisy.detach(), noisy.grad * num, own_information, fixed)
     return StepResult(
         loss=loss.detach(),
         strain=strain.detach(),
         map_gradient=values.grad,
         mean_A=displacements.detach().sum(0) / num,
-        latents=ranks.embed(own_latents, num),
+        parameters=ranks.embed(own, num),
         information=ranks.embed(own_information, num),
-        information_ratio=model.information_ratio,
+        information_ratios=model.information_ratios,
     )
 
 
 def posterior_noise(
-    prior: LatentPrior, latents: torch.Tensor, information: torch.Tensor, injected: float
+    prior: LatentPrior, parameters: torch.Tensor, information: torch.Tensor, injected: float
 ) -> torch.Tensor:
-    """(b, K) noise for the flow and map to be trained with: a draw from each latent's posterior, and the injected one.
+    """(b, P) noise for the flow and map to be trained with: a draw from each posterior, and the injected one.
 
     The flow thus learns from latents as uncertain as they are, and where images say nothing it learns no motion.
 
     Parameters
     ----------
     prior
-        Of the latents.
-    latents, information
-        (b, K) and their (b, K, K) Fisher information.
+        Of the parameters.
+    parameters, information
+        (b, P) and their (b, P, P) Fisher information.
     injected
-        Standard deviation of the noise that is added to the posterior's.
+        Standard deviation of the noise that is added to the posterior's of the latents.
     """
-    eye = torch.eye(information.shape[1], device=information.device)
-    covariance = torch.linalg.inv_ex(information + prior.curvature(latents)).inverse
-    covariance = covariance + injected**2 * eye
+    dims, total = parameters.shape[1] - prior.num_views, parameters.shape[1]
+    added = torch.full((total,), injected**2, device=information.device)
+    added[dims:] = 0.0
+    covariance = torch.linalg.inv_ex(information + prior.curvature(parameters)).inverse + torch.diag(added)
     white = to_device(torch.randn((*information.shape[:2], 1)), information.device)
     return (torch.linalg.cholesky_ex(covariance).L @ white)[..., 0]
 
 
 def with_measured_ratio(
-    model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, ranks: Ranks
+    model: MovingMap, batch: ImageBatch, weight: torch.Tensor, parameters: torch.Tensor, ranks: Ranks
 ) -> MovingMap:
-    """``model`` with the ratio of Fisher information in full to that in the coarse map, measured on a batch."""
+    """``model`` with the ratios of Fisher information in full to that in the coarse map, measured on a batch."""
     if model.coarse_map is None:
         return model
-    full, quick = fisher_information(model, batch, weight, latents), model.information(batch, weight, latents)
-    both = torch.stack([part.diagonal(dim1=1, dim2=2).sum() for part in (full, quick)])
+    full, quick = fisher_information(model, batch, weight, parameters), model.information(batch, weight, parameters)
+    dims = model.latent_dims(parameters)
+    kinds = [slice(0, dims)]
+    if model.views is not None:
+        kinds += [slice(dims + kind.start, dims + kind.stop) for kind in (ROTATION, SHIFT, CONTRAST)]
+    both = torch.stack([part.diagonal(dim1=1, dim2=2).sum(0) for part in (full, quick)])
+    both = torch.stack([both[:, kind].sum(1) for kind in kinds], 1)
     ranks.add(both)
-    if not (both > 0).all():  # a ratio of zero could never be measured again
-        return model
-    return replace(model, information_ratio=model.information_ratio * float(both[0] / both[1]))
+    ratios = list(model.information_ratios)
+    for number, (whole, half) in enumerate(both.T.tolist()):
+        if whole > 0 and half > 0:  # a ratio of zero could never be measured again
+            ratios[number] *= whole / half
+    return replace(model, information_ratios=(ratios[0], ratios[1], ratios[2], ratios[3]))

@@ -173,6 +173,17 @@ class TrainSettings:
     freeze_latents: bool = setting(
         False, "Keep the latents as they start, in their own scale; only flow and map are trained."
     )
+    refine_poses: bool | Auto = setting(
+        "auto",
+        "Refine each particle's rotation and shift with its latents. auto does so where the width of their prior, "
+        "which is learnt, differs from zero. Where poses are refined, a displacement of the whole molecule is the "
+        "pose's and no motion; false takes the input's poses for exact.",
+    )
+    refine_contrast: bool | Auto = setting(
+        "auto",
+        "Refine the contrast of each particle in the same way, as a factor of its image; it starts from the input's "
+        "scale, where that has one.",
+    )
     validation_fraction: float = setting(
         0.05, "Share of the particles held out of training to score it.", minimum=0, exclusiveMaximum=1
     )

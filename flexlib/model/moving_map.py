@@ -1,0 +1,139 @@
+"""A map in motion: what predicts a particle's image from its latents and its view, and how well they can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from flexlib.images.batch import ImageBatch
+from flexlib.model.forward import CoarseMap, Operator, log_likelihood_loss
+from flexlib.model.views import NUM_VIEW_PARAMETERS, ViewPrior, shift_slopes
+
+Flow = Callable[[torch.Tensor], torch.Tensor]
+"""latents (b, K) -> displacements (b, nv, 3) in Angstrom."""
+
+LATENT_PROBE = 0.05  # forward difference by a latent
+
+Ratios = tuple[float, float, float, float]
+"""Of the information in the full box to that in the coarse one: on latents, rotation, shift and contrast."""
+
+
+@dataclass(frozen=True)
+class MovingMap:
+    """What predicts a particle's image from its parameters (b, P): a map, a flow, and how they are projected.
+
+    The parameters are K latents and, where ``views`` has a prior, six of the view (``model/views.py``).
+    """
+
+    operator: Operator
+    flow: Flow | None  # None: a map at rest, without latents
+    values: torch.Tensor  # (nvox,)
+    coarse_map: CoarseMap | None = None  # where there is one, the search and the information use it
+    information_ratios: Ratios = (1.0, 1.0, 1.0, 1.0)  # what finer shells add is nearly common to all
+    views: ViewPrior | None = None
+
+    @cached_property
+    def coarse(self) -> MovingMap:
+        """The same in the coarse box."""
+        assert self.coarse_map is not None
+        return MovingMap(self.coarse_map.operator, self.flow, self.coarse_map.values(self.values), views=self.views)
+
+    def latent_dims(self, parameters: torch.Tensor) -> int:
+        """K of parameters (b, P)."""
+        return parameters.shape[1] - (0 if self.views is None else NUM_VIEW_PARAMETERS)
+
+    def seen(self, batch: ImageBatch, parameters: torch.Tensor) -> ImageBatch:
+        """``batch`` at the poses and contrasts of ``parameters``."""
+        if self.views is None:
+            return batch
+        return self.views.seen(batch, parameters[:, self.latent_dims(parameters) :], self.operator.pixel_size_A)
+
+    def displacements_A(self, parameters: torch.Tensor) -> torch.Tensor | None:
+        """(b, nv, 3) Angstrom; None where nothing moves."""
+        return None if self.flow is None else self.flow(parameters[:, : self.latent_dims(parameters)])
+
+    def loss(self, batch: ImageBatch, weight: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+        """(b,) nats at parameters (b, P): see ``log_likelihood_loss``."""
+        seen = self.seen(batch, parameters)
+        return log_likelihood_loss(self.operator, self.values, seen, self.displacements_A(parameters), weight)
+
+    def information(
+        self, batch: ImageBatch, weight: torch.Tensor, parameters: torch.Tensor, fixed: int = 0
+    ) -> torch.Tensor:
+        """(b, P, P) Fisher information at parameters (b, P), in the coarse box if there is one, at a tenth of the cost.
+
+        On the IgG set standard deviations by it differ by 8 % rms from ``fisher_information``'s (4 % with K = 8). Of
+        the first ``fixed`` parameters it is zero: they are known.
+        """
+        if self.coarse_map is None:
+            return fisher_information(self, batch, weight, parameters, fixed)
+        coarse_batch, coarse_weight = self.coarse_map.batch(batch), self.coarse_map.weight(weight)
+        small = fisher_information(self.coarse, coarse_batch, coarse_weight, parameters, fixed)
+        if self.views is None:
+            return self.information_ratios[0] * small
+        counts = torch.tensor([self.latent_dims(parameters), 3, 2, 1])
+        root = torch.tensor(self.information_ratios).sqrt().repeat_interleave(counts).to(small)
+        return root[:, None] * small * root
+
+
+@torch.no_grad()
+def fisher_information(
+    model: MovingMap,
+    batch: ImageBatch,
+    weight: torch.Tensor,
+    parameters: torch.Tensor,
+    fixed: int = 0,
+    probe: float = LATENT_PROBE,
+) -> torch.Tensor:
+    """(b, P, P) information of the images on their parameters (b, P).
+
+    Latents (by steps of ``probe``) and rotations by forward differences, shifts and contrasts by the slices
+    themselves. The first ``fixed`` parameters are left out: zeros.
+    """
+    dims, base = model.latent_dims(parameters), _slices(model, batch, parameters)
+    slopes = []
+    for axis in range(fixed, dims):
+        moved = parameters.clone()
+        moved[:, axis] += probe
+        slopes.append((_slices(model, batch, moved) - base) / probe)
+    if model.views is not None:
+        slopes += _view_slopes(model, batch, parameters, base)
+    scaled = batch.transfer * weight.sqrt()
+    tangent = torch.view_as_real(torch.stack(slopes, 1) * scaled[:, None]).flatten(2)
+    known = tangent @ tangent.transpose(1, 2)
+    if not fixed:
+        return known
+    whole = known.new_zeros((len(known), parameters.shape[1], parameters.shape[1]))
+    whole[:, fixed:, fixed:] = known
+    return whole
+
+
+def _slices(model: MovingMap, batch: ImageBatch, parameters: torch.Tensor) -> torch.Tensor:
+    """(b, box, box//2+1) transforms of the views, contrast included."""
+    seen = model.seen(batch, parameters)
+    slices = model.operator.slices(model.values, seen, model.displacements_A(parameters))
+    return slices if seen.contrast is None else slices * seen.contrast[:, None, None]
+
+
+def _view_slopes(
+    model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, base: torch.Tensor
+) -> list[torch.Tensor]:
+    """Six derivatives of the slices (b, box, box//2+1) by the view's parameters."""
+    assert model.views is not None
+    views, operator, dims = model.views, model.operator, model.latent_dims(parameters)
+    still = torch.zeros_like(base)
+    slopes = [still] * NUM_VIEW_PARAMETERS
+    if views.rotation_rad > 0:
+        probe = 1.0 / operator.voxels.box / views.rotation_rad  # a quarter pixel, a quarter box from the centre
+        for axis in range(3):
+            moved = parameters.clone()
+            moved[:, dims + axis] += probe
+            slopes[axis] = (_slices(model, batch, moved) - base) / probe
+    if views.shift_A > 0:
+        slopes[3:5] = (views.shift_A * shift_slopes(base, operator.pixel_size_A)).unbind(1)
+    if views.log_contrast > 0:
+        slopes[5] = views.log_contrast * base
+    return slopes

@@ -1,0 +1,195 @@
+"""The rigid start: the map of the training particles without motion, and their poses and contrasts under it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flexlib.images.batch import ImageBatch, read_ahead, split_batches
+from flexlib.model.moving_map import MovingMap
+from flexlib.model.views import CONTRAST, NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
+from flexlib.train.canonical import CanonicalMap
+from flexlib.train.latents import LatentPrior, infer_latents, newton_latents
+from flexlib.train.map_pass import MOST_STEP, map_pass
+from flexlib.train.setup import Setup, canonical_map
+from flexlib.train.views import Views
+
+logger = logging.getLogger(__name__)
+
+RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
+FIRST_SHIFT_A = 2.0  # widths before anything is known: a tenth of the resolution at which motion is looked for first,
+FIRST_CONTRAST = 0.15  # rotations that move the molecule's edge as far, and contrasts as they usually vary
+SIGNIFICANT = 3.0  # standard errors above zero that a width squared must have
+LEAST_SHRINKAGE = 0.1  # of a width squared in one pass
+OUTLIER = 4.0  # standard deviations beyond which an estimate counts as one so far out
+HELD_OUT_STEPS = 4
+KINDS = {"rotation": ROTATION, "shift": SHIFT, "contrast": CONTRAST}
+
+
+@dataclass
+class WidthEvidence:
+    """What the images say of the view parameters' variances, in units of their prior's.
+
+    A parameter's estimate u without prior has the variance v that its information leaves it, and the parameter's own on
+    top: the mean of u^2 - v, weighted by 1 / (v + 1)^2, estimates the latter without bias (Fisher scoring of a
+    variance component). It may be negative; zero lies within the errors where there is nothing to be refined.
+    """
+
+    excess: torch.Tensor  # (6,)
+    weight: torch.Tensor  # (6,)
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> WidthEvidence:
+        """Of no image."""
+        return cls(*torch.zeros((2, NUM_VIEW_PARAMETERS), dtype=torch.float64, device=device))
+
+    def add(self, units: torch.Tensor, gradient: torch.Tensor, information: torch.Tensor) -> None:
+        """Count b images: the likelihood's ``gradient`` (b, 6) at ``units`` (b, 6), and their information (b, 6, 6)."""
+        known = information.double()
+        eye = torch.eye(NUM_VIEW_PARAMETERS, dtype=torch.float64, device=known.device)
+        covariance = torch.linalg.inv_ex(known + 1e-3 * eye).inverse
+        at_zero = (known @ units.double()[..., None])[..., 0] - gradient.double()
+        variance = covariance.diagonal(dim1=1, dim2=2)
+        square = (covariance @ at_zero[..., None])[..., 0].square()
+        square = torch.minimum(square, OUTLIER**2 * (variance + 1))
+        weight = (variance + 1).reciprocal().square()
+        self.excess += (weight * (square - variance)).sum(0)
+        self.weight += weight.sum(0)
+
+    def of_kind(self, kind: slice) -> tuple[float, float]:
+        """Variance over the prior's, and its standard error."""
+        weight = self.weight[kind].sum()
+        return float(self.excess[kind].sum() / weight), float((2.0 / weight).sqrt())
+
+
+def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Views]:
+    """The map of the training particles without motion, with the views of all rows under it.
+
+    Parameters
+    ----------
+    setup
+        The run.
+    transfer2
+        (box//2,) mean squared transfer of each shell.
+    """
+    rigid = canonical_map(setup, setup.rigid, transfer2)
+    num, num_held = len(setup.source), len(setup.validation_rows)
+    prior = first_widths(setup)
+    views = Views.none(num, num_held, setup.device)
+    if prior.refines:
+        views = Views.at_input(num, num_held, prior, setup.device)
+    information = torch.zeros((num, NUM_VIEW_PARAMETERS, NUM_VIEW_PARAMETERS), device=setup.device)
+    for number, newton_steps in enumerate(RIGID_STEPS):
+        order = np.random.default_rng((setup.settings.seed, 2, number)).permutation(setup.training_rows)
+        rate = newton_steps * setup.batch_size / len(order)
+        if views.prior is None:
+            total = map_pass(setup, rigid, setup.rigid, order, rate)
+        else:
+            total, evidence = _refining_pass(setup, rigid, views, information, order, rate)
+            views = _with_new_widths(setup, views, information, evidence, last=number == len(RIGID_STEPS) - 2)
+        logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
+    if views.prior is not None:
+        _refine_held_out(setup, rigid, views)
+    return rigid, views
+
+
+def first_widths(setup: Setup) -> ViewPrior:
+    """Of what the settings ask to be refined, before anything is known."""
+    settings = setup.settings
+    shift_A = FIRST_SHIFT_A if settings.refine_poses else 0.0
+    density = (setup.density_share[:, None] * setup.operator.vertices_A.square()).sum()
+    contrast = FIRST_CONTRAST if settings.refine_contrast else 0.0
+    return ViewPrior(shift_A / float(density.sqrt()), shift_A, contrast)
+
+
+def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None) -> MovingMap:
+    """What predicts images from their views alone."""
+    return MovingMap(setup.rigid, None, values, setup.rigid_coarse, views=prior)
+
+
+def _refining_pass(
+    setup: Setup, rigid: CanonicalMap, views: Views, information: torch.Tensor, order: np.ndarray, rate: float
+) -> tuple[float, WidthEvidence]:
+    """One pass over the rows ``order`` in which map and views take a step with each mini-batch.
+
+    ``views.units`` and ``information`` (n, 6, 6) are changed in place. Returns the loss in nats, summed, and what the
+    rows say of the widths.
+    """
+    weight, band = setup.weight(setup.schedule.full_band), setup.schedule.full_band
+    prior, evidence = LatentPrior(num_views=views.num), WidthEvidence.nothing(setup.device)
+    total = torch.zeros((), dtype=torch.float64, device=setup.device)
+    batches = split_batches(order, setup.batch_size)
+    shares = [setup.ranks.share(rows) for rows in batches]
+    for rows, batch in zip(batches, read_ahead(setup.source, shares, setup.device), strict=True):
+        of_all, mine = setup.rows_on_device(rows), setup.rows_on_device(batch.rows)
+        model = rigid_model(setup, rigid.values.clone().requires_grad_(), views.prior)
+        units = views.units[mine].requires_grad_()
+        with torch.enable_grad():
+            loss = model.loss(batch, weight, units).sum()
+            by_map, by_units = torch.autograd.grad(loss, (model.values, units))
+        with torch.no_grad():
+            units, model = units.detach(), rigid_model(setup, rigid.values, views.prior)
+            known = model.information(batch, weight, units)
+            evidence.add(units, by_units, known)
+            moved = newton_latents(prior, units, units, by_units, known)
+            moved, known = setup.ranks.embed(moved, len(rows)), setup.ranks.embed(known, len(rows))
+            setup.ranks.add(by_map, loss, moved, known)
+            views.units[of_all], information[of_all] = moved, known
+        total += loss.detach()
+        rigid.step(by_map, len(rows) / len(order), min(rate, MOST_STEP), band)
+    setup.ranks.add(evidence.excess, evidence.weight)
+    return float(total), evidence
+
+
+def _with_new_widths(
+    setup: Setup, views: Views, information: torch.Tensor, evidence: WidthEvidence, last: bool
+) -> Views:
+    """The views with the widths that ``evidence`` speaks for; ``information`` is rescaled in place.
+
+    At the ``last`` look, what is to be refined only where it differs from zero is given up where it does not.
+    """
+    assert views.prior is not None
+    settings, widths = setup.settings, views.prior.widths
+    may_go = {"rotation": settings.refine_poses, "shift": settings.refine_poses, "contrast": settings.refine_contrast}
+    for name, kind in KINDS.items():
+        if not (widths[kind] > 0).all():
+            continue
+        variance, error = evidence.of_kind(kind)
+        if last and may_go[name] == "auto" and variance < SIGNIFICANT * error:
+            logger.info("%s: %.3f +- %.3f of the width assumed: as the input has it", name, variance, error)
+            widths[kind] = 0.0
+        else:
+            widths[kind] *= max(variance, LEAST_SHRINKAGE) ** 0.5
+    prior = ViewPrior.of_widths(widths)
+    factor = views.rescale(prior)
+    back = torch.where(factor > 0, 1 / factor.clamp(min=1e-30), 0.0)
+    information *= back[:, None] * back
+    logger.info(
+        "widths: rotation %.2f degrees, shift %.2f A, contrast %.3f",
+        np.rad2deg(prior.rotation_rad),
+        prior.shift_A,
+        prior.log_contrast,
+    )
+    if not prior.refines:
+        return Views.none(len(views.units), len(views.held), setup.device)
+    return views
+
+
+@torch.no_grad()
+def _refine_held_out(setup: Setup, rigid: CanonicalMap, views: Views) -> None:
+    """Refine the views of the rows that took no part in the map, in place."""
+    model, weight = rigid_model(setup, rigid.values, views.prior), setup.weight(setup.schedule.full_band)
+    own_rows = setup.ranks.share(setup.validation_rows)
+
+    def refined(batch: ImageBatch) -> torch.Tensor:
+        start = views.units[setup.rows_on_device(batch.rows)]
+        return infer_latents(model, batch, weight, start, HELD_OUT_STEPS, LatentPrior(num_views=views.num)).latents
+
+    batches = read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device)
+    found = torch.cat([views.held[:0], *(refined(batch) for batch in batches)])
+    rows = setup.rows_on_device(setup.validation_rows)
+    views.units[rows] = setup.ranks.gather(found, len(rows))
+    views.held = views.units[rows].clone()

@@ -1,0 +1,67 @@
+"""The views of a run's particles: poses and contrasts as they are refined, under one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flexlib.model.views import NUM_VIEW_PARAMETERS, ViewPrior
+
+
+@dataclass
+class Views:
+    """View parameters of all rows, in units of the widths of their prior; V is 6, or 0 where nothing is refined."""
+
+    units: torch.Tensor  # (n, V)
+    held: torch.Tensor  # (validation rows, V) from half the Fourier pixels
+    prior: ViewPrior | None  # None: nothing is refined
+
+    @classmethod
+    def none(cls, num: int, num_held: int, device: torch.device) -> Views:
+        """Poses and contrasts as the input has them."""
+        return cls(torch.zeros((num, 0), device=device), torch.zeros((num_held, 0), device=device), None)
+
+    @classmethod
+    def at_input(cls, num: int, num_held: int, prior: ViewPrior, device: torch.device) -> Views:
+        """The same, to be refined with the widths of ``prior``."""
+        shape = (num, NUM_VIEW_PARAMETERS), (num_held, NUM_VIEW_PARAMETERS)
+        return cls(torch.zeros(shape[0], device=device), torch.zeros(shape[1], device=device), prior)
+
+    @property
+    def num(self) -> int:
+        """V."""
+        return self.units.shape[1]
+
+    @property
+    def refines_poses(self) -> bool:
+        """Whether rotations or shifts are refined."""
+        return self.prior is not None and self.prior.refines_poses
+
+    def copy(self) -> Views:
+        """The same values, to be changed independently."""
+        return Views(self.units.clone(), self.held.clone(), self.prior)
+
+    def rescale(self, prior: ViewPrior) -> torch.Tensor:
+        """Take other widths; no pose or contrast changes, but for those whose width is zero now.
+
+        Returns
+        -------
+        factor
+            (V,) what the parameters were multiplied with.
+        """
+        assert self.prior is not None
+        factor = prior.in_units_of(self.prior).to(self.units)
+        self.units, self.held, self.prior = self.units * factor, self.held * factor, prior
+        return factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only."""
+        widths = None if self.prior is None else self.prior.widths
+        return {"units": self.units, "held": self.held, "widths": widths}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.units, self.held = saved["units"], saved["held"]
+        self.prior = None if saved["widths"] is None else ViewPrior.of_widths(saved["widths"])
