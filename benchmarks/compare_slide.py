@@ -21,7 +21,8 @@ from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import read_map, write_map
 from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
-from flexlib.model.forward import MovingMap, Operator, log_likelihood_loss
+from flexlib.model.forward import Operator, log_likelihood_loss
+from flexlib.model.moving_map import MovingMap
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import VoxelTensors, gather_volume
 from flexlib.simulate.phantoms import Phantom, make_phantom

@@ -109,7 +109,7 @@ def test_two_processes_learn_what_one_learns(one, two):
     canonical, other = first["canonical"]["values"], second["canonical"]["values"]
     assert (canonical - other).norm() < 1e-5 * canonical.norm()
     assert (first["latents"] - second["latents"]).abs().max() < 1e-3
-    assert first["information_ratio"] == pytest.approx(second["information_ratio"], rel=1e-4)
+    assert first["information_ratios"] == pytest.approx(second["information_ratios"], rel=1e-4)
     for name in ("loss", "rigidity", "rms_displacement_A", "validation_gain"):
         assert second["log"][-1][name] == pytest.approx(first["log"][-1][name], rel=1e-3), name
     assert np.abs(latents_of(one) - latents_of(two)).max() < 0.02

@@ -27,7 +27,7 @@ from flexlib.train.latents import (
     learn_curvature,
     search_latents,
 )
-from flexlib.train.score import HeldOutScore, RigidModel, choose_held_out, score_held_out
+from flexlib.train.score import HeldOutScore, choose_held_out, score_held_out
 from flexlib.train.setup import Setup, set_up
 from flexlib.train.spectral import (
     FieldForces,
@@ -127,7 +127,8 @@ def test_information_in_the_coarse_view_is_that_of_its_shells(setup, flow, value
     weight = plane_weight(BOX, 10)
     z = 0.5 * torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
     full = fisher_information(MovingMap(setup.operator, flow, values), batch, weight, z)
-    coarse = MovingMap(setup.operator, flow, values, setup.coarse, (1.5, 1.0, 1.0, 1.0)).information(batch, weight, z) / 1.5
+    ratios = (1.5, 1.0, 1.0, 1.0)
+    coarse = MovingMap(setup.operator, flow, values, setup.coarse, ratios).information(batch, weight, z) / 1.5
     assert (coarse - full).norm() < 0.1 * full.norm()
     assert ((coarse - full).flatten(1).norm(dim=1) < 0.25 * full.flatten(1).norm(dim=1)).all()
 
@@ -327,19 +328,21 @@ def test_symmetry_copies_are_held_out_together():
 
 
 def test_score_of_nothing_held_out_is_not_a_number():
-    score = HeldOutScore(gains=np.zeros(0), rows=np.zeros(0, int), latents=torch.zeros(0, 2))
+    score = HeldOutScore(
+        gains=np.zeros(0), rows=np.zeros(0, int), parameters=torch.zeros(0, 2), rigid_views=torch.zeros(0, 0)
+    )
     assert np.isnan(score.gain) and np.isnan(score.standard_error)
 
 
 def test_symmetry_copies_change_neither_the_score_nor_its_error(setup, flow, values):
     """Every row twice, at the same latents: a particle counts once, whatever the number of its rows."""
     model = MovingMap(setup.operator, flow, values)
-    rigid = RigidModel(setup.rigid, gather_volume(setup.consensus.data * setup.mask.data, setup.rigid.voxels))
+    rigid = MovingMap(setup.rigid, None, gather_volume(setup.consensus.data * setup.mask.data, setup.rigid.voxels))
     once, start = setup.held_out(), torch.randn(30, 2, generator=torch.Generator().manual_seed(3))
     twice = replace(once, rows=once.rows.repeat(2), particle=once.particle.repeat(2))
-    expected = score_held_out(once, model, rigid, start, steps=0)
-    found = score_held_out(twice, model, rigid, start.repeat_interleave(2, 0), steps=0)
-    assert len(found.gains) == 30 and len(found.latents) == 60
+    expected = score_held_out(once, model, rigid, start, torch.zeros((30, 0)), steps=0)
+    found = score_held_out(twice, model, rigid, start.repeat_interleave(2, 0), torch.zeros((60, 0)), steps=0)
+    assert len(found.gains) == 30 and len(found.parameters) == 60
     np.testing.assert_array_equal(found.rows, once.rows)
     np.testing.assert_allclose(found.gains, expected.gains, rtol=1e-4, atol=1e-2)
     assert found.gain == pytest.approx(expected.gain, rel=1e-3)

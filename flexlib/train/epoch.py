@@ -119,6 +119,7 @@ def standardise(setup: Setup, state: State) -> LatentScale | None:
     if not setup.settings.freeze_latents and setup.settings.centering == "auto":
         scale = posterior_scale(state.latents[rows], state.information[rows])
     if state.views.prior is not None:
+        state.canonical.values = state.canonical.values * state.views.centre_contrast(rows)
         factor = posterior_widths(state.views.units[rows], state.information[rows])
         state.change_widths(ViewPrior.of_widths(state.views.prior.widths * factor.cpu()))
     if scale is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,15 @@ class Views:
         factor = prior.in_units_of(self.prior).to(self.units)
         self.units, self.held, self.prior = self.units * factor, self.held * factor, prior
         return factor
+
+    def centre_contrast(self, rows: torch.Tensor) -> float:
+        """Take the mean log contrast of ``rows`` out of all rows; the factor that the map is to have instead."""
+        if self.prior is None or self.prior.log_contrast == 0:
+            return 1.0
+        mean = self.units[rows, 5].mean()
+        self.units[:, 5] -= mean
+        self.held[:, 5] -= mean
+        return math.exp(float(mean) * self.prior.log_contrast)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only."""
