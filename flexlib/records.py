@@ -205,6 +205,7 @@ class ResolutionRecord(Record):
     flex_local_A: dict[str, float]  # percentiles of the local resolution
     converged: dict[str, bool]  # by model and half: "flex_half1"
     device: str = ""  # that computed it, as ``runtime.describe_device`` says
+    poses: dict[str, str] = field(default_factory=dict)  # by model: "refined" or "input"
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:

@@ -18,6 +18,8 @@ from flexlib.imaging.maps import write_map
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.particles.latents_write import write_latents_cs, write_latents_star
+from flexlib.particles.pose_change import PoseChange
+from flexlib.particles.refined_write import refined_particles, write_refined_cs, write_refined_star
 from flexlib.records import ValidationRecord
 from flexlib.runtime import describe_device
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
@@ -67,6 +69,38 @@ def write_results(
     logger.info(
         "done: held-out gain %.2f +- %.2f nats per particle, %.0f s", score.gain, score.standard_error, state.wall_s
     )
+
+
+def write_refined(
+    out: TrainFolder,
+    particles_path: Path,
+    change: PoseChange | None,
+    rotation_std_err_rad: np.ndarray | None = None,
+    shift_std_err_A: np.ndarray | None = None,
+) -> None:
+    """Write the user's particles with refined poses; remove what an earlier training left where none were refined.
+
+    Parameters
+    ----------
+    out
+        Where.
+    particles_path
+        Folder that prepare wrote.
+    change
+        Of all n prepared rows, under the flexible model; None where poses were not refined.
+    rotation_std_err_rad, shift_std_err_A
+        (n,) their standard errors; nan where they are not known.
+    """
+    if change is None:
+        for path in (out.refined, out.refined_cs, out.refined_cs.with_suffix(".csg")):
+            path.unlink(missing_ok=True)
+        return
+    unknown = np.full(len(change), np.nan)
+    rotation_error = unknown if rotation_std_err_rad is None else rotation_std_err_rad
+    shift_error = unknown if shift_std_err_A is None else shift_std_err_A
+    refined = refined_particles(particles_path, change, rotation_error, shift_error)
+    write_refined_star(refined, out.refined)
+    write_refined_cs(refined, out.refined_cs)
 
 
 def validation_record(
