@@ -164,11 +164,13 @@ def _check_input(
     source: ImageSource, mask: Map, model: FlexModel, particles: ParticlesFolder, train: TrainFolder
 ) -> None:
     """Raise ``InputError`` where images, mask and model do not belong together."""
-    if len(model.latents) != len(source):
-        raise InputError(
-            f"{train.path}: has latents of {len(model.latents)} rows, {particles.path} holds {len(source)}: "
-            "were they trained on these particles?"
-        )
+    found = {"latents": model.latents, "poses": model.pose, "poses under the rigid map": model.rigid_pose}
+    for what, values in found.items():
+        if values is not None and len(values) != len(source):
+            raise InputError(
+                f"{train.path}: has {what} of {len(values)} rows, {particles.path} holds {len(source)}: "
+                "were they trained on these particles?"
+            )
     if mask.box != source.box:
         raise InputError(f"{particles.full_mask}: its box is {mask.box}, the images' {source.box}")
     for half in (0, 1):
