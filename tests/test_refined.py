@@ -398,6 +398,8 @@ def test_magnified_optics_groups(tmp_path):
         assert error_px[plain].max() < 1e-4 and error_px[~plain].max() < tolerance_px
         own_A = change.shift_A.astype(float) * 2.03125 / TRAIN_PIXEL_A
         np.testing.assert_allclose(again.origin_A[~plain], (given.origin_A - own_A)[~plain], atol=1e-7)
+        error_A = read_tables(out).particles["flexShiftStdErrAngst"].to_numpy()
+        np.testing.assert_allclose(error_A, errors(COUNT)[1] * np.where(plain, 1, 2.03125 / TRAIN_PIXEL_A), rtol=1e-6)
     wrong = source_of(change.of(source.particles)).geometry(rows)  # magnification not thought of
     error_px = np.abs(views_px(wrong) - trained_views_px(source.geometry(rows), change)).max((1, 2))
     assert error_px[~plain].min() > 5e-3
