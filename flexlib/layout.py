@@ -128,6 +128,16 @@ class TrainFolder(Folder):
         return self.path / "latents.cs"
 
     @property
+    def refined(self) -> Path:
+        """The input particles with refined poses, where they were refined."""
+        return self.path / "particles_refined.star"
+
+    @property
+    def refined_cs(self) -> Path:
+        """The same of a .cs input, as CryoSPARC stores them."""
+        return self.path / "particles_refined.cs"
+
+    @property
     def log(self) -> Path:
         """A line for each epoch."""
         return self.path / "log.csv"

@@ -137,6 +137,10 @@ class ValidationRecord(Record):
     num_rows: int = 0  # particles times symmetry copies
     validation_rows: int = 0  # held out
     device: str = ""  # that computed it, as ``runtime.describe_device`` says
+    # learnt widths of what was refined, None where nothing was: rms angle, shift along an axis, log of the contrast
+    pose_rotation_deg: float | None = None
+    pose_shift_A: float | None = None
+    contrast_sd: float | None = None
 
     @property
     def gain(self) -> float:
@@ -205,6 +209,7 @@ class ResolutionRecord(Record):
     flex_local_A: dict[str, float]  # percentiles of the local resolution
     converged: dict[str, bool]  # by model and half: "flex_half1"
     device: str = ""  # that computed it, as ``runtime.describe_device`` says
+    poses: dict[str, str] = field(default_factory=dict)  # by model: "refined" or "input"
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:

@@ -9,7 +9,12 @@ import pandas as pd
 from json_records import prepared_record
 from scipy.spatial.transform import Rotation
 
+from flexlib.imaging.symmetry import symmetry_rotations
+from flexlib.layout import ParticlesFolder
+from flexlib.particles import read_particles
 from flexlib.particles.star_write import write_star
+from flexlib.particles.table import OpticsGroup
+from flexlib.prepare.writing import write_particles
 
 COUNT, BOX = 12, 16
 
@@ -151,6 +156,41 @@ def prepared_folder(
         num_particles=len(kept),
         symmetry_copies=copies,
         half_sets=half_sets,
+    )
+    record.write(folder / "prepared.json")
+    return folder
+
+
+def prepared_poses(
+    folder: Path,
+    path: Path,
+    kept: np.ndarray,
+    *,
+    symmetry: str = "C1",
+    optics: tuple[OpticsGroup, ...] | None = None,
+    passthrough: Path | None = None,
+    half_sets: str = "input",
+) -> Path:
+    """What refined poses need of a folder that prepare wrote: prepared.json, and particles.star as prepare has it.
+
+    ``optics`` are those of the training images, of nominally as many Angstrom per pixel as the first has.
+    """
+    everyone = read_particles(path, passthrough)
+    particles, rotations = everyone.subset(kept), symmetry_rotations(symmetry)
+    if half_sets == "random":
+        particles = replace(particles, half_set=np.arange(len(kept)) % 2)
+    optics = particles.optics if optics is None else optics
+    write_particles(ParticlesFolder(folder), particles, optics, rotations)
+    record = replace(
+        prepared_record(len(kept) * len(rotations), BOX, BOX),
+        particles=str(path),
+        passthrough=passthrough and str(passthrough),
+        num_input=len(everyone),
+        num_particles=len(kept),
+        symmetry=symmetry,
+        symmetry_copies=len(rotations),
+        half_sets=half_sets,
+        train_pixel_size_A=optics[0].pixel_size_A,
     )
     record.write(folder / "prepared.json")
     return folder

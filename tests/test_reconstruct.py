@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from flexlib.errors import InputError
 from flexlib.files import read_json
 from flexlib.images.batch import ImageBatch
 from flexlib.imaging.fourier import lowpass_map
@@ -21,6 +22,9 @@ from flexlib.mesh.lattice import bcc_mesh
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator, rigid_modes_A
 from flexlib.model.forward import EXACT, Operator
+from flexlib.particles import read_particles
+from flexlib.particles.pose_change import PoseChange
+from flexlib.particles.star_write import relion_tables, write_star
 from flexlib.projection.op import gather_volume, project, project_adjoint, scatter_volume, view_vertices
 from flexlib.reconstruct.fsc_table import fsc_table
 from flexlib.reconstruct.map_solver import SolverSettings, solve_map
@@ -445,3 +449,85 @@ def test_stage_writes_half_maps_in_the_consensus_units(tmp_path, caplog):
     reconstruct(particles, train, tmp_path / "short", replace(settings, max_bfgs_iterations=1), device="cpu")
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len([line for line in warnings if "stopped by reconstruct.max_bfgs_iterations = 1" in line]) == 4
+
+
+# Poses that training refined
+
+
+@pytest.fixture(scope="module")
+def astray(tmp_path_factory):
+    """Particles some degrees and Angstrom off, prepared; a model that knows it; the truth inside the mask.
+
+    Under the model a particle's whole body is moved by its latents, which the images know nothing of: the shift of its
+    pose takes that back, so that the pose under the flexible model is not that under the rigid one.
+    """
+    from flexlib.prepare.run import prepare_particles
+    from flexlib.simulate.run import simulate_particles
+    from flexlib.simulate.settings import Simulation
+
+    folder, count, box, pixel_size_A = tmp_path_factory.mktemp("astray"), 300, 32, 8.0
+    sim = simulate_particles(
+        folder / "data", Simulation(phantom="rigid", num_particles=count, box=box, pixel_size_A=pixel_size_A, snr=1.0)
+    )
+    true, generator = read_particles(sim.particles_star), np.random.default_rng(3)
+    turns, shifts_A = generator.normal(0, 0.1, (count, 3)), generator.normal(0, 8, (count, 2))
+    turned = Rotation.from_rotvec(turns).as_matrix() @ true.rotation
+    wrong = replace(true, rotation=turned, origin_A=true.origin_A - shifts_A)
+    write_star(relion_tables(wrong), folder / "data" / "astray.star")
+    prepare_particles(
+        folder / "data" / "astray.star",
+        sim.consensus,
+        folder / "particles",
+        settings=PrepareSettings(train_box=box),
+        mask_settings=MaskSettings(lowpass_A=30.0, dilate_A=8.0, pad_A=16.0),
+    )
+    mask = read_map(folder / "particles" / "full" / "mask.mrc").data
+    mesh = bcc_mesh(mask > 0, pixel_size_A, 60.0)
+    flow = FlowGenerator(torch.from_numpy(rigid_modes_A(mesh.vertices_A).astype(np.float32)), 2, 1, 4)
+    with torch.no_grad():
+        flow.linear[0, 0] = flow.linear[1, 2] = 1.0  # Angstrom along x and z
+    latents = generator.normal(0, 14, (count, 2)).astype(np.float32)
+    moved_A = np.stack([latents[:, 0], 0 * latents[:, 0], latents[:, 1]], 1)
+    taken_back_A = np.einsum("nij,nj->ni", true.rotation, moved_A)[:, :2]
+    model = FlexModel(
+        mesh, flow, latents, np.zeros((box,) * 3, np.float32), box, pixel_size_A,
+        pose=PoseChange(-turns, -shifts_A - taken_back_A, np.ones(count)),
+        rigid_pose=PoseChange(-turns, -shifts_A, np.ones(count)),
+    )  # fmt: skip
+    return folder / "particles", model, read_map(sim.truth_mean).data * mask
+
+
+def test_refined_poses_give_better_maps(astray, tmp_path):
+    """Each map is made from the poses that were refined under its own model, unless those of the input are wanted."""
+    particles, model, truth = astray
+    runs = {
+        "refined": (model, "refined"),
+        "input": (model, "input"),
+        "swapped": (replace(model, pose=model.rigid_pose, rigid_pose=model.pose), "refined"),
+        "rigid only": (replace(model, pose=None), "refined"),
+    }
+    curves, poses = {}, {}
+    for name, (used, chosen) in runs.items():
+        used.save(tmp_path / name / "model.pt")
+        cache = tmp_path / "scratch" if name == "refined" else None
+        settings = ReconstructSettings(max_bfgs_iterations=8, poses=chosen, cache_dir=cache)
+        out = tmp_path / name / "maps"
+        reconstruct(particles, tmp_path / name, out, settings, device="cpu")
+        poses[name] = read_json(out / "resolution.json")["poses"]
+        curves[name] = {kind: fsc(read_map(out / f"{kind}_map.mrc").data, truth)[1:13] for kind in ("flex", "rigid")}
+    for kind in ("flex", "rigid"):
+        assert curves["refined"][kind].min() > 0.9
+        for worse in ("input", "swapped"):
+            assert (curves["refined"][kind] - curves[worse][kind])[6:].min() > 0.1
+    np.testing.assert_allclose(curves["rigid only"]["flex"], curves["input"]["flex"], atol=1e-3)
+    np.testing.assert_allclose(curves["rigid only"]["rigid"], curves["refined"]["rigid"], atol=1e-3)
+    assert poses["refined"] == {"flex": "refined", "rigid": "refined"}
+    assert poses["input"] == {"flex": "input", "rigid": "input"}
+    assert poses["rigid only"] == {"flex": "input", "rigid": "refined"}
+
+
+def test_poses_of_other_particles_are_refused(astray, tmp_path):
+    particles, model, _ = astray
+    replace(model, rigid_pose=PoseChange.none(299)).save(tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"has poses under the rigid map of 299 rows, .* holds 300"):
+        reconstruct(particles, tmp_path, tmp_path / "maps", ReconstructSettings(), device="cpu")

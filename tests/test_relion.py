@@ -6,6 +6,8 @@ sign at a time.
 RELION 3.1's ``relion_project`` applies neither odd aberrations nor magnification to its images, so these are put in
 here, and ``relion_reconstruct``, which takes them out, says whether they were right.
 
+Refined poses: RELION's map from the file of poses that were put right is as good as that from the true ones.
+
 Needs RELION's programs on the path (Debian and Ubuntu: ``apt-get install relion``).
 """
 
@@ -17,6 +19,8 @@ import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
+from particle_files import prepared_poses, save_cs
+from scipy.spatial.transform import Rotation
 
 from flexlib.images.ctf import ctf_images
 from flexlib.images.noise import Calibration, read_noise
@@ -29,7 +33,9 @@ from flexlib.imaging.masks import soft_edge
 from flexlib.layout import ParticlesFolder
 from flexlib.model.forward import EXACT, Operator
 from flexlib.particles import read_particles
-from flexlib.particles.star_write import write_star
+from flexlib.particles.pose_change import PoseChange
+from flexlib.particles.refined_write import refined_particles, write_refined_star
+from flexlib.particles.star_write import relion_tables, write_star
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import gather_volume
 from flexlib.reconstruct.map_solver import SolverSettings, solve_map
@@ -121,6 +127,72 @@ def test_our_map_is_as_close_to_the_truth(simulated, relion_map, our_map):
     truth = read_map(simulated.truth_mean).data * ball()
     gain = fsc(our_map, truth) - fsc(relion_map * ball(), truth)
     assert gain.min() > -0.02, gain
+
+
+# --- refined poses ---
+
+
+@pytest.fixture(scope="module")
+def astray(simulated):
+    """The simulated particles with poses some degrees and Angstrom wrong, and the change that puts them right."""
+    true = read_particles(simulated.particles_star)
+    rng = np.random.default_rng(8)
+    turns, shifts_A = rng.normal(scale=0.08, size=(len(true), 3)), rng.normal(scale=6, size=(len(true), 2))
+    wrong = replace(
+        true,
+        rotation=Rotation.from_rotvec(turns).as_matrix() @ true.rotation,
+        origin_A=true.origin_A - shifts_A,
+    )
+    return wrong, PoseChange(-turns, -shifts_A, np.ones(len(true)))
+
+
+def write_astray(simulated, wrong, kind):
+    """Its particle file, beside the images: .star or .cs."""
+    path = simulated.particles_star.with_name(f"astray.{kind}")
+    if kind == "star":
+        write_star(relion_tables(wrong), path)
+        return path
+    records = np.load(simulated.particles_cs)
+    records["alignments3D/pose"] = Rotation.from_matrix(wrong.rotation.transpose(0, 2, 1)).as_rotvec()
+    records["alignments3D/shift"] = wrong.origin_A / PIXEL_SIZE_A
+    return save_cs(path, records)
+
+
+def refined_map(simulated, astray, folder, kind, change=None):
+    """RELION's map of the particles_refined.star that puts the poses right, or does ``change`` to them."""
+    wrong, right = astray
+    prepared = prepared_poses(folder, write_astray(simulated, wrong, kind), np.arange(len(wrong)))
+    nothing_known = np.full(len(wrong), np.nan)
+    out = simulated.particles_star.with_name("particles_refined.star")
+    write_refined_star(refined_particles(prepared, change or right, nothing_known, nothing_known), out)
+    return relion_reconstruct(out, PIXEL_SIZE_A) * ball()
+
+
+@pytest.mark.parametrize("kind", ["star", "cs"])
+def test_relion_finds_the_refined_poses_right(simulated, relion_map, astray, tmp_path, kind):
+    """From exactly known errors: as good a map as from the true poses, and a better one than from the wrong ones."""
+    truth = read_map(simulated.truth_mean).data * ball()
+    best = fsc(relion_map * ball(), truth)
+    refined = refined_map(simulated, astray, tmp_path, kind)
+    assert np.abs(fsc(refined, truth) - best)[:22].max() < 5e-4
+    assert fsc(refined, relion_map * ball())[1:20].min() > 0.9999
+    none = PoseChange.none(len(astray[0]))
+    assert (best - fsc(refined_map(simulated, astray, tmp_path, kind, none), truth))[14:20].min() > 0.1
+
+
+WRONG_UPDATES = {
+    "hand": lambda c, r: replace(c, rotation_rad=c.rotation_rad * [-1, -1, 1]),
+    "sign of the rotation": lambda c, r: replace(c, rotation_rad=-c.rotation_rad),
+    "sign of the shift": lambda c, r: replace(c, shift_A=-c.shift_A),
+    "side": lambda c, r: replace(c, rotation_rad=np.einsum("nij,nj->ni", r, c.rotation_rad)),  # R exp(w)
+}
+
+
+@pytest.mark.parametrize("what", WRONG_UPDATES)
+def test_a_wrong_update_would_not_pass(simulated, relion_map, astray, tmp_path, what):
+    wrong, right = astray
+    changed = refined_map(simulated, astray, tmp_path, "star", WRONG_UPDATES[what](right, wrong.rotation))
+    assert fsc(changed, relion_map * ball())[14:20].max() < 0.85
 
 
 # --- every CTF parameter, on particles that RELION simulates ---

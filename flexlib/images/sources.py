@@ -80,9 +80,13 @@ class PreparedImages:
         self._origin_px = (particles.origin_A * enlarged[:, None] / pixel_size_A).astype(np.float32)
 
     def posed(self, change: PoseChange) -> Self:
-        """The same images with poses and contrasts changed."""
+        """The same images with their views changed: ``exp([rotation_rad])`` is to the left of ``geometry``'s rotation.
+
+        To first order where optics groups are distorted (``PoseChange.as_of_poses``), so that the images are seen as
+        ``particles`` say, and as the file of refined poses does.
+        """
         changed = copy(self)
-        changed._take_poses(change.of(self.particles))
+        changed._take_poses(change.as_of_poses(self.particles, self.pixel_size_A).of(self.particles))
         return changed
 
     def __len__(self) -> int:

@@ -123,6 +123,22 @@ def read_cs(path: Path, passthrough: Path | None = None, image_root: Path | None
     )
 
 
+def alignments(path: Path, passthrough: Path | None = None) -> tuple[CsFile, np.ndarray]:
+    """A .cs file with all columns of its 3D alignment, those that only its passthrough file has among them.
+
+    Returns
+    -------
+    table
+        n rows.
+    pixel_size_A
+        (n,) of the grid that ``alignments3D/shift`` counts in.
+    """
+    fields = _Fields(path, passthrough)
+    others = () if fields.other is None else fields.other.names
+    names = [name for name in others if name.startswith("alignments3D/") and name not in fields.main.names]
+    return fields.main.with_columns({name: fields[name] for name in names}), _alignment_pixel_size(fields)
+
+
 def _none(count: int) -> np.ndarray:
     return np.full(count, -1, np.int8)
 

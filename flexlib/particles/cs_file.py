@@ -32,6 +32,7 @@ from flexlib.files import atomic_path
 _NUMPY, _STREAM = b"\x93NUMPY", b"\x95CSDAT"
 _MAX_RATIO = 256  # no LZ4 or snappy block shrinks data further
 _COMPRESSIONS = ("lz4", "snappy")
+_OURS = "flex"  # prefix of our own columns
 _RESULT_KINDS = {r"components_mode_\d+": "components", r"alignments_class_\d+": "alignments3D"}
 
 
@@ -75,6 +76,27 @@ class CsFile:
         if self.records is not None:
             return replace(self, records=self.records[rows])
         return replace(self, stream={name: values[rows] for name, values in self.stream.items()})
+
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> CsFile:
+        """The file with ``columns``, (n, ...) numbers each; all other values as they were.
+
+        One that the file has is replaced, in the type that it has there; others come after the last.
+        """
+        added = {name: values for name, values in columns.items() if name not in self.names}
+        if self.records is not None:
+            kinds = [(name, self.records.dtype[name]) for name in self.names]
+            kinds += [(name, np.dtype((values.dtype, values.shape[1:]))) for name, values in added.items()]
+            records = np.empty(len(self), kinds)
+            for name in records.dtype.names or ():
+                records[name] = columns[name] if name in columns else self.records[name]
+            return replace(self, records=records)
+        shapes = {name: [list(values.shape[1:])] if values.ndim > 1 else [] for name, values in added.items()}
+        dtype = [[name, values.dtype.str, *shapes[name]] for name, values in added.items()]
+        stream = {
+            name: columns[name].astype(values.dtype) if name in columns else values
+            for name, values in self.stream.items()
+        }
+        return replace(self, stream=stream | added, header={**self.header, "dtype": [*self.header["dtype"], *dtype]})
 
     def write(self, path: str | Path) -> None:
         """Write in the layout that the file was read in, atomically."""
@@ -217,14 +239,15 @@ def _uint32(value: int) -> bytes:
 def write_group(path: str | Path, files: Sequence[tuple[Path, CsFile]], title: str) -> None:
     """Write the .csg that describes .cs files (beside it, of the same particles) for CryoSPARC's Import Result Group.
 
-    Each prefix of a column name (``blob/``, ``ctf/``, ``components_mode_0/``, ...) is one result; a prefix in several
-    files belongs to the first. Source: the .csg files that CryoSPARC exports.
+    Each prefix of a column name (``blob/``, ``ctf/``, ``components_mode_0/``, ...) but ours is one result; a prefix in
+    several files belongs to the first. Source: the .csg files that CryoSPARC exports.
     """
     import yaml
 
     results: dict[str, dict[str, Any]] = {}
     for path_of_part, file in files:
-        for prefix in dict.fromkeys(name.split("/")[0] for name in file.names if "/" in name):
+        prefixes = dict.fromkeys(name.split("/")[0] for name in file.names if "/" in name)
+        for prefix in (prefix for prefix in prefixes if prefix != _OURS):
             kind = next((kind for pattern, kind in _RESULT_KINDS.items() if re.fullmatch(pattern, prefix)), prefix)
             about = {"metafile": f">{path_of_part.name}", "num_items": len(file), "type": f"particle.{kind}"}
             results.setdefault(prefix, about)

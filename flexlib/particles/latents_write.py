@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from flexlib.particles.cs_file import CsFile, write_group
-from flexlib.particles.input_rows import (
-    ANGLES,
-    InputRows,
-    PreparedRows,
-    check_length,
-    input_rows,
-    read_prepared_rows,
-)
-from flexlib.particles.read import read_particles
+from flexlib.particles.input_rows import ANGLES, check_length, input_rows, read_prepared_rows
+from flexlib.particles.output_rows import OutputRows, converted_tables
 from flexlib.particles.star_text import StarText, read_star_text
-from flexlib.particles.star_write import relion_tables, star_values, write_star
-from flexlib.records import PreparedRecord
+from flexlib.particles.star_write import star_values, write_star
 
 
 def write_latents_star(
@@ -57,50 +47,17 @@ def write_latents_star(
         The input file is gone or has changed its length.
     """
     prepared = read_prepared_rows(particles_dir)
-    where = prepared.input_rows
-    if len(latents) != len(where.rows):
-        raise ValueError(f"latents of {len(latents)} particles for {len(where.rows)} prepared ones")
+    if len(latents) != len(prepared.table):
+        raise ValueError(f"latents of {len(latents)} particles for {len(prepared.table)} prepared ones")
     values = {f"flexLatent{k + 1}": latents[:, k] for k in range(latents.shape[1])} | dict(extra or {})
-    output = _Output(prepared, where, *_output_rows(where))
-    if where.path.suffix == ".star":
+    output = OutputRows.of_copies(prepared)
+    if output.where.path.suffix == ".star":
         _write_into_star(output, values, path)
     else:
         _write_converted(output, values, path)
 
 
-@dataclass(frozen=True)
-class _Output:
-    """The m rows of a latents.star."""
-
-    prepared: PreparedRows
-    where: InputRows
-    rows: np.ndarray  # (m,) of the input file
-    prepared_row: np.ndarray  # (m,) of the prepared particles, -1 where prepare dropped the particle
-
-    @property
-    def expanded(self) -> bool:
-        """Whether particles have symmetry copies."""
-        return "flexSymmetryCopy" in self.prepared.table
-
-    def columns(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The values (n,) of the prepared rows spread over the output's, and what distinguishes copies."""
-        columns = {name: _spread(np.asarray(column), self.prepared_row) for name, column in values.items()}
-        if not self.expanded:
-            return columns
-        copy = np.where(self.prepared_row < 0, 0, self.where.copy[self.prepared_row])
-        return {"flexInputRow": self.rows, "flexSymmetryCopy": copy} | columns
-
-    def halves(self, labels: Sequence[str]) -> dict[str, np.ndarray]:
-        """The half-sets that prepare drew, if it did, under a name that is not among the input's ``labels``."""
-        if self.prepared.record.half_sets != "random":
-            return {}
-        turns = np.arange(len(self.rows)) % 2 + 1
-        drawn = self.prepared.table["rlnRandomSubset"].to_numpy(np.int64)[self.prepared_row]
-        name = "flexRandomSubset" if "rlnRandomSubset" in labels else "rlnRandomSubset"
-        return {name: np.where(self.prepared_row < 0, turns, drawn)}
-
-
-def _write_into_star(output: _Output, values: Mapping[str, np.ndarray], path: str | Path) -> None:
+def _write_into_star(output: OutputRows, values: Mapping[str, np.ndarray], path: str | Path) -> None:
     """Write a STAR input's own text with the new columns."""
     text = read_star_text(output.where.path)
     table = text.particles
@@ -113,9 +70,9 @@ def _write_into_star(output: _Output, values: Mapping[str, np.ndarray], path: st
     text.write(path, table, output.rows if output.expanded else None, cells)
 
 
-def _write_converted(output: _Output, values: Mapping[str, np.ndarray], path: str | Path) -> None:
+def _write_converted(output: OutputRows, values: Mapping[str, np.ndarray], path: str | Path) -> None:
     """Write a .cs input as RELION's tables with the new columns."""
-    blocks = _converted(output.prepared.record, output.where)
+    blocks = converted_tables(output.read_input())
     frame = blocks["particles"]
     if output.expanded:
         frame = frame.iloc[output.rows].reset_index(drop=True)
@@ -126,23 +83,7 @@ def _write_converted(output: _Output, values: Mapping[str, np.ndarray], path: st
     write_star(blocks | {"particles": frame.assign(**columns)}, path)
 
 
-def _output_rows(where: InputRows) -> tuple[np.ndarray, np.ndarray]:
-    """(m,) input row of each row to write, and (m,) its prepared row, -1 where prepare dropped the particle."""
-    dropped = np.setdiff1d(np.arange(where.num_input), where.rows)
-    rows = np.concatenate([where.rows, dropped])
-    prepared_row = np.concatenate([np.arange(len(where.rows)), np.full(len(dropped), -1)])
-    order = np.argsort(rows, kind="stable")
-    return rows[order], prepared_row[order]
-
-
-def _spread(values: np.ndarray, prepared_row: np.ndarray) -> np.ndarray:
-    """(m,) the values of the prepared rows, nan where there is none."""
-    if (prepared_row >= 0).all():
-        return values[prepared_row]
-    return np.where(prepared_row < 0, np.nan, values[prepared_row])
-
-
-def _copy_angles(text: StarText, output: _Output) -> dict[str, list[str]]:
+def _copy_angles(text: StarText, output: OutputRows) -> dict[str, list[str]]:
     """The angles as text: of the symmetry copies, and as they stood for particles that prepare dropped."""
     given = text.frame(text.particles, ANGLES, text=ANGLES)
     rows = list(zip(output.rows.tolist(), output.prepared_row.tolist(), strict=True))
@@ -152,16 +93,6 @@ def _copy_angles(text: StarText, output: _Output) -> dict[str, list[str]]:
         before = given[name].tolist()
         result[name] = [before[row] if at < 0 else own[at] for row, at in rows]
     return result
-
-
-def _converted(record: PreparedRecord, where: InputRows) -> dict[str, pd.DataFrame]:
-    """The blocks of a .cs input as RELION's tables."""
-    particles = read_particles(where.path, record.passthrough, record.image_root)
-    check_length(where, len(particles))
-    blocks = relion_tables(particles)
-    if particles.uid is not None:
-        blocks["particles"]["flexUid"] = particles.uid
-    return blocks
 
 
 def write_latents_cs(particles_dir: str | Path, latents: np.ndarray, path: str | Path) -> bool:

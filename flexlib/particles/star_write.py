@@ -28,7 +28,7 @@ def relion_tables(particles: Particles, stack_names: list[str] | None = None) ->
     """
     given = stack_names if stack_names is not None else particles.extra["stack_names"]
     names = [f"{name}:mrcs" if name.endswith(".mrc") else name for name in given]  # else RELION takes it for a map
-    rot, tilt, psi = _euler_angles(particles.rotation).T
+    rot, tilt, psi = euler_angles(particles.rotation).T
     table = pd.DataFrame(
         {
             "rlnImageName": [
@@ -58,7 +58,7 @@ def relion_tables(particles: Particles, stack_names: list[str] | None = None) ->
     return {"optics": _optics_table(particles.optics), "particles": table}
 
 
-def _euler_angles(rotation: np.ndarray) -> np.ndarray:
+def euler_angles(rotation: np.ndarray) -> np.ndarray:
     """(n, 3) rot, tilt, psi in degrees of (n, 3, 3) rotations."""
     with warnings.catch_warnings():  # at tilt 0 or 180 scipy says that rot and psi are not unique: any pair will do
         warnings.simplefilter("ignore", UserWarning)

@@ -36,6 +36,8 @@ def _trained(folder: TrainFolder) -> Iterator[Output]:
     yield folder.canonical, "The canonical map, at rest, at the training box"
     yield folder.latents, "Every input particle with its latent coordinates"
     yield folder.latents_cs, "The latent coordinates as CryoSPARC stores them"
+    yield folder.refined, "Every input particle with its refined pose"
+    yield folder.refined_cs, "The refined poses as CryoSPARC stores them"
     yield folder.validation, "Held-out score and figures of the training"
     yield folder.held_out, "The score of each held-out particle"
     yield folder.log, "The training, a line for each epoch"

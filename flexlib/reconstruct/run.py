@@ -30,6 +30,7 @@ from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.layout import ParticlesFolder, ReconstructFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import EXACT, Operator
+from flexlib.particles.pose_change import PoseChange
 from flexlib.reconstruct.fsc_table import fsc_table
 from flexlib.reconstruct.map_solver import Convergence, SolverSettings, solve_map
 from flexlib.reconstruct.normal_equations import Displacements
@@ -53,6 +54,7 @@ class _Kind:
     mesh: TetraMesh
     voxels: MeshVoxels
     displacements: Displacements | None  # None: at rest
+    pose: PoseChange | None  # None: as in the input
 
 
 def reconstruct(
@@ -112,24 +114,21 @@ def _reconstruct(
     _check_input(source, mask, model, particles, train)
 
     inside = inside_mask(mask.data, FULL_FLOOR)
-    flexible_voxels = voxelise(model.mesh, inside, source.pixel_size_A)
-    kinds = [_Kind("flex", model.mesh, flexible_voxels, flow_displacements(model))]
-    if settings.rigid_baseline:
-        mesh = single_cell_mesh(source.box * source.pixel_size_A)
-        kinds.append(_Kind("rigid", mesh, voxelise(mesh, inside, source.pixel_size_A), None))
+    kinds = _kinds(model, inside, source, settings)
     halves: dict[str, list[np.ndarray]] = {}
     courses: dict[str, list[Convergence]] = {}
     own_rows = np.concatenate([ranks.share(np.flatnonzero(source.half_set == half)) for half in (0, 1)])
     with cached_images(source, settings.cache_dir, own_rows) as images:
         for kind in kinds:
             operator = Operator.of_voxels(kind.mesh, kind.voxels, chosen, EXACT)
-            halves[kind.name], courses[kind.name] = _solve_halves(images, kind, operator, mask, settings, ranks)
+            seen = images if kind.pose is None else images.posed(kind.pose)
+            halves[kind.name], courses[kind.name] = _solve_halves(seen, kind, operator, mask, settings, ranks)
             if ranks.leads:
                 _write_half_maps(out, kind.name, halves[kind.name], source.pixel_size_A, mask)
     if not ranks.leads:
         return
     _write_csv(out.convergence, _course_table(courses))
-    moving, motion_A = moving_region(model, flexible_voxels, mask.data)
+    moving, motion_A = moving_region(model, kinds[0].voxels, mask.data)
     write_map(out.moving_mask, moving, source.pixel_size_A, like=mask)
     table, resolutions_A = fsc_table(halves, mask.data, source.pixel_size_A, moving)
     _write_csv(out.fsc, table)
@@ -145,18 +144,33 @@ def _reconstruct(
             for half, course in enumerate(both, 1)
         },
         device=describe_device(chosen),
+        poses={kind.name: "input" if kind.pose is None else "refined" for kind in kinds},
     ).write(out.resolution)
+
+
+def _kinds(model: FlexModel, inside: np.ndarray, source: ImageSource, settings: ReconstructSettings) -> list[_Kind]:
+    """The flexible way to see the particles, and the rigid one if it is wanted; each with the poses found under it."""
+    refined = settings.poses == "refined"
+    voxels = voxelise(model.mesh, inside, source.pixel_size_A)
+    kinds = [_Kind("flex", model.mesh, voxels, flow_displacements(model), model.pose if refined else None)]
+    if settings.rigid_baseline:
+        mesh = single_cell_mesh(source.box * source.pixel_size_A)
+        voxels = voxelise(mesh, inside, source.pixel_size_A)
+        kinds.append(_Kind("rigid", mesh, voxels, None, model.rigid_pose if refined else None))
+    return kinds
 
 
 def _check_input(
     source: ImageSource, mask: Map, model: FlexModel, particles: ParticlesFolder, train: TrainFolder
 ) -> None:
     """Raise ``InputError`` where images, mask and model do not belong together."""
-    if len(model.latents) != len(source):
-        raise InputError(
-            f"{train.path}: has latents of {len(model.latents)} rows, {particles.path} holds {len(source)}: "
-            "were they trained on these particles?"
-        )
+    found = {"latents": model.latents, "poses": model.pose, "poses under the rigid map": model.rigid_pose}
+    for what, values in found.items():
+        if values is not None and len(values) != len(source):
+            raise InputError(
+                f"{train.path}: has {what} of {len(values)} rows, {particles.path} holds {len(source)}: "
+                "were they trained on these particles?"
+            )
     if mask.box != source.box:
         raise InputError(f"{particles.full_mask}: its box is {mask.box}, the images' {source.box}")
     for half in (0, 1):

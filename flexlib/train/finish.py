@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,33 +27,45 @@ logger = logging.getLogger(__name__)
 FINAL_STEPS = 4  # of Levenberg-Marquardt, with the finished flow and map
 
 
-@torch.no_grad()
-def infer_all(setup: Setup, state: State) -> torch.Tensor:
-    """Infer every particle's latents and view with the final model and turn latents to axes of decreasing motion.
+@dataclass(frozen=True)
+class Inferred:
+    """How well each particle's latents and view are known."""
 
-    Returns
-    -------
-    precision
-        (n, K, K) of the posteriors of the latents in the final coordinates, whatever the views are.
-    """
+    latent_precision: torch.Tensor  # (n, K, K) of the posteriors in the final coordinates, whatever the views are
+    view_std_err: torch.Tensor  # (n, 6 or 0) in radians, Angstrom and of the log contrast, whatever the latents are
+
+
+@torch.no_grad()
+def infer_all(setup: Setup, state: State) -> Inferred:
+    """Infer every particle's latents and view with the final model and turn latents to axes of decreasing motion."""
     frozen, device = setup.settings.freeze_latents, setup.device
     if not frozen:
         state.set_parameters(setup.rows_on_device(setup.validation_rows), state.held_parameters())
-    precision = latent_precision(_infer_own_share(setup, state), setup.settings.latent_dims)
+    whole = _infer_own_share(setup, state)
+    precision, view_std_err = latent_precision(whole, setup.settings.latent_dims), _view_std_err(state, whole)
     if state.given_latents is not None:
         scale, offset = standard_scale(state.given_latents)[1]
         state.flow.rescale_latents(torch.diag(1 / scale), -offset / scale)
         state.latents = state.given_latents
         state.held_latents = state.latents[setup.rows_on_device(setup.validation_rows)]
-        return precision / (scale[:, None] * scale)
+        return Inferred(precision / (scale[:, None] * scale), view_std_err)
     if frozen:
-        return precision
+        return Inferred(precision, view_std_err)
     scaled = standardise(setup, state)
     turn = axes_of_motion(setup, state)
     state.flow.rescale_latents(turn, torch.zeros(len(turn), device=device))
     state.latents, state.held_latents = state.latents @ turn, state.held_latents @ turn
     back = turn if scaled is None else scaled.matrix @ turn
-    return back.T @ precision @ back
+    return Inferred(back.T @ precision @ back, view_std_err)
+
+
+def _view_std_err(state: State, precision: torch.Tensor) -> torch.Tensor:
+    """(n, 6 or 0) standard errors of the view parameters, from the precision (n, P, P) of all."""
+    prior, num = state.views.prior, state.views.num
+    if prior is None:
+        return state.views.units
+    inverse = torch.cat([torch.linalg.inv(some) for some in precision.split(65536)])
+    return inverse.diagonal(dim1=1, dim2=2)[:, -num:].clamp(min=0).sqrt() * prior.widths.to(inverse)
 
 
 def _infer_own_share(setup: Setup, state: State) -> torch.Tensor:

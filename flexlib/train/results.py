@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,13 @@ from flexlib.files import atomic_path
 from flexlib.imaging.maps import write_map
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
+from flexlib.model.views import ROTATION, SHIFT, ViewPrior
 from flexlib.particles.latents_write import write_latents_cs, write_latents_star
 from flexlib.particles.pose_change import PoseChange
+from flexlib.particles.refined_write import refined_particles, write_refined_cs, write_refined_star
 from flexlib.records import ValidationRecord
 from flexlib.runtime import describe_device
+from flexlib.train.finish import Inferred
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
 from flexlib.train.score import HeldOutScore
 from flexlib.train.setup import Setup
@@ -35,7 +39,7 @@ def write_results(
     out: TrainFolder,
     setup: Setup,
     state: State,
-    precision: torch.Tensor,
+    found: Inferred,
     score: HeldOutScore,
     rejected: HeldOutScore | None,
 ) -> None:
@@ -47,8 +51,8 @@ def write_results(
         Where.
     setup, state
         The run.
-    precision
-        (n, K, K) of the latents.
+    found
+        What ``finish.infer_all`` gives.
     score, rejected
         As ``finish.final_score`` gives them.
     """
@@ -56,7 +60,7 @@ def write_results(
     _write_spectrum(out.spectrum, state.spectrum)
     _write_held_out(out.held_out, score)
     write_map(out.canonical, state.canonical.volume(), setup.source.pixel_size_A, like=setup.consensus)
-    deviation = torch.linalg.inv(precision).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().cpu().numpy()
+    deviation = torch.linalg.inv(found.latent_precision).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().cpu().numpy()
     motion_A, motion_share = motion_coordinates_A(setup, state)
     dims = setup.settings.latent_dims
     extra = {f"flexLatentStdErr{k + 1}": deviation[:, k] for k in range(dims)}
@@ -64,11 +68,46 @@ def write_results(
     latents = state.latents.cpu().numpy()
     write_latents_star(setup.particles.path, latents, out.latents, extra=extra)
     write_latents_cs(setup.particles.path, latents, out.latents_cs)
+    change, errors = pose_change(state.views), found.view_std_err.cpu()
+    turn_error, shift_error = (errors[:, kind].square().sum(1).sqrt().numpy() for kind in (ROTATION, SHIFT))
+    write_refined(out, setup.particles.path, change, turn_error, shift_error)
     validation_record(setup, state, motion_share, score, rejected).write(out.validation)
     write_model(out.model, setup, state)
     logger.info(
         "done: held-out gain %.2f +- %.2f nats per particle, %.0f s", score.gain, score.standard_error, state.wall_s
     )
+
+
+def write_refined(
+    out: TrainFolder,
+    particles_path: Path,
+    change: PoseChange | None,
+    rotation_std_err_rad: np.ndarray | None = None,
+    shift_std_err_A: np.ndarray | None = None,
+) -> None:
+    """Write the user's particles with refined poses; remove what an earlier training left where none were refined.
+
+    Parameters
+    ----------
+    out
+        Where.
+    particles_path
+        Folder that prepare wrote.
+    change
+        Of all n prepared rows, under the flexible model; None where poses were not refined.
+    rotation_std_err_rad, shift_std_err_A
+        (n,) their standard errors; nan where they are not known.
+    """
+    if change is None:
+        for path in (out.refined, out.refined_cs, out.refined_cs.with_suffix(".csg")):
+            path.unlink(missing_ok=True)
+        return
+    unknown = np.full(len(change), np.nan)
+    rotation_error = unknown if rotation_std_err_rad is None else rotation_std_err_rad
+    shift_error = unknown if shift_std_err_A is None else shift_std_err_A
+    refined = refined_particles(particles_path, change, rotation_error, shift_error)
+    write_refined_star(refined, out.refined)
+    write_refined_cs(refined, out.refined_cs)
 
 
 def validation_record(
@@ -95,9 +134,19 @@ def validation_record(
         num_voxels=len(setup.operator.voxels.index),
         num_vertices=len(setup.mesh.vertices_A),
         num_cells=len(setup.mesh.cells),
+        **_widths(state.views.prior),
         wall_s=round(state.wall_s, 2),
         device=describe_device(setup.device),
     )
+
+
+def _widths(prior: ViewPrior | None) -> dict[str, float | None]:
+    """The learnt widths of poses and contrasts as the record has them."""
+    names = ("pose_rotation_deg", "pose_shift_A", "contrast_sd")
+    if prior is None:
+        return dict.fromkeys(names)
+    values = (math.degrees(prior.rotation_rad) * 3**0.5, prior.shift_A, prior.log_contrast)
+    return {name: round(value, 5) for name, value in zip(names, values, strict=True)}
 
 
 def write_model(path: Path, setup: Setup, state: State) -> None:

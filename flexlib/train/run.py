@@ -109,7 +109,7 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
     state = start_or_resume(setup, job.out.checkpoint, identity, job.discard_other_checkpoint)
     clock = _Clock(began, state.wall_s)
     _run_epochs(setup, state, job.out, identity, clock)
-    precision = infer_all(setup, state)
+    found = infer_all(setup, state)
     score, rejected = final_score(setup, state)
     if rejected is None:
         settle_shape(setup, state)
@@ -117,7 +117,7 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
         take_out_mean_pose(setup, state.rigid_views)
     if ranks.leads:
         state.wall_s = clock.wall_s()
-        write_results(job.out, setup, state, precision, score, rejected)
+        write_results(job.out, setup, state, found, score, rejected)
 
 
 @dataclass(frozen=True)

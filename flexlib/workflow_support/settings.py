@@ -245,6 +245,11 @@ class ReconstructSettings:
 
     max_bfgs_iterations: int = setting(20, "Upper limit of L-BFGS iterations per half-map.", minimum=1)
     rigid_baseline: bool = setting(True, "Reconstruct the same particles without motion too.")
+    poses: Literal["refined", "input"] = setting(
+        "refined",
+        "Poses and contrasts of the particles, refined (where training refined them; the rigid map takes those refined "
+        "under a rigid map) or input (those of the input file, for both maps).",
+    )
     all_in_ram: bool = setting(
         False,
         "Hold the CTFs and moved mesh vertices of a half-set in memory instead of computing them in every iteration.",
