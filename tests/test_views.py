@@ -13,16 +13,17 @@ from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.model.flow import FlowGenerator, rigid_modes_A, without_rigid_motion
 from flexlib.model.forward import EXACT, Operator, log_likelihood_loss
 from flexlib.model.moving_map import MovingMap, fisher_information
-from flexlib.model.views import ViewPrior, mean_rigid_motion
+from flexlib.model.views import PoseFrame, ViewPrior, mean_rigid_motion, pose_change
 from flexlib.projection.op import gather_volume
 from flexlib.train.fields import displacement_basis, rigid_fields
 from flexlib.train.latents import LatentPrior, infer_latents
-from flexlib.train.rigid import WidthEvidence, rigid_model, rigid_start
+from flexlib.train.rigid import rigid_model, rigid_start
 from flexlib.train.settle import take_out_mean_pose
 from flexlib.train.setup import Setup, set_up
 from flexlib.train.spectral import FieldForces, measure_forces
 from flexlib.train.start import mean_transfer2
 from flexlib.train.views import Views
+from flexlib.train.widths import WidthEvidence
 from flexlib.workflow_support.settings import TrainSettings
 
 BOX = 64
@@ -69,8 +70,11 @@ def units(num: int, seed: int = 0) -> torch.Tensor:
 def test_view_parameters_change_images_as_files_say(setup, batch):
     """The same change, as training applies it to a batch and as it is applied to the particles of a file."""
     own = units(len(setup.source))
-    source = setup.source.posed(PRIOR.change(own))
-    expected, found = source.batch(batch.rows), PRIOR.posed(batch, own[: len(batch.rows)], setup.source.pixel_size_A)
+    source = setup.source.posed(pose_change(own * PRIOR.widths))
+    expected, found = (
+        source.batch(batch.rows),
+        PRIOR.posed(batch, own[: len(batch.rows)], own[:0], setup.source.pixel_size_A),
+    )
     assert (found.rotation - batch.rotation).abs().max() > 0.05  # there is something to compare
     torch.testing.assert_close(found.rotation, expected.rotation, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.origin_px, expected.origin_px, rtol=0, atol=1e-4)
@@ -224,10 +228,13 @@ def test_common_motion_of_all_poses_is_the_maps(setup, values, batch):
         atol=5e-3 * 30,
     )
     views = Views(own.clone(), own[:0], PRIOR)
-    removed_A = take_out_mean_pose(setup, views)
-    left = mean_rigid_motion(rotation, (views.units * PRIOR.widths)[:, :3], (views.units * PRIOR.widths)[:, 3:5])
+    removed_A = take_out_mean_pose(setup, views, own[:, :0])
+    changed = views.own(own[:, :0], setup.rotation)
+    left = mean_rigid_motion(rotation, changed[:, :3], changed[:, 3:5])
     assert left.abs().max() < 1e-5
-    before, after = (PRIOR.seen(batch, of[batch.rows], setup.source.pixel_size_A) for of in (own, views.units))
+    before, after = (
+        of.seen(batch, own[batch.rows], own[batch.rows, :0], setup.source.pixel_size_A) for of in (PRIOR, views.prior)
+    )
     with torch.no_grad():
         was = setup.operator.slices(values, before)
         now = setup.operator.slices(values, after, removed_A.expand(len(batch.rows), -1, -1))
@@ -235,6 +242,28 @@ def test_common_motion_of_all_poses_is_the_maps(setup, values, batch):
     low = plane_weight(BOX, 12) > 0
     assert ((now - was) * low).norm() < 0.03 * (was * low).norm()
     assert ((unmoved - was) * low).norm() > 0.08 * (was * low).norm()
+
+
+def test_frame_of_the_poses_follows_latents_in_any_scale():
+    """Poses of a frame are those of its polynomial in the volume's axes, whatever becomes of the latents' scale."""
+    generator = torch.Generator().manual_seed(3)
+    frame = replace(PoseFrame.at_rest(2), coefficients=0.1 * torch.randn((10, 6), generator=generator))
+    latents = torch.randn((5, 2), generator=generator)
+    rotation = torch.as_tensor(Rotation.random(5, random_state=0).as_matrix(), dtype=torch.float32)
+    x, y = latents.double().numpy().T
+    terms = np.stack([x**0, x, y, x * x, x * y, y * y, x**3, x * x * y, x * y * y, y**3], 1)
+    motion = terms @ frame.coefficients.double().numpy()
+    turned = np.einsum("nij,nj->ni", rotation.double().numpy(), motion[:, :3])
+    shifted = np.einsum("nij,nj->ni", rotation[:, :2].double().numpy(), motion[:, 3:])
+    expected = torch.as_tensor(np.concatenate([turned, shifted], 1)).float()
+    torch.testing.assert_close(frame.poses(latents, rotation), expected, rtol=1e-4, atol=1e-5)
+    matrix, offset = torch.tensor([[2.0, 0.0], [0.5, 0.7]]), torch.tensor([0.3, -1.0])
+    new = torch.linalg.solve(matrix, (latents - offset).T).T
+    torch.testing.assert_close(frame.rescaled(matrix, offset).poses(new, rotation), expected, rtol=1e-3, atol=1e-4)
+    units = torch.randn((5, 6), generator=generator)
+    prior = replace(PRIOR, frame=frame)
+    other = prior.in_frame(PoseFrame.at_rest(2), units, latents, rotation)
+    torch.testing.assert_close(other * PRIOR.widths, prior.own(units, latents, rotation), rtol=1e-4, atol=1e-5)
 
 
 def test_evidence_tells_a_width_from_none():
@@ -301,13 +330,13 @@ def test_exact_poses_of_a_rigid_set_are_left_alone_and_wrong_ones_are_found(tmp_
     assert views.prior is None and views.num == 0
     torch.manual_seed(0)
     num, errors = len(setup.source), ViewPrior(np.deg2rad(2.0) / 3**0.5, 3.0, 0.2)
-    wrong = errors.change(torch.randn(num, 6))
+    wrong = pose_change(torch.randn(num, 6) * errors.widths)
     _, views = rigid_start(replace(setup, source=setup.source.posed(wrong)), mean_transfer2(setup))
     assert views.prior is not None
     assert views.prior.shift_A == pytest.approx(3.0, rel=0.15)
     assert views.prior.rotation_rad == pytest.approx(errors.rotation_rad, rel=0.4)
     assert views.prior.log_contrast == pytest.approx(0.2, rel=0.25)
-    found = views.prior.change(views.units)
+    found = pose_change(views.units * views.prior.widths)
     assert np.mean((found.shift_A + wrong.shift_A) ** 2) < 0.15 * np.mean(wrong.shift_A**2)
     assert np.std(np.log(found.contrast * wrong.contrast)) < 0.6 * 0.2
     assert rigid_model(setup, rigid.values, None).views is None

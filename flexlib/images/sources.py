@@ -89,6 +89,11 @@ class PreparedImages:
         changed._take_poses(change.as_of_poses(self.particles, self.pixel_size_A).of(self.particles))
         return changed
 
+    @property
+    def rotation(self) -> np.ndarray:
+        """(n, 3, 3) float32 rotations of the views, as batches have them."""
+        return self._rotation
+
     def __len__(self) -> int:
         return len(self.particles)
 

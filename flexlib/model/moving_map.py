@@ -49,7 +49,8 @@ class MovingMap:
         """``batch`` at the poses and contrasts of ``parameters``."""
         if self.views is None:
             return batch
-        return self.views.seen(batch, parameters[:, self.latent_dims(parameters) :], self.operator.pixel_size_A)
+        latents, units = parameters.tensor_split([self.latent_dims(parameters)], 1)
+        return self.views.seen(batch, units, latents, self.operator.pixel_size_A)
 
     def displacements_A(self, parameters: torch.Tensor) -> torch.Tensor | None:
         """(b, nv, 3) Angstrom; None where nothing moves."""

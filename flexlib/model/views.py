@@ -1,14 +1,22 @@
 """What an image's pose and contrast may differ by from the input's: the view parameters, and their prior.
 
 A particle has six besides its latents: a rotation (3) and a shift (2) in the frame of its view, and the logarithm of a
-contrast. Their prior is normal with zero mean; its standard deviations, the widths, are learnt. Everywhere in training
-the six stand behind the latents, (b, K + 6), in units of their widths, so that the prior of each is the unit normal;
-a width of zero switches its parameters off.
+contrast. Their prior is normal; its standard deviations, the widths, are learnt. Everywhere in training the six stand
+behind the latents, (b, K + 6), in units of their widths and as deviations from their mean, so that the prior of each
+is the unit normal; a width of zero switches a deviation off.
+
+The mean of a pose depends on the latents where it must. Input poses refer to some part of the molecule, often the
+largest, while the flow moves density about a frame of its own, in which all of it is at rest on average. When a hinge
+bends, the two frames turn against each other: that is no error of the pose, and what it says of the hinge would be
+lost if it counted as one (``PoseFrame``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import itertools
+import logging
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,15 +27,67 @@ from flexlib.particles.pose_change import PoseChange
 
 NUM_VIEW_PARAMETERS = 6
 ROTATION, SHIFT, CONTRAST = slice(0, 3), slice(3, 5), slice(5, 6)
+KINDS = {"rotation": ROTATION, "shift": SHIFT, "contrast": CONTRAST}
+
+
+@dataclass(frozen=True)
+class PoseFrame:
+    """The frame of the input's poses, as the flow's sees it: a rotation and a translation that follow from latents.
+
+    A polynomial in the volume's frame: cubic of up to two latents, quadratic of more.
+    """
+
+    coefficients: torch.Tensor  # (F, 6) rotation vector in radians and translation in Angstrom, of each monomial
+    matrix: torch.Tensor  # (K, K), with ``offset`` (K,): from present latents to those that the polynomial is of
+    offset: torch.Tensor
+
+    @classmethod
+    def at_rest(cls, dims: int, device: torch.device | str = "cpu") -> PoseFrame:
+        """Of ``dims`` latents that it does not depend on."""
+        eye = torch.eye(dims, device=device)
+        features = cls.monomials(torch.zeros((1, dims), device=device)).shape[1]
+        return cls(torch.zeros((features, 6), device=device), eye, torch.zeros(dims, device=device))
+
+    @staticmethod
+    def monomials(latents: torch.Tensor) -> torch.Tensor:
+        """(b, F) of latents (b, K), the constant first."""
+        dims = latents.shape[1]
+        powers = [
+            chosen
+            for degree in range(1, 4 if dims <= 2 else 3)
+            for chosen in itertools.combinations_with_replacement(range(dims), degree)
+        ]
+        return torch.stack([torch.ones_like(latents[:, :1].sum(1)), *(latents[:, p].prod(1) for p in powers)], 1)
+
+    def features(self, latents: torch.Tensor) -> torch.Tensor:
+        """(b, F) monomials of present latents (b, K)."""
+        return self.monomials(latents @ self.matrix.T + self.offset)
+
+    def poses(self, latents: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        """(b, 5) rotation vectors and shifts in views of ``rotation`` (b, 3, 3), radians and Angstrom."""
+        turn, push = (self.features(latents) @ self.coefficients).split(3, 1)
+        of_view = rotation.to(turn.dtype)
+        return torch.cat([(of_view @ turn[..., None])[..., 0], (of_view[:, :2] @ push[..., None])[..., 0]], 1)
+
+    def rescaled(self, matrix: torch.Tensor, offset: torch.Tensor) -> PoseFrame:
+        """The same for other latents: ``z_old = matrix @ z_new + offset``, (K, K) and (K,)."""
+        return PoseFrame(self.coefficients, self.matrix @ matrix, self.offset + self.matrix @ offset)
+
+    def moved(self, common: torch.Tensor) -> PoseFrame:
+        """With ``common`` (6,) more in all poses."""
+        coefficients = self.coefficients.clone()
+        coefficients[0] += common
+        return replace(self, coefficients=coefficients)
 
 
 @dataclass(frozen=True)
 class ViewPrior:
-    """Widths of the view parameters' normal priors."""
+    """The view parameters' normal prior: widths, and the mean of the poses."""
 
     rotation_rad: float = 0.0  # of each of three components
     shift_A: float = 0.0  # of each of two
     log_contrast: float = 0.0
+    frame: PoseFrame | None = field(default=None, compare=False)  # None: the mean is zero
 
     @property
     def widths(self) -> torch.Tensor:
@@ -35,28 +95,52 @@ class ViewPrior:
         return torch.tensor([self.rotation_rad] * 3 + [self.shift_A] * 2 + [self.log_contrast])
 
     @classmethod
-    def of_widths(cls, widths: torch.Tensor) -> ViewPrior:
+    def of_widths(cls, widths: torch.Tensor, frame: PoseFrame | None = None) -> ViewPrior:
         """The inverse of ``widths``; components of a kind are averaged as variances."""
         square = widths.double().square().cpu()
-        return cls(*(float(square[kind].mean().sqrt()) for kind in (ROTATION, SHIFT, CONTRAST)))
+        rotation, shift, contrast = (float(square[kind].mean().sqrt()) for kind in KINDS.values())
+        return cls(rotation, shift, contrast, frame)
 
     @property
     def refines_poses(self) -> bool:
         """Whether rotation or shift may differ from the input's."""
-        return self.rotation_rad > 0 or self.shift_A > 0
+        return self.rotation_rad > 0 or self.shift_A > 0 or self.frame is not None
 
     @property
     def refines(self) -> bool:
         """Whether anything may."""
         return self.refines_poses or self.log_contrast > 0
 
+    def log_to(self, logger: logging.Logger) -> None:
+        """Say the widths."""
+        degrees, text = (
+            math.degrees(self.rotation_rad),
+            "widths: rotation %.2f degrees an axis, shift %.2f A, contrast %.3f",
+        )
+        logger.info(text, degrees, self.shift_A, self.log_contrast)
+
     def in_units_of(self, other: ViewPrior) -> torch.Tensor:
         """(6,) factors from parameters in units of ``other`` to units of this; zero where either width is."""
         own = self.widths
         return torch.where(own > 0, other.widths / own.clamp(min=1e-30), 0.0)
 
-    def seen(self, batch: ImageBatch, units: torch.Tensor, pixel_size_A: float) -> ImageBatch:
-        """``batch`` with the poses and contrasts that ``units`` (b, 6) say; differentiable by them.
+    def own(self, units: torch.Tensor, latents: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        """(b, 6) rotation vectors, shifts and log contrasts in radians and Angstrom: deviations and mean.
+
+        Parameters
+        ----------
+        units, latents
+            (b, 6) in units of the widths, and (b, K).
+        rotation
+            (b, 3, 3) of the views.
+        """
+        own = units * self.widths.to(units)
+        if self.frame is None:
+            return own
+        return own + torch.nn.functional.pad(self.frame.poses(latents, rotation), (0, 1))
+
+    def seen(self, batch: ImageBatch, units: torch.Tensor, latents: torch.Tensor, pixel_size_A: float) -> ImageBatch:
+        """``batch`` with the poses and contrasts that ``units`` (b, 6) and ``latents`` (b, K) say; differentiable.
 
         Parameters
         ----------
@@ -64,10 +148,12 @@ class ViewPrior:
             b images.
         units
             (b, 6) view parameters in units of the widths.
+        latents
+            (b, K), on which the mean of the poses depends.
         pixel_size_A
             Of the images.
         """
-        own = units * self.widths.to(units)
+        own = self.own(units, latents, batch.rotation)
         seen = batch
         if self.refines_poses:
             turned = rotation_matrices(own[:, ROTATION]) @ batch.rotation.to(own.dtype)
@@ -77,17 +163,26 @@ class ViewPrior:
             seen = replace(seen, contrast=own[:, 5].exp())
         return seen
 
-    def posed(self, batch: ImageBatch, units: torch.Tensor, pixel_size_A: float) -> ImageBatch:
+    def in_frame(
+        self, frame: PoseFrame, units: torch.Tensor, latents: torch.Tensor, rotation: torch.Tensor
+    ) -> torch.Tensor:
+        """``units`` (b, 6) for the mean ``frame``, such that no pose changes, but where widths are zero."""
+        widths = self.widths.to(units)
+        mean = replace(self, frame=frame).own(torch.zeros_like(units), latents, rotation)
+        return torch.where(widths > 0, (self.own(units, latents, rotation) - mean) / widths.clamp(min=1e-30), 0.0)
+
+    def posed(self, batch: ImageBatch, units: torch.Tensor, latents: torch.Tensor, pixel_size_A: float) -> ImageBatch:
         """As ``seen``, with the contrast in the transfer functions: for what knows nothing of contrasts."""
-        seen = self.seen(batch, units, pixel_size_A)
+        seen = self.seen(batch, units, latents, pixel_size_A)
         if seen.contrast is None:
             return seen
         return replace(seen, transfer=seen.transfer * seen.contrast[:, None, None], contrast=None)
 
-    def change(self, units: torch.Tensor) -> PoseChange:
-        """View parameters (n, 6) in units of the widths, as rotations, shifts and contrasts."""
-        own = (units.cpu() * self.widths).numpy()
-        return PoseChange(own[:, ROTATION].copy(), own[:, SHIFT].copy(), np.exp(own[:, 5]))
+
+def pose_change(own: torch.Tensor) -> PoseChange:
+    """View parameters (n, 6) in radians and Angstrom, as rotations, shifts and contrasts."""
+    values = own.cpu().numpy()
+    return PoseChange(values[:, ROTATION].copy(), values[:, SHIFT].copy(), np.exp(values[:, 5]))
 
 
 def rotation_matrices(vectors_rad: torch.Tensor) -> torch.Tensor:

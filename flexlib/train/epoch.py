@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
-from flexlib.model.views import ViewPrior
-from flexlib.train.latents import LatentScale, posterior_scale, posterior_widths
+from flexlib.train.latents import LatentScale, posterior_scale
+from flexlib.train.learn_views import learn_views
 from flexlib.train.local_minima import leave_wrong_minima, search_centres
 from flexlib.train.motion import rms_displacement_A
 from flexlib.train.rigid import rigid_model
@@ -53,6 +53,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {loss}")
     if epoch == BAND_EPOCHS:
         leave_wrong_minima(setup, state)
+    learn_views(setup, state, annealing=anneal < 1)
     standardise(setup, state)
     state.follow_first(setup.ranks)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
@@ -111,17 +112,12 @@ def _learn(setup: Setup, state: State, anneal: float, after_batch: Callable[[], 
 def standardise(setup: Setup, state: State) -> LatentScale | None:
     """Bring the training latents' posteriors to zero mean and unit covariance; the flow learns the new coordinates.
 
-    The widths of the views' prior are learnt in the same way. Returns the change of the latents; None where they keep
-    their scale: they are frozen, or their prior has a scale of its own.
+    Returns the change; None where latents keep their scale: they are frozen, or their prior has a scale of its own.
     """
     rows = setup.rows_on_device(setup.training_rows)
     scale = None
     if not setup.settings.freeze_latents and setup.settings.centering == "auto":
         scale = posterior_scale(state.latents[rows], state.information[rows])
-    if state.views.prior is not None:
-        state.canonical.values = state.canonical.values * state.views.centre_contrast(rows)
-        factor = posterior_widths(state.views.units[rows], state.information[rows])
-        state.change_widths(ViewPrior.of_widths(state.views.prior.widths * factor.cpu()))
     if scale is not None:
         state.change_latents(scale)
     return scale

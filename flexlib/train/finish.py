@@ -45,7 +45,7 @@ def infer_all(setup: Setup, state: State) -> Inferred:
     precision, view_std_err = latent_precision(whole, setup.settings.latent_dims), _view_std_err(state, whole)
     if state.given_latents is not None:
         scale, offset = standard_scale(state.given_latents)[1]
-        state.flow.rescale_latents(torch.diag(1 / scale), -offset / scale)
+        state.rescale_latents(torch.diag(1 / scale), -offset / scale)
         state.latents = state.given_latents
         state.held_latents = state.latents[setup.rows_on_device(setup.validation_rows)]
         return Inferred(precision / (scale[:, None] * scale), view_std_err)
@@ -53,7 +53,7 @@ def infer_all(setup: Setup, state: State) -> Inferred:
         return Inferred(precision, view_std_err)
     scaled = standardise(setup, state)
     turn = axes_of_motion(setup, state)
-    state.flow.rescale_latents(turn, torch.zeros(len(turn), device=device))
+    state.rescale_latents(turn, torch.zeros(len(turn), device=device))
     state.latents, state.held_latents = state.latents @ turn, state.held_latents @ turn
     back = turn if scaled is None else scaled.matrix @ turn
     return Inferred(back.T @ precision @ back, view_std_err)

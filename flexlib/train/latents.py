@@ -260,10 +260,10 @@ def search_latents(
     assert model.flow is not None
     here = model.loss(batch, weight, current) + prior.energy(current)
     best, start, dims = torch.full_like(here, torch.inf), current.clone(), centres.shape[1]
-    seen = model.seen(batch, current)
     for centre in centres:
         trial = torch.cat([centre.expand(len(current), -1), current[:, dims:]], 1)
         displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
+        seen = model.seen(batch, trial)
         tried = log_likelihood_loss(model.operator, model.values, seen, displacements_A, weight) + prior.energy(trial)
         start = torch.where((tried < best)[:, None], trial, start)
         best = torch.minimum(tried, best)
@@ -380,19 +380,6 @@ def posterior_scale(latents: torch.Tensor, information: torch.Tensor) -> LatentS
     uncertainty = _covariance(information).mean(0)[:dims, :dims]
     spread = torch.cov(latents.T).reshape(dims, dims)
     return LatentScale(offset, torch.linalg.cholesky(spread + uncertainty))
-
-
-@torch.no_grad()
-def posterior_widths(views: torch.Tensor, information: torch.Tensor) -> torch.Tensor:
-    """(6,) what the widths of the view parameters' priors are to be multiplied with: their EM update.
-
-    Parameters
-    ----------
-    views, information
-        (n, 6) estimates in units of the widths and the (n, P, P) Fisher information of all parameters.
-    """
-    uncertainty = _covariance(information).diagonal(dim1=1, dim2=2)[:, -views.shape[1] :]
-    return (views.square() + uncertainty).mean(0).sqrt()
 
 
 def _covariance(information: torch.Tensor) -> torch.Tensor:

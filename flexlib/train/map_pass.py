@@ -7,11 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from flexlib.images.batch import read_ahead, split_batches
+from flexlib.images.batch import ImageBatch, read_ahead, split_batches
 from flexlib.model.forward import Operator, log_likelihood_loss
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.setup import Setup
-from flexlib.train.views import Views
 
 MOST_STEP = 0.3  # of a Newton step in one mini-batch
 
@@ -26,7 +25,7 @@ def map_pass(
     order: np.ndarray,
     rate: float,
     displacements_A: Displacements | None = None,
-    views: Views | None = None,
+    seen: Callable[[ImageBatch], ImageBatch] | None = None,
 ) -> float:
     """Improve a map by one pass over the rows ``order`` (n,), in mini-batches.
 
@@ -44,8 +43,8 @@ def map_pass(
         Newton steps in one mini-batch; ``MOST_STEP`` at most.
     displacements_A
         How each row's mesh is moved; None for at rest.
-    views
-        The rows' poses and contrasts; None for the input's.
+    seen
+        Gives a batch its poses and contrasts; None leaves the input's.
 
     Returns
     -------
@@ -59,8 +58,8 @@ def map_pass(
     for rows, batch in zip(batches, read_ahead(setup.source, shares, setup.device), strict=True):
         with torch.no_grad():
             moved_A = None if displacements_A is None else displacements_A(batch.rows)
-            if views is not None and views.prior is not None:
-                batch = views.prior.seen(batch, views.units[setup.rows_on_device(batch.rows)], operator.pixel_size_A)
+            if seen is not None:
+                batch = seen(batch)
         values = canonical.values.clone().requires_grad_()
         with torch.enable_grad():
             loss = log_likelihood_loss(operator, values, batch, moved_A, weight).sum()

@@ -18,7 +18,7 @@ from flexlib.files import atomic_path
 from flexlib.imaging.maps import write_map
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
-from flexlib.model.views import ROTATION, SHIFT, ViewPrior
+from flexlib.model.views import ROTATION, SHIFT, ViewPrior, pose_change
 from flexlib.particles.latents_write import write_latents_cs, write_latents_star
 from flexlib.particles.pose_change import PoseChange
 from flexlib.particles.refined_write import refined_particles, write_refined_cs, write_refined_star
@@ -68,7 +68,7 @@ def write_results(
     latents = state.latents.cpu().numpy()
     write_latents_star(setup.particles.path, latents, out.latents, extra=extra)
     write_latents_cs(setup.particles.path, latents, out.latents_cs)
-    change, errors = pose_change(state.views), found.view_std_err.cpu()
+    change, errors = refined_views(setup, state.views, state.latents), found.view_std_err.cpu()
     turn_error, shift_error = (errors[:, kind].square().sum(1).sqrt().numpy() for kind in (ROTATION, SHIFT))
     write_refined(out, setup.particles.path, change, turn_error, shift_error)
     validation_record(setup, state, motion_share, score, rejected).write(out.validation)
@@ -161,14 +161,14 @@ def write_model(path: Path, setup: Setup, state: State) -> None:
         pixel_size_A=setup.source.pixel_size_A,
         settings=plain,
         epoch=state.epoch,
-        pose=pose_change(state.views),
-        rigid_pose=pose_change(state.rigid_views),
+        pose=refined_views(setup, state.views, state.latents),
+        rigid_pose=refined_views(setup, state.rigid_views, state.latents[:, :0]),
     ).save(path)
 
 
-def pose_change(views: Views) -> PoseChange | None:
-    """How the input's poses and contrasts were changed; None where they were taken for exact."""
-    return None if views.prior is None else views.prior.change(views.units)
+def refined_views(setup: Setup, views: Views, latents: torch.Tensor) -> PoseChange | None:
+    """How the input's poses and contrasts were changed at latents (n, K); None where they were taken for exact."""
+    return None if views.prior is None else pose_change(views.own(latents, setup.rotation))
 
 
 def write_log(path: Path, log: list[dict[str, float]]) -> None:

@@ -3,71 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
 from flexlib.model.moving_map import MovingMap
-from flexlib.model.views import CONTRAST, NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
+from flexlib.model.views import KINDS, NUM_VIEW_PARAMETERS, ViewPrior
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentPrior, infer_latents, newton_latents
 from flexlib.train.map_pass import MOST_STEP, map_pass
 from flexlib.train.setup import Setup, canonical_map
 from flexlib.train.views import Views
+from flexlib.train.widths import LEAST_SHRINKAGE, WidthEvidence, first_widths, least_widths
 
 logger = logging.getLogger(__name__)
 
 RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
-FIRST_SHIFT_A = 2.0  # widths before anything is known: a tenth of the resolution at which motion is looked for first,
-FIRST_CONTRAST = 0.15  # rotations that move the molecule's edge as far, and contrasts as they usually vary
 SIGNIFICANT = 3.0  # standard errors above zero that a width squared must have
-LEAST_SHIFT_PX, LEAST_CONTRAST = 0.05, 0.03  # widths that matter; rotations that move the molecule's edge as far
-LEAST_SHRINKAGE = 0.1  # of a width squared in one pass
-OUTLIER = 4.0  # standard deviations beyond which an estimate counts as one so far out
 HELD_OUT_STEPS = 4
-KINDS = {"rotation": ROTATION, "shift": SHIFT, "contrast": CONTRAST}
-
-
-@dataclass
-class WidthEvidence:
-    """What the images say of the view parameters' variances, in units of their prior's.
-
-    A parameter's estimate u without prior has the variance v that its information leaves it, and the parameter's own on
-    top: the mean of u^2 - v, weighted by 1 / (v + 1)^2, estimates the latter without bias (Fisher scoring of a
-    variance component). It may be negative; zero lies within the errors where there is nothing to be refined. What all
-    images have in common of their contrast is the map's, and no part of its variance.
-    """
-
-    excess: torch.Tensor  # (6,)
-    weight: torch.Tensor  # (6,)
-    total: torch.Tensor  # (6,) of the estimates, weighted
-
-    @classmethod
-    def nothing(cls, device: torch.device) -> WidthEvidence:
-        """Of no image."""
-        return cls(*torch.zeros((3, NUM_VIEW_PARAMETERS), dtype=torch.float64, device=device))
-
-    def add(self, units: torch.Tensor, gradient: torch.Tensor, information: torch.Tensor) -> None:
-        """Count b images: the likelihood's ``gradient`` (b, 6) at ``units`` (b, 6), and their information (b, 6, 6)."""
-        known = information.double()
-        eye = torch.eye(NUM_VIEW_PARAMETERS, dtype=torch.float64, device=known.device)
-        covariance = torch.linalg.inv_ex(known + 1e-3 * eye).inverse
-        at_zero = (known @ units.double()[..., None])[..., 0] - gradient.double()
-        variance = covariance.diagonal(dim1=1, dim2=2)
-        longest = OUTLIER * (variance + 1).sqrt()
-        estimate = (covariance @ at_zero[..., None])[..., 0].clamp(-longest, longest)
-        weight = (variance + 1).reciprocal().square()
-        self.excess += (weight * (estimate.square() - variance)).sum(0)
-        self.weight += weight.sum(0)
-        self.total += (weight * estimate).sum(0)
-
-    def of_kind(self, kind: slice) -> tuple[float, float]:
-        """Variance over the prior's, and its standard error."""
-        weight = self.weight[kind].sum()
-        common = (self.total[kind].sum() / weight).square() if kind == CONTRAST else 0.0
-        return float(self.excess[kind].sum() / weight - common), float((2.0 / weight).sqrt())
 
 
 def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Views]:
@@ -99,19 +53,6 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
     if views.prior is not None:
         _refine_held_out(setup, rigid, views)
     return rigid, views
-
-
-def first_widths(setup: Setup) -> ViewPrior:
-    """Of what the settings ask to be refined, before anything is known."""
-    settings = setup.settings
-    shift_A = FIRST_SHIFT_A if settings.refine_poses else 0.0
-    return widths_of_edge(setup, shift_A, FIRST_CONTRAST if settings.refine_contrast else 0.0)
-
-
-def widths_of_edge(setup: Setup, shift_A: float, contrast: float) -> ViewPrior:
-    """Widths with rotations that move the molecule, at its radius of gyration, as far as the shift does."""
-    gyration = (setup.density_share[:, None] * setup.operator.vertices_A.square()).sum().sqrt()
-    return ViewPrior(shift_A / float(gyration), shift_A, contrast)
 
 
 def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None) -> MovingMap:
@@ -163,7 +104,7 @@ def _with_new_widths(
     """
     assert views.prior is not None
     settings, widths = setup.settings, views.prior.widths
-    least = widths_of_edge(setup, LEAST_SHIFT_PX * setup.source.pixel_size_A, LEAST_CONTRAST).widths
+    least = least_widths(setup).widths
     may_go = {"rotation": settings.refine_poses, "shift": settings.refine_poses, "contrast": settings.refine_contrast}
     for name, kind in KINDS.items():
         if not (widths[kind] > 0).all():
@@ -179,12 +120,7 @@ def _with_new_widths(
     factor = views.rescale(prior)
     back = torch.where(factor > 0, 1 / factor.clamp(min=1e-30), 0.0)
     information *= back[:, None] * back
-    logger.info(
-        "widths: rotation %.2f degrees, shift %.2f A, contrast %.3f",
-        np.rad2deg(prior.rotation_rad),
-        prior.shift_A,
-        prior.log_contrast,
-    )
+    prior.log_to(logger)
     if not prior.refines:
         return Views.none(len(views.units), len(views.held), setup.device)
     return views

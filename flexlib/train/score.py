@@ -131,6 +131,7 @@ def score_held_out(
     copies = int(np.unique(held_out.particle, return_counts=True)[1].max(initial=1))  # of a particle, one after another
     own_start, others, own_rigid = (ranks.share(z) for z in (start, start.roll(copies, 0), rigid_start))
     first, dims = 0, model.latent_dims(start)
+    at_rest = replace(model, flow=None, views=None if model.views is None else replace(model.views, frame=None))
     own_batches = split_batches(ranks.share(held_out.rows), held_out.batch_size)
     for batch in read_ahead(held_out.source, own_batches, device):
         parameters, another, still = (z[first : first + len(batch.rows)] for z in (own_start, others, own_rigid))
@@ -145,7 +146,7 @@ def score_held_out(
         at_mean = torch.cat([start[:, :dims].mean(0).expand(len(views), -1), views], 1)
         rivals = [_Rival(rigid, still, 0)]
         if not rigid_only:
-            rivals.append(_Rival(replace(model, flow=None), views, 0))
+            rivals.append(_Rival(at_rest, views, 0))
             rivals.append(_Rival(model, at_mean, dims))
             rivals.append(_Rival(model, torch.cat([another[:, :dims], views], 1), dims))
         best = [_best_of(rival, batch, seen, steps, held_out.prior) for rival in rivals]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy import sparse
 
 from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
-from flexlib.model.views import ROTATION, SHIFT, mean_rigid_motion, rotation_matrices
+from flexlib.model.views import ROTATION, SHIFT, PoseFrame, mean_rigid_motion, rotation_matrices
 from flexlib.projection.op import gather_volume
 from flexlib.tetra.deform import deform_volume
 from flexlib.tetra.tetmesh import TetraMesh
@@ -33,12 +35,12 @@ def settle_shape(setup: Setup, state: State) -> None:
     """
     removed_A = _take_out_mean_shape(setup, state)
     if state.views.refines_poses:
-        removed_A = removed_A + take_out_mean_pose(setup, state.views)
+        removed_A = removed_A + take_out_mean_pose(setup, state.views, state.latents)
     inside = inside_mask(setup.mask.data, TRAINING_FLOOR).astype(np.float32)
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)
-    flow = state.flow.assembled()
+    flow, model = state.flow.assembled(), state.moving_map(setup.operator, None)
     for number, newton_steps in enumerate(SETTLING_STEPS):
         order = np.random.default_rng((setup.settings.seed, 9, number)).permutation(setup.training_rows)
         map_pass(
@@ -48,7 +50,7 @@ def settle_shape(setup: Setup, state: State) -> None:
             order,
             newton_steps / setup.schedule.num_batches,
             lambda rows: flow(state.latents[setup.rows_on_device(rows)]),
-            state.views,
+            lambda batch: model.seen(batch, state.parameters(setup.rows_on_device(batch.rows))),
         )
 
 
@@ -73,22 +75,18 @@ def _take_out_mean_shape(setup: Setup, state: State) -> torch.Tensor:
     return removed_A
 
 
-def take_out_mean_pose(setup: Setup, views: Views) -> torch.Tensor:
+def take_out_mean_pose(setup: Setup, views: Views, latents: torch.Tensor) -> torch.Tensor:
     """Take what all poses' changes have in common, in the volume's frame, out of them.
 
     The map may as well have it, and no refinement knows which. Returns the displacement (nv, 3) in Angstrom that the
     map is to have instead.
     """
     assert views.prior is not None
-    rotation = torch.as_tensor(setup.source.particles.rotation, dtype=torch.float32, device=setup.device)
-    widths = views.prior.widths.to(setup.device)
-    own = views.units * widths
-    common = mean_rigid_motion(rotation, own[:, ROTATION], own[:, SHIFT]).float()
-    turn, push = common[:3], common[3:]
-    own[:, ROTATION] -= (rotation @ turn[:, None])[..., 0]
-    own[:, SHIFT] -= (rotation[:, :2] @ push[:, None])[..., 0]
-    views.units = torch.where(widths > 0, own / widths.clamp(min=1e-30), 0.0)
-    moved = setup.operator.vertices_A @ rotation_matrices(turn[None])[0].T + push
+    own = views.own(latents, setup.rotation)
+    common = mean_rigid_motion(setup.rotation, own[:, ROTATION], own[:, SHIFT]).float()
+    frame = views.prior.frame or PoseFrame.at_rest(latents.shape[1], setup.device)
+    views.prior = replace(views.prior, frame=frame.moved(-common))
+    moved = setup.operator.vertices_A @ rotation_matrices(common[None, :3])[0].T + common[3:]
     return moved - setup.operator.vertices_A
 
 

@@ -87,6 +87,11 @@ class Setup:
         """(box, box//2+1) weight of each stored Fourier pixel, up to the shell ``band``."""
         return plane_weight(self.source.box, band).to(self.device)
 
+    @cached_property
+    def rotation(self) -> torch.Tensor:
+        """(n, 3, 3) of the input's views, as batches have them."""
+        return torch.as_tensor(self.source.rotation, device=self.device)
+
     def rows_on_device(self, rows: np.ndarray) -> torch.Tensor:
         """Rows as an index on the run's device."""
         return torch.as_tensor(rows, device=self.device)

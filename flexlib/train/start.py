@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flexlib.imaging.fourier import stored_means
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
+from flexlib.model.views import PoseFrame
 from flexlib.projection.op import gather_volume
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
@@ -120,7 +122,7 @@ def _forces(setup: Setup, canonical: CanonicalMap, views: Views, fields_A: torch
     prior = views.prior
     if prior is not None:
         batches = (
-            prior.posed(batch, views.units[setup.rows_on_device(batch.rows)], setup.source.pixel_size_A)
+            prior.posed(batch, *_without_latents(views, setup.rows_on_device(batch.rows)), setup.source.pixel_size_A)
             for batch in batches
         )
     forces = measure_forces(
@@ -134,6 +136,11 @@ def _forces(setup: Setup, canonical: CanonicalMap, views: Views, fields_A: torch
         contrast=prior is not None and prior.log_contrast > 0,
     )
     return forces.freed_of(len(fields_A))
+
+
+def _without_latents(views: Views, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, V) view parameters and (b, 0) latents of rows under the rigid map."""
+    return views.units[rows], views.units[rows, :0]
 
 
 def mean_transfer2(setup: Setup) -> torch.Tensor:
@@ -164,7 +171,10 @@ def new_state(
     initial: InitialLatents,
 ) -> State:
     """A state at epoch 0; ``rigid`` are the rigid map's values (nvox,) and the views under it."""
-    rigid_values, views = rigid
+    rigid_values, rigid_views = rigid
+    views = rigid_views.copy()
+    if views.prior is not None and views.refines_poses:
+        views.prior = replace(views.prior, frame=PoseFrame.at_rest(setup.settings.latent_dims, setup.device))
     latents = initial.latents.to(setup.device)
     num, dims = latents.shape
     return State(
@@ -172,11 +182,12 @@ def new_state(
         optimiser=torch.optim.Adam(flow.parameters(), lr=FLOW_RATE, fused=True),
         canonical=canonical,
         latents=latents,
-        views=views.copy(),
+        views=views,
         information=INFORMATION_AT_START * torch.eye(dims + views.num, device=setup.device).repeat(num, 1, 1),
-        held_latents=latents[torch.as_tensor(setup.validation_rows)].clone(),
+        held_rows=setup.rows_on_device(setup.validation_rows),
+        held_latents=latents[setup.rows_on_device(setup.validation_rows)].clone(),
         rigid_values=rigid_values,
-        rigid_views=views,
+        rigid_views=rigid_views,
         spectrum=spectrum,
         given_latents=None if initial.given is None else initial.given.to(setup.device),
         log=[],
@@ -210,6 +221,6 @@ def _continue_from(setup: Setup, state: State, train_dir: Path) -> None:
     state.flow.load_state_dict(model.flow.state_dict())
     own = read_own_latents(TrainFolder(train_dir).latents, setup.particles, settings.latent_dims)
     scale, offset = standard_scale(own)[1]
-    state.flow.rescale_latents(torch.diag(scale).to(setup.device), offset.to(setup.device))
+    state.rescale_latents(torch.diag(scale).to(setup.device), offset.to(setup.device))
     state.canonical.values = gather_volume(torch.as_tensor(model.canonical, device=setup.device), setup.operator.voxels)
     logger.info("flow and map start from %s, epoch %d", train_dir, model.epoch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from flexlib.distributed import Ranks
 from flexlib.model.flow import AssembledFlow, FlowGenerator
 from flexlib.model.forward import CoarseMap, Operator
 from flexlib.model.moving_map import MovingMap, Ratios
-from flexlib.model.views import ViewPrior
+from flexlib.model.views import PoseFrame, ViewPrior
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentScale
 from flexlib.train.spectral import SpectralStart
@@ -28,7 +28,8 @@ class State:
     latents: torch.Tensor  # (n, K)
     views: Views  # poses and contrasts under the flexible model
     information: torch.Tensor  # (n, K + V, K + V) Fisher information on latents and views, without the prior
-    held_latents: torch.Tensor  # (validation rows, K) from half the Fourier pixels
+    held_rows: torch.Tensor  # (v,) the validation rows
+    held_latents: torch.Tensor  # (v, K) from half the Fourier pixels
     rigid_values: torch.Tensor  # (nvox of the rigid operator,)
     rigid_views: Views  # under the rigid map
     spectrum: SpectralStart
@@ -86,10 +87,23 @@ class State:
     @torch.no_grad()
     def change_latents(self, scale: LatentScale) -> None:
         """Bring all latents to the coordinates that ``scale`` leads to; no displacement changes."""
-        self.flow.rescale_latents(scale.matrix, scale.offset)
+        self.rescale_latents(scale.matrix, scale.offset)
         self.latents, self.held_latents = scale.to_new(self.latents), scale.to_new(self.held_latents)
         matrix = torch.block_diag(scale.matrix, torch.eye(self.views.num, device=scale.matrix.device))
         self.information = matrix.T @ self.information @ matrix
+
+    def rescale_latents(self, matrix: torch.Tensor, offset: torch.Tensor) -> None:
+        """Make flow and frame those of other latents: ``z_old = matrix @ z_new + offset``, (K, K) and (K,)."""
+        self.flow.rescale_latents(matrix, offset)
+        self.views.rescale_latents(matrix, offset)
+
+    def take_frame(self, frame: PoseFrame, rotation: torch.Tensor) -> None:
+        """Take another mean of the poses, of rows with ``rotation`` (n, 3, 3); no pose changes."""
+        prior, held = self.views.prior, self.held_rows
+        assert prior is not None
+        self.views.units = prior.in_frame(frame, self.views.units, self.latents, rotation)
+        self.views.held = prior.in_frame(frame, self.views.held, self.held_latents, rotation[held])
+        self.views.prior = replace(prior, frame=frame)
 
     @torch.no_grad()
     def change_widths(self, prior: ViewPrior) -> None:

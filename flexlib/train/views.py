@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from flexlib.model.views import NUM_VIEW_PARAMETERS, ViewPrior
+from flexlib.model.views import NUM_VIEW_PARAMETERS, PoseFrame, ViewPrior
 
 
 @dataclass
@@ -57,6 +57,22 @@ class Views:
         self.units, self.held, self.prior = self.units * factor, self.held * factor, prior
         return factor
 
+    def own(self, latents: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        """(n, 6) rotation vectors, shifts and log contrasts of all rows, in radians and Angstrom.
+
+        Parameters
+        ----------
+        latents, rotation
+            (n, K) and (n, 3, 3) of the rows.
+        """
+        assert self.prior is not None
+        return self.prior.own(self.units, latents, rotation)
+
+    def rescale_latents(self, matrix: torch.Tensor, offset: torch.Tensor) -> None:
+        """Keep all poses while latents change: ``z_old = matrix @ z_new + offset``, (K, K) and (K,)."""
+        if self.prior is not None and self.prior.frame is not None:
+            self.prior = replace(self.prior, frame=self.prior.frame.rescaled(matrix, offset))
+
     def centre_contrast(self, rows: torch.Tensor) -> float:
         """Take the mean log contrast of ``rows`` out of all rows; the factor that the map is to have instead."""
         if self.prior is None or self.prior.log_contrast == 0:
@@ -68,10 +84,14 @@ class Views:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only."""
-        widths = None if self.prior is None else self.prior.widths
-        return {"units": self.units, "held": self.held, "widths": widths}
+        widths, frame = None, None
+        if self.prior is not None:
+            widths, of_prior = self.prior.widths, self.prior.frame
+            frame = None if of_prior is None else [of_prior.coefficients, of_prior.matrix, of_prior.offset]
+        return {"units": self.units, "held": self.held, "widths": widths, "frame": frame}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self.units, self.held = saved["units"], saved["held"]
-        self.prior = None if saved["widths"] is None else ViewPrior.of_widths(saved["widths"])
+        frame = None if saved["frame"] is None else PoseFrame(*saved["frame"])
+        self.prior = None if saved["widths"] is None else ViewPrior.of_widths(saved["widths"], frame)
