@@ -137,6 +137,8 @@ class ValidationRecord(Record):
     num_rows: int = 0  # particles times symmetry copies
     validation_rows: int = 0  # held out
     device: str = ""  # that computed it, as ``runtime.describe_device`` says
+    # what view, defocus, shift and pose say of each latent: the fields of ``train.entanglement.Entanglement``
+    entanglement: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def gain(self) -> float:

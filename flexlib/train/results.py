@@ -20,6 +20,7 @@ from flexlib.model.flex_model import FlexModel
 from flexlib.particles.latents_write import write_latents_cs, write_latents_star
 from flexlib.records import ValidationRecord
 from flexlib.runtime import describe_device
+from flexlib.train.entanglement import entanglement
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
 from flexlib.train.score import HeldOutScore
 from flexlib.train.setup import Setup
@@ -73,7 +74,7 @@ def validation_record(
     setup: Setup, state: State, motion_share: np.ndarray, score: HeldOutScore, rejected: HeldOutScore | None
 ) -> ValidationRecord:
     """What the run came to; ``motion_share`` (K,) of ``motion_coordinates_A``."""
-    images = setup.source.particles.image_index
+    images, latents = setup.source.particles.image_index, state.latents.cpu().numpy()
     return ValidationRecord(
         validation_gain=score.gain,
         validation_gain_se=score.standard_error,
@@ -95,6 +96,7 @@ def validation_record(
         num_cells=len(setup.mesh.cells),
         wall_s=round(state.wall_s, 2),
         device=describe_device(setup.device),
+        entanglement=[asdict(one) for one in entanglement(latents, setup.source.particles, None, setup.settings.seed)],
     )
 
 
