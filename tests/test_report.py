@@ -517,6 +517,32 @@ def test_displacement_is_that_of_all_particles(results: Path, tmp_path: Path) ->
     assert "held at\nrest, here and in all series" in sections.motion_section(run, gallery)
 
 
+def test_latents_that_follow_the_imaging_are_named(results: Path, tmp_path: Path) -> None:
+    html = sections.latent_section(Results(results, CONFIG))
+    warnings = re.findall(r'<p class="missing">(.*?)</p>', html)
+    assert [text.split(":")[0] for text in warnings] == [
+        "Latent 1 goes with the view direction (12.4 % of its variance, by chance no more than 1.1 %)"
+    ]
+    assert "from view direction and defocus, on particles" in html and "is marked" in html
+    cells = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr(.*?)</tr>", html, re.DOTALL)]
+    assert cells[1:] == [
+        ["latent 1", "12.4 % ▲", "0.0 %"],
+        ["latent 2", "0.2 %", "0.6 %"],
+        ["by chance, up to", "1.1 %", "1.1 %"],
+    ]
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    path = Results(root, CONFIG).train_folder.validation
+    record = json.loads(path.read_text())
+    calm = [{**one, "more_than_chance": False} for one in record["entanglement"]]
+    path.write_text(json.dumps(record | {"entanglement": calm}))
+    html = sections.latent_section(Results(root, CONFIG))
+    assert "has not seen: no more than chance." in html and '<p class="missing">' not in html
+    del record["entanglement"]  # of an older version
+    path.write_text(json.dumps(record))
+    assert "Do the latents follow" not in sections.latent_section(Results(root, CONFIG))
+
+
 def test_latent_section_counts_particles_and_rows(results: Path, tmp_path: Path) -> None:
     root = tmp_path / "results"
     shutil.copytree(results, root)
