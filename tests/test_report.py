@@ -521,7 +521,8 @@ def test_latents_that_follow_the_imaging_are_named(results: Path, tmp_path: Path
     html = sections.latent_section(Results(results, CONFIG))
     warnings = re.findall(r'<p class="missing">(.*?)</p>', html)
     assert [text.split(":")[0] for text in warnings] == [
-        "Latent 1 goes with the view direction (12.4 % of its variance, by chance no more than 1.1 %)"
+        "Latent 1 goes with the view direction (12.4\N{NO-BREAK SPACE}% of its variance, by chance no more than "
+        "1.1\N{NO-BREAK SPACE}%)"
     ]
     assert "from view direction and defocus, on particles" in html and "is marked" in html
     cells = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr(.*?)</tr>", html, re.DOTALL)]

@@ -77,11 +77,7 @@ def generate_series(
     share_threads_with_numba()
     out = GenerateFolder(Path(out_dir))
     model_path = newest_model(train_dir)
-    model = FlexModel.load(model_path)
-    if model_path.parent.name == CHECKPOINTS:
-        logger.warning("%s: training is not finished: this is its checkpoint of epoch %d", model_path, model.epoch)
-    else:
-        logger.info("%s: the model after epoch %d", model_path, model.epoch)
+    model = _loaded(model_path)
     known = model.latents[np.isfinite(model.latents).all(1)].astype(np.float64)
     if not len(known):
         raise InputError(f"{model_path}: no particle has latents yet")
@@ -138,6 +134,16 @@ def newest_model(train_dir: str | Path) -> Path:
         if not newer or FlexModel.load(checkpoint).epoch == FlexModel.load(finished).epoch:
             return finished
     return checkpoint
+
+
+def _loaded(path: Path) -> FlexModel:
+    """The model at ``path``; the log says of which epoch, with a warning where training is under way."""
+    model = FlexModel.load(path)
+    if path.parent.name == CHECKPOINTS:
+        logger.warning("%s: training is not finished: this is its checkpoint of epoch %d", path, model.epoch)
+    else:
+        logger.info("%s: the model after epoch %d", path, model.epoch)
+    return model
 
 
 def _find_particles(model_path: Path, given: str | Path | None) -> ParticlesFolder | None:

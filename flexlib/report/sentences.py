@@ -225,7 +225,7 @@ def entanglement_warnings(results: Results) -> list[str]:
 
 def _share(part: float) -> str:
     """A share of a variance; cross-validated ones can be a little below nothing."""
-    return f"{100 * max(part, 0.0):.1f} %"
+    return f"{100 * max(part, 0.0):.1f}\N{NO-BREAK SPACE}%"
 
 
 def resolution_sentence(results: Results) -> str:
