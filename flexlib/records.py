@@ -141,6 +141,8 @@ class ValidationRecord(Record):
     pose_rotation_deg: float | None = None
     pose_shift_A: float | None = None
     contrast_sd: float | None = None
+    # what view, defocus, shift and pose say of each latent: the fields of ``train.entanglement.Entanglement``
+    entanglement: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def gain(self) -> float:

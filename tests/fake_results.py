@@ -176,7 +176,19 @@ def _write_training(folder: TrainFolder, rng: np.random.Generator) -> None:
         wall_s=312.5,
         num_rows=1350,
         validation_rows=80,
+        entanglement=[
+            _told(1, "view direction", 0.124),
+            _told(1, "defocus", -0.003),
+            _told(2, "view direction", 0.002),
+            _told(2, "defocus", 0.006),
+        ],
     ).write(folder.validation)
+
+
+def _told(latent: int, covariates: str, r2: float) -> dict[str, object]:
+    """What ``flexlib.train.entanglement`` says; chance goes up to 1.1 %."""
+    chance = {"chance_mean": -0.002, "chance_std": 0.003, "chance_limit": 0.011}
+    return {"latent": latent, "covariates": covariates, "r2": r2, **chance, "more_than_chance": r2 > 0.011}
 
 
 def _write_series(path: Path, dims: int, frames: int) -> None:

@@ -3,12 +3,14 @@
 import os
 import re
 from dataclasses import replace
+from functools import partial
 
 import meshio
 import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from json_records import prepared_record
 from moving_ball import BOX, PIXEL_SIZE_A, ball, ball_mesh, centre_A, linear_model
 from PIL import Image
@@ -21,13 +23,19 @@ from flexlib.generate.latents import displacement_metric
 from flexlib.generate.run import generate_series, newest_model
 from flexlib.imaging.fourier import lowpass_map, sharpen_map
 from flexlib.imaging.maps import Map, read_map, write_map
+from flexlib.mesh.lattice import bcc_mesh
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator
 from flexlib.particles.star_write import write_star
 from flexlib.render import film as movie
 from flexlib.render import surface
-from flexlib.workflow_support.settings import GenerateSettings
+from flexlib.workflow_support import settings as all_settings
 
 ORIGIN_A = (7.0, 8.0, 9.0)
 NSTART = (-16, -16, -16)
+
+# the model's ball moves as a whole: with its rigid core at rest it would not
+GenerateSettings = partial(all_settings.GenerateSettings, align="density")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,7 +85,7 @@ def test_axes_are_the_default(series, latents):
         [*(f"axis_{axis}{end}" for axis in (1, 2) for end in ("", ".cxc", ".webp")), "series.csv"]
     )
     table = pd.read_csv(series / "series.csv")
-    counts = ["num_particles", "beyond_data", "rms_displacement_A"]
+    counts = ["num_particles", "beyond_data", "rms_displacement_A", "rigid_core_share"]
     assert list(table.columns) == ["series", "frame", "latent_1", "latent_2", *counts]
     assert len(table) == 10  # four frames an axis became five
     first = table[table.series == "axis_1"]
@@ -260,7 +268,7 @@ def test_newest_whole_checkpoint_is_used_while_training(train, mesh, latents, tm
 def test_command_line_makes_maps_at_points(train, tmp_path, capsys):
     fine = Map(ball(48, 8).astype(np.float32), 2.0, ORIGIN_A)
     write_map(tmp_path / "flex_map.mrc", fine.data, 2.0, like=fine)
-    arguments = [str(train), str(tmp_path / "out"), "--volume", str(tmp_path / "flex_map.mrc")]
+    arguments = [str(train), str(tmp_path / "out"), "--volume", str(tmp_path / "flex_map.mrc"), "--align", "density"]
     assert main([*arguments, "--at", "-5,3", "--at", "0,2"]) == 0
     for frame, expected_A in enumerate([(-5, 3, 0), (0, 2, 0)]):
         moved = read_map(tmp_path / "out" / "at" / f"frame_{frame:03d}.mrc")
@@ -295,3 +303,63 @@ def test_single_frame_script_and_film(tmp_path):
     film.write(tmp_path / "at.webp")
     with Image.open(tmp_path / "at.webp") as picture:
         assert picture.size[0] == 240
+
+
+@pytest.fixture(scope="module")
+def hinge_train(tmp_path_factory):
+    """A lever on a body of two thirds of the density swings with latent 1; latent 2 turns and shifts the whole.
+
+    To first order, the flow being linear: the whole is turned by 0.02 rad at a latent of 1, which makes it larger by
+    0.01 A at its edge.
+    """
+    folder = tmp_path_factory.mktemp("hinge")
+    mesh = bcc_mesh(ball(BOX, 13), PIXEL_SIZE_A, 6.0)
+    lever = np.clip((mesh.vertices_A[:, 0] - 6) / 6, 0, 1)
+    swing = np.cross([0, 0, 1], mesh.vertices_A - [6, 0, 0]) * lever[:, None]
+    whole = np.cross([0.0, 0.02, 0], mesh.vertices_A) + np.array([0, 2.0, 0])
+    fields = np.stack([0.1 * swing, whole])
+    flow = FlowGenerator(torch.from_numpy(fields.astype(np.float32)), 2, 1, 4)
+    with torch.no_grad():
+        flow.linear.copy_(torch.eye(2))
+    canonical = ball(BOX, 11).astype(np.float32)
+    canonical[:, np.abs(np.arange(BOX) - BOX // 2) > 4] = 0  # a disc: a ball would turn in itself
+    latents = np.random.default_rng(3).normal(0, 1, (400, 2)).astype(np.float32)
+    FlexModel(mesh, flow, latents, canonical, BOX, PIXEL_SIZE_A).save(folder / "model.pt")
+    return folder
+
+
+def test_rigid_core_is_at_rest_in_all_that_is_written(hinge_train, tmp_path, caplog):
+    """What lies at x < 6 A is one body: it lies still in the maps although the flow moves it by 4 A."""
+    caplog.set_level("INFO")
+    mesh = FlexModel.load(hinge_train).mesh
+    at = np.array([[0.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+    tables = {}
+    for align in ("rigid_core", "density"):
+        generate_series(hinge_train, tmp_path / align, all_settings.GenerateSettings(align=align), points=at)
+        tables[align] = pd.read_csv(tmp_path / align / "series.csv")
+    share = tables["rigid_core"].rigid_core_share
+    assert share.between(0.5, 0.85).all() and share.nunique() == 1
+    assert f"the rigid core is at rest: {100 * share[0]:.0f} % of the density" in caplog.text
+    assert tables["density"].rigid_core_share.isna().all()
+    assert "rigid_core" not in meshio.read(tmp_path / "density/at/frame_002.vtu").point_data
+    grid = meshio.read(tmp_path / "rigid_core/at/frame_002.vtu")
+    core = grid.point_data["rigid_core"] > 0.5
+    assert (mesh.vertices_A[core, 0] < 9).all() and core[mesh.vertices_A[:, 0] < 3].all()
+    assert np.abs(grid.point_data["displacement_A"][core]).max() < 0.3
+    np.testing.assert_allclose(
+        tables["rigid_core"].rms_displacement_A[2],
+        np.sqrt((grid.point_data["displacement_A"] ** 2).sum(1).mean()),
+        rtol=1e-3,
+    )
+    # what turns as a whole does not move at all; the lever does, to its own side
+    at_rest, whole, both = (read_map(tmp_path / f"rigid_core/at/frame_{i:03d}.mrc").data for i in range(3))
+    assert np.abs(whole - at_rest).sum() < 0.03 * at_rest.sum()
+    body, lever = (
+        (slice(None), slice(None), slice(0, BOX // 2 - 2)),
+        (slice(None), slice(None), slice(BOX // 2 + 4, None)),
+    )
+    assert np.abs(both - at_rest)[body].sum() < 0.05 * at_rest[body].sum()
+    moved = (both[lever] * (np.arange(BOX) - BOX // 2)[:, None]).sum() * PIXEL_SIZE_A / both[lever].sum()
+    assert moved > 2
+    free = read_map(tmp_path / "density/at/frame_002.mrc").data
+    assert np.abs(free - at_rest)[body].sum() > 0.2 * at_rest[body].sum()

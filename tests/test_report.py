@@ -23,6 +23,7 @@ from PIL import Image
 import flexlib
 from flexlib.layout import RunFolder
 from flexlib.model.flex_model import FlexModel, FlowGenerator
+from flexlib.model.frame import MotionFrame
 from flexlib.model.motion import rms_displacement_A
 from flexlib.particles.star import read_tables
 from flexlib.particles.star_write import write_star
@@ -36,6 +37,7 @@ from flexlib.report.pictures import cell_sections
 from flexlib.report.results import Results
 from flexlib.tetra.voxels import voxelise
 from flexlib.workflow_support.scores import SIGNIFICANT_ERRORS, SIGNIFICANT_NATS
+from flexlib.workflow_support.settings import Align
 
 SECTIONS = ("input", "mesh", "sweep", "training", "latents", "motion", "resolution", "settings")
 NOTHING = Gallery([], None, [])
@@ -480,7 +482,7 @@ def test_the_point_is_found_without_a_sweep_table(results: Path, tmp_path: Path)
 
 
 def test_displacement_is_that_of_all_particles(results: Path, tmp_path: Path) -> None:
-    """The map's values are those of ``model.motion``, which other stages report too."""
+    """The map's values are those of ``model.motion``, which other stages report too, in the frame of the series."""
     root = tmp_path / "results"
     shutil.copytree(results, root)
     run = Results(root, CONFIG)
@@ -499,13 +501,47 @@ def test_displacement_is_that_of_all_particles(results: Path, tmp_path: Path) ->
         box=consensus.box,
         pixel_size_A=mask.pixel_size_A,
     ).save(run.train_folder.model)
-    found = morph.displacement_map(run)
-    assert found is not None
-    values, _ = found
     loaded = FlexModel.load(run.train_folder.model)
     voxels = voxelise(loaded.mesh, mask.data > 0.5, loaded.pixel_size_A)
-    assert np.array_equal(values.ravel()[voxels.index], rms_displacement_A(loaded, voxels))
-    assert np.count_nonzero(values) == len(voxels.index) and values.max() > 0.5
+    frames: tuple[Align, ...] = ("density", "rigid_core")
+    for align in frames:
+        found = morph.displacement_map(Results(root, {**CONFIG, "generate": {"align": align}}))
+        assert found is not None
+        expected = rms_displacement_A(loaded, voxels, MotionFrame.of(loaded, align).displacements_A)
+        assert np.array_equal(found.values_A.ravel()[voxels.index], expected)
+        assert np.count_nonzero(found.values_A) == len(voxels.index) and found.values_A.max() > 0.5
+        assert (found.core_share is None) == (align == "density")
+    by_default = morph.displacement_map(run)
+    assert by_default is not None and by_default.core_share == found.core_share
+    gallery = Gallery([], morph.paint_displacement(run, None), [])
+    assert "held at\nrest, here and in all series" in sections.motion_section(run, gallery)
+
+
+def test_latents_that_follow_the_imaging_are_named(results: Path, tmp_path: Path) -> None:
+    html = sections.latent_section(Results(results, CONFIG))
+    warnings = re.findall(r'<p class="missing">(.*?)</p>', html)
+    assert [text.split(":")[0] for text in warnings] == [
+        "Latent 1 goes with the view direction (12.4\N{NO-BREAK SPACE}% of its variance, by chance no more than "
+        "1.1\N{NO-BREAK SPACE}%)"
+    ]
+    assert "from view direction and defocus, on particles" in html and "is marked" in html
+    cells = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr(.*?)</tr>", html, re.DOTALL)]
+    assert cells[1:] == [
+        ["latent 1", "12.4 % ▲", "0.0 %"],
+        ["latent 2", "0.2 %", "0.6 %"],
+        ["by chance, up to", "1.1 %", "1.1 %"],
+    ]
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    path = Results(root, CONFIG).train_folder.validation
+    record = json.loads(path.read_text())
+    calm = [{**one, "more_than_chance": False} for one in record["entanglement"]]
+    path.write_text(json.dumps(record | {"entanglement": calm}))
+    html = sections.latent_section(Results(root, CONFIG))
+    assert "has not seen: no more than chance." in html and '<p class="missing">' not in html
+    del record["entanglement"]  # of an older version
+    path.write_text(json.dumps(record))
+    assert "Do the latents follow" not in sections.latent_section(Results(root, CONFIG))
 
 
 def test_latent_section_counts_particles_and_rows(results: Path, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.generate.run import generate_series
 from flexlib.workflow_support.series import SPELLINGS, parse_latents
-from flexlib.workflow_support.settings import GenerateSettings
+from flexlib.workflow_support.settings import Align, GenerateSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     defaults = GenerateSettings()
     parser.add_argument("--frames", type=int, default=defaults.frames, help="maps per series (%(default)s)")
     parser.add_argument("--volume", type=Path, help="deform this map instead of the canonical one")
+    parser.add_argument(
+        "--align",
+        choices=get_args(Align),
+        default=defaults.align,
+        help="what is at rest: the largest rigid body, or the density as the particles' poses see it (%(default)s)",
+    )
     parser.add_argument("--lowpass", type=float, metavar="A", help="low-pass filter on the map, Angstrom")
     parser.add_argument("--bfactor", type=float, metavar="A2", help="B-factor on the map; negative sharpens")
     parser.add_argument("--particles", type=Path, help="the folder that prepare wrote, if not beside the training")
@@ -53,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             frames=given.frames,
             series=given.series or defaults.series,
             volume=given.volume,
+            align=given.align,
             lowpass_A=given.lowpass,
             bfactor_A2=given.bfactor,
         )

@@ -26,6 +26,7 @@ from flexlib.imaging.fourier import lowpass_map, sharpen_map
 from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.layout import CHECKPOINTS, GenerateFolder, ParticlesFolder, TrainFolder, find_run
 from flexlib.model.flex_model import FlexModel
+from flexlib.model.frame import MotionFrame
 from flexlib.render.film import FrameNote, SeriesMovie
 from flexlib.render.surface import display_level
 from flexlib.runtime import share_threads_with_numba
@@ -48,9 +49,10 @@ def generate_series(
     """Write maps along the latent space of a trained sweep point.
 
     For each series: ``NAME/frame_000.mrc`` ... and ``NAME/frame_000.vtu`` ... (the mesh with the point data
-    ``displacement_A``), ``NAME.cxc`` (plays them in ChimeraX) and ``NAME.webp`` (a film). ``series.csv`` has a row for
-    each frame: series, frame, the latents, ``num_particles`` near it, ``beyond_data`` (1 where there are hardly
-    any), ``rms_displacement_A`` of the mesh vertices from rest.
+    ``displacement_A`` and, of ``align: rigid_core``, ``rigid_core``), ``NAME.cxc`` (plays them in ChimeraX) and
+    ``NAME.webp`` (a film). ``series.csv`` has a row for each frame: series, frame, the latents, ``num_particles`` near
+    it, ``beyond_data`` (1 where there are hardly any), ``rms_displacement_A`` of the mesh vertices from rest, and
+    ``rigid_core_share`` of the density that is held at rest (empty of ``align: density``).
 
     Parameters
     ----------
@@ -75,11 +77,7 @@ def generate_series(
     share_threads_with_numba()
     out = GenerateFolder(Path(out_dir))
     model_path = newest_model(train_dir)
-    model = FlexModel.load(model_path)
-    if model_path.parent.name == CHECKPOINTS:
-        logger.warning("%s: training is not finished: this is its checkpoint of epoch %d", model_path, model.epoch)
-    else:
-        logger.info("%s: the model after epoch %d", model_path, model.epoch)
+    model = _loaded(model_path)
     known = model.latents[np.isfinite(model.latents).all(1)].astype(np.float64)
     if not len(known):
         raise InputError(f"{model_path}: no particle has latents yet")
@@ -91,10 +89,12 @@ def generate_series(
         wanted = list(series_latents(model, known, settings, particles.path if particles else None))
     mask = moving_mask(model.canonical, model.pixel_size_A, volume.box, volume.pixel_size_A)
     deformer = VolumeDeformer(volume.data, volume.pixel_size_A, mask, model.mesh)
+    motion = MotionFrame.of(model, settings.align)
     neighbourhood, tables = Neighbourhood(known), []
     for name, latents in wanted:
         table = _frame_table(name, latents, neighbourhood)
-        table["rms_displacement_A"] = _write_series(out, name, table, latents, model, deformer, volume)
+        table["rms_displacement_A"] = _write_series(out, name, table, latents, motion, deformer, volume)
+        table["rigid_core_share"] = np.nan if motion.core is None else motion.core.share
         tables.append(table)
     with atomic_path(out.table) as temporary:
         pd.concat(tables).to_csv(temporary, index=False, float_format="%.7g")
@@ -134,6 +134,16 @@ def newest_model(train_dir: str | Path) -> Path:
         if not newer or FlexModel.load(checkpoint).epoch == FlexModel.load(finished).epoch:
             return finished
     return checkpoint
+
+
+def _loaded(path: Path) -> FlexModel:
+    """The model at ``path``; the log says of which epoch, with a warning where training is under way."""
+    model = FlexModel.load(path)
+    if path.parent.name == CHECKPOINTS:
+        logger.warning("%s: training is not finished: this is its checkpoint of epoch %d", path, model.epoch)
+    else:
+        logger.info("%s: the model after epoch %d", path, model.epoch)
+    return model
 
 
 def _find_particles(model_path: Path, given: str | Path | None) -> ParticlesFolder | None:
@@ -179,13 +189,13 @@ def _write_series(
     name: str,
     table: pd.DataFrame,
     latents: np.ndarray,
-    model: FlexModel,
+    motion: MotionFrame,
     deformer: VolumeDeformer,
     volume: Map,
 ) -> np.ndarray:
     """Everything of one series but its rows of the table; returns (f,) rms displacement of each frame."""
     logger.info("%s: %d frames, from %s to %s", name, len(latents), latents[0].round(3), latents[-1].round(3))
-    displacements_A = model.displacements_A(latents).cpu().numpy()  # (f, nv, 3)
+    displacements_A = motion.displacements_A(latents).cpu().numpy()  # (f, nv, 3)
     if len(latents) > 1 and np.ptp(displacements_A, axis=0).max() < _STILL_A:
         logger.warning("%s: nothing moves along this series: the training found no motion there", name)
     if table["beyond_data"].any():
@@ -201,7 +211,7 @@ def _write_series(
         moved = deformer.deform(displacements_A[frame])
         path = out.frame(name, frame)
         write_map(path, moved, volume.pixel_size_A, like=volume)
-        write_displacement(path.with_suffix(".vtu"), model.mesh, displacements_A[frame])
+        write_displacement(path.with_suffix(".vtu"), motion.model.mesh, displacements_A[frame], motion.core_weight)
         movie.add(moved, FrameNote(z, int(near), bool(beyond)))
     movie.write(out.film(name))
     with atomic_path(out.chimerax(name)) as temporary:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flexlib.model.flex_model import FlexModel
+from flexlib.projection.op import VoxelTensors
 from flexlib.tetra.voxels import MeshVoxels
 
 MOTION_PARTICLES = 10_000  # that stand for all in the rms displacement
@@ -42,7 +43,9 @@ def vertex_rms_displacement_A(displacements_A: Displacements, latents: torch.Ten
     return (torch.as_tensor(square) / len(latents) - mean.square().sum(-1)).clamp(min=0.0).sqrt()
 
 
-def rms_displacement_A(model: FlexModel, voxels: MeshVoxels) -> np.ndarray:
+def rms_displacement_A(
+    model: FlexModel, voxels: MeshVoxels, displacements_A: Displacements | None = None
+) -> np.ndarray:
     """How far each voxel moves about its mean position, rms over the particles.
 
     Parameters
@@ -51,13 +54,16 @@ def rms_displacement_A(model: FlexModel, voxels: MeshVoxels) -> np.ndarray:
         Flow and latents.
     voxels
         Of the model's mesh.
+    displacements_A
+        The model's displacements in another frame than the flow's own.
 
     Returns
     -------
     rms_A
         (nvox,) float32 in Angstrom: the barycentric mix of the vertices' values.
     """
-    at_vertices = vertex_rms_displacement_A(model.displacements_A, torch.as_tensor(model.latents)).cpu().numpy()
+    flow = model.displacements_A if displacements_A is None else displacements_A
+    at_vertices = vertex_rms_displacement_A(flow, torch.as_tensor(model.latents)).cpu().numpy()
     return np.einsum("nk,nk->n", voxels.bary, at_vertices[voxels.cells[voxels.cell]]).astype(np.float32)
 
 
@@ -75,3 +81,11 @@ def mean_rms_displacement_A(
     """
     rms_A = vertex_rms_displacement_A(displacements_A, latents)
     return float((rms_A.square() @ density_share.to(rms_A)).sqrt())
+
+
+def density_at_vertices(voxels: VoxelTensors, values: torch.Tensor) -> torch.Tensor:
+    """(nv,) share of the (positive) density that rides on each vertex; the sum is 1."""
+    corner = voxels.cells.long()[voxels.cell.long()]
+    share = voxels.bary.clamp(min=0.0) * values.clamp(min=0.0)[:, None]
+    total = values.new_zeros(voxels.num_vertices).index_add_(0, corner.flatten(), share.flatten())
+    return total / total.sum().clamp(min=1e-30)

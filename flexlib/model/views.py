@@ -113,11 +113,8 @@ class ViewPrior:
 
     def log_to(self, logger: logging.Logger) -> None:
         """Say the widths."""
-        degrees, text = (
-            math.degrees(self.rotation_rad),
-            "widths: rotation %.2f degrees an axis, shift %.2f A, contrast %.3f",
-        )
-        logger.info(text, degrees, self.shift_A, self.log_contrast)
+        own = math.degrees(self.rotation_rad), self.shift_A, self.log_contrast
+        logger.info("widths: rotation %.2f degrees an axis, shift %.2f A, contrast %.3f", *own)
 
     def in_units_of(self, other: ViewPrior) -> torch.Tensor:
         """(6,) factors from parameters in units of ``other`` to units of this; zero where either width is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -143,6 +145,12 @@ def neighbour_r2(z: np.ndarray, value: np.ndarray, neighbours: int = 20) -> floa
     neighbours = min(neighbours, len(z) - 1)
     index = cKDTree(z / np.maximum(z.std(0), 1e-12)).query(z / np.maximum(z.std(0), 1e-12), neighbours + 1)[1][:, 1:]
     return float(1 - ((value - value[index].mean(1)) ** 2).mean() / max(value.var(), 1e-12))
+
+
+def follows(results: Results) -> list[dict[str, Any]]:
+    """What ``validation.json`` says of latents that covariates tell by more than chance; the closest first."""
+    found = [] if results.validation is None else results.validation.entanglement
+    return sorted((one for one in found if one["more_than_chance"]), key=lambda one: -one["r2"])
 
 
 # the sweep table ----------------------------------------------------------------------------------------------------

@@ -157,25 +157,32 @@ def strip(morph: Morph, count: int = 5) -> bytes:
 # how far density moves ------------------------------------------------------------------------------------------
 
 
-def displacement_map(results: Results) -> tuple[np.ndarray, Map] | None:
-    """How far each voxel moves about its mean over the particles, rms in Angstrom, from the trained model.
+@dataclass(frozen=True)
+class DisplacementMap:
+    """How far each voxel moves about its mean over the particles, in the frame of the generated maps."""
 
-    Returns
-    -------
-    tuple or None
-        (N, N, N) float32 values, 0 outside the mask, and the canonical map; None without a trained model.
-    """
+    values_A: np.ndarray  # (N, N, N) float32, rms; 0 outside the mask
+    canonical: Map
+    core_share: float | None  # of the density, that is held at rest; None of ``align: density``
+
+
+def displacement_map(results: Results) -> DisplacementMap | None:
+    """From the trained model; None without one."""
     if not results.train_folder.model.exists() or results.mask is None:
         return None
     from flexlib.model.flex_model import FlexModel
+    from flexlib.model.frame import MotionFrame
     from flexlib.model.motion import rms_displacement_A
     from flexlib.tetra.voxels import voxelise
 
     model = FlexModel.load(results.train_folder.model)
+    motion = MotionFrame.of(model, results.align)
     voxels = voxelise(model.mesh, results.mask.data > 0.5, model.pixel_size_A)
-    values = np.zeros(model.box**3, np.float32)
-    values[voxels.index] = rms_displacement_A(model, voxels)
-    return values.reshape((model.box,) * 3), Map(model.canonical, model.pixel_size_A)
+    values_A = np.zeros(model.box**3, np.float32)
+    values_A[voxels.index] = rms_displacement_A(model, voxels, motion.displacements_A)
+    canonical = Map(model.canonical, model.pixel_size_A)
+    share = None if motion.core is None else motion.core.share
+    return DisplacementMap(values_A.reshape((model.box,) * 3), canonical, share)
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,7 @@ class PaintedMap:
     limits_A: tuple[float, float]
     median_A: float  # over the mask
     highest_A: float
+    core_share: float | None  # of the density, that is held at rest; None where nothing is
 
 
 def paint_displacement(results: Results, rotation: np.ndarray | None) -> PaintedMap | None:
@@ -196,7 +204,7 @@ def paint_displacement(results: Results, rotation: np.ndarray | None) -> Painted
     moved = displacement_map(results)
     if moved is None:
         return None
-    values, canonical = moved
+    values, canonical = moved.values_A, moved.canonical
     known = values[values > 0] if (values > 0).any() else np.zeros(1)
     level = surface.display_level(canonical.data, None if results.mask is None else results.mask.data)
     extent = surface.half_extent([canonical.data], level)
@@ -209,7 +217,7 @@ def paint_displacement(results: Results, rotation: np.ndarray | None) -> Painted
     ]
     rows = shown_box(drawn)[0]
     front, side = (surface.over_white(one[rows, shown_box([one])[1]]) for one in drawn)
-    return PaintedMap(front, side, limits, float(np.median(known)), float(known.max()))
+    return PaintedMap(front, side, limits, float(np.median(known)), float(known.max()), moved.core_share)
 
 
 def displacement_picture(painted: PaintedMap) -> bytes:

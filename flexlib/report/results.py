@@ -22,6 +22,7 @@ from flexlib.particles.star import StarTables, read_tables
 from flexlib.records import ChecksumsRecord, ChoiceRecord, PreparedRecord, Record, ResolutionRecord, ValidationRecord
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.workflow_support.points import SweepPoint
+from flexlib.workflow_support.settings import Align, GenerateSettings
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,11 @@ class Results:
     def name(self) -> str:
         """The run's name."""
         return str(self.config.get("name") or self.root.name)
+
+    @property
+    def align(self) -> Align:
+        """What is at rest in the generated maps, as the configuration says."""
+        return (self.config.get("generate") or {}).get("align", GenerateSettings.align)
 
     # what went in -----------------------------------------------------------------------------------------------
 

@@ -189,6 +189,45 @@ def truth_sentence(results: Results) -> str:
     )
 
 
+_MEANINGS = {
+    "view direction": "errors of the poses or preferred orientations may pass for motion, unless the motion changes "
+    "how the molecule lies in the ice",
+    "in-plane angle": "no molecule knows how it lies in the image, so that errors of poses or CTFs (astigmatism, "
+    "magnification, beam tilt) pass for motion",
+    "defocus": "errors of the CTF may pass for motion",
+    "shift": "errors of centring may pass for motion",
+    "pose change": "the motion had biased the poses of the consensus, which is to be expected of a molecule that moves",
+    "contrast": "thickness of the ice, damage or weak particles may pass for motion",
+}
+
+
+def entanglement_sentence(results: Results) -> str:
+    """Whether any latent follows the imaging; empty where the training did not look."""
+    found = [] if results.validation is None else results.validation.entanglement
+    if not found:
+        return ""
+    names = list(dict.fromkeys(one["covariates"] for one in found))
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    start = f"The table says how much of each latent's variance can be predicted from {listed}, on particles that the "
+    if facts.follows(results):
+        return f"{start}prediction has not seen; what is more than chance is marked."
+    return f"{start}prediction has not seen: no more than chance."
+
+
+def entanglement_warnings(results: Results) -> list[str]:
+    """What each entanglement that is more than chance can mean."""
+    return [
+        f"Latent {one['latent']} goes with the {one['covariates']} ({_share(one['r2'])} of its variance, by chance no "
+        f"more than {_share(one['chance_limit'])}): {_MEANINGS.get(one['covariates'], 'it may be no motion')}."
+        for one in facts.follows(results)
+    ]
+
+
+def _share(part: float) -> str:
+    """A share of a variance; cross-validated ones can be a little below nothing."""
+    return f"{100 * max(part, 0.0):.1f}\N{NO-BREAK SPACE}%"
+
+
 def resolution_sentence(results: Results) -> str:
     """Resolution of the two maps."""
     flex, rigid = facts.resolutions(results)

@@ -157,6 +157,27 @@ def time_table(benchmarks: pd.DataFrame) -> FoldedTable | None:
     return FoldedTable(summed, "Each job", each) if len(benchmarks) > len(rows) else FoldedTable(summed)
 
 
+def entanglement_table(found: Sequence[Mapping[str, Any]]) -> Table | None:
+    """How much of each latent each group of covariates tells, more than chance marked; None where nothing is known."""
+    if not found:
+        return None
+    names = list(dict.fromkeys(one["covariates"] for one in found))
+    latents = sorted({one["latent"] for one in found})
+    cells = {(one["latent"], one["covariates"]): one for one in found}
+    limits = [max((one["chance_limit"] for one in found if one["covariates"] == name), default=0.0) for name in names]
+    rows = [[f"latent {latent}", *(_told_cell(cells.get((latent, name))) for name in names)] for latent in latents] + [
+        ["by chance, up to", *(f"{100 * max(limit, 0.0):.1f} %" for limit in limits)]
+    ]
+    marked = [any(one["more_than_chance"] for one in found if one["latent"] == latent) for latent in latents]
+    return Table(("variance told by", *names), rows, marked)
+
+
+def _told_cell(one: Mapping[str, Any] | None) -> str:
+    if one is None:
+        return NONE
+    return f"{100 * max(one['r2'], 0.0):.1f} %" + " ▲" * bool(one["more_than_chance"])
+
+
 def checksum_table(checksums: ChecksumsRecord) -> FoldedTable:
     """Sizes and SHA-256 of the input files; of many image stacks all but the first are folded away."""
     rows = [

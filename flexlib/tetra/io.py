@@ -63,12 +63,20 @@ def write_mesh(path: str | os.PathLike[str], mesh: TetraMesh, like: Map | None =
         meshio.write(temporary, grid, file_format="vtu")
 
 
-def write_displacement(path: str | os.PathLike[str], mesh: TetraMesh, displacement_A: np.ndarray) -> None:
-    """Write a mesh at rest, in the frame of ``write_mesh``, with the point data ``displacement_A`` (nv, 3); atomic."""
+def write_displacement(
+    path: str | os.PathLike[str], mesh: TetraMesh, displacement_A: np.ndarray, rigid_core: np.ndarray | None = None
+) -> None:
+    """Write a mesh at rest, in the frame of ``write_mesh``, with the point data ``displacement_A`` (nv, 3); atomic.
+
+    ``rigid_core``, (nv,) in [0, 1], is written too where it is given: how far each vertex belongs to the core.
+    """
+    point_data = {"displacement_A": np.asarray(displacement_A, dtype=np.float32)}
+    if rigid_core is not None:
+        point_data["rigid_core"] = np.asarray(rigid_core, dtype=np.float32)
     grid = meshio.Mesh(
         np.asarray(mesh.vertices_A, dtype=np.float64),
         [("tetra", np.asarray(mesh.cells, dtype=np.int32))],
-        point_data={"displacement_A": np.asarray(displacement_A, dtype=np.float32)},
+        point_data=point_data,
     )
     with atomic_path(path) as temporary:
         meshio.write(temporary, grid, file_format="vtu")

@@ -24,6 +24,7 @@ from flexlib.particles.pose_change import PoseChange
 from flexlib.particles.refined_write import refined_particles, write_refined_cs, write_refined_star
 from flexlib.records import ValidationRecord
 from flexlib.runtime import describe_device
+from flexlib.train.entanglement import entanglement
 from flexlib.train.finish import Inferred
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
 from flexlib.train.score import HeldOutScore
@@ -114,7 +115,7 @@ def validation_record(
     setup: Setup, state: State, motion_share: np.ndarray, score: HeldOutScore, rejected: HeldOutScore | None
 ) -> ValidationRecord:
     """What the run came to; ``motion_share`` (K,) of ``motion_coordinates_A``."""
-    images = setup.source.particles.image_index
+    images, latents = setup.source.particles.image_index, state.latents.cpu().numpy()
     return ValidationRecord(
         validation_gain=score.gain,
         validation_gain_se=score.standard_error,
@@ -137,6 +138,7 @@ def validation_record(
         **_widths(state.views.prior),
         wall_s=round(state.wall_s, 2),
         device=describe_device(setup.device),
+        entanglement=[asdict(one) for one in entanglement(latents, setup.source.particles, None, setup.settings.seed)],
     )
 
 

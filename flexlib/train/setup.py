@@ -17,7 +17,8 @@ from flexlib.imaging.maps import Map, read_map
 from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
 from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.model.forward import TRAINING, Accuracy, CoarseMap, Operator
-from flexlib.projection.op import VoxelTensors, gather_volume
+from flexlib.model.motion import density_at_vertices
+from flexlib.projection.op import gather_volume
 from flexlib.runtime import resolve_device
 from flexlib.tetra.io import read_mesh
 from flexlib.tetra.rigidity import RigidityTensors
@@ -195,14 +196,6 @@ def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> 
     volume = torch.as_tensor(setup.consensus.data, device=setup.device)
     mask = torch.as_tensor(setup.mask.data, device=setup.device)
     return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows))
-
-
-def density_at_vertices(voxels: VoxelTensors, values: torch.Tensor) -> torch.Tensor:
-    """(nv,) share of the (positive) density that rides on each vertex; the sum is 1."""
-    corner = voxels.cells.long()[voxels.cell.long()]
-    share = voxels.bary.clamp(min=0.0) * values.clamp(min=0.0)[:, None]
-    total = values.new_zeros(voxels.num_vertices).index_add_(0, corner.flatten(), share.flatten())
-    return total / total.sum().clamp(min=1e-30)
 
 
 def derived_seed(*key: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from flexlib.errors import InputError
 
 Auto = Literal["auto"]
+Align = Literal["density", "rigid_core"]
 PointChoice = dict[str, int | float]  # some or all of the swept keys, with a value each
 Settings = TypeVar("Settings")
 
@@ -230,6 +231,13 @@ class GenerateSettings:
     )
     volume: Path | None = setting(
         None, "A map to deform instead of the canonical one, MRC, at any box of the same centre."
+    )
+    align: Align = setting(
+        "rigid_core",
+        "What is at rest in maps, films and the report. rigid_core (the largest part of the density that moves as one "
+        "rigid body stays exactly where it lies in the map that is deformed) or density (the density's mean position "
+        "and orientation, the frame of the particles' poses; take it for maps that are to be projected or compared "
+        "with images).",
     )
     lowpass_A: float | None = setting(
         None, "Low-pass filter on the map that is deformed, Angstrom.", exclusiveMinimum=0
