@@ -116,6 +116,9 @@ def validation_record(
 ) -> ValidationRecord:
     """What the run came to; ``motion_share`` (K,) of ``motion_coordinates_A``."""
     images, latents = setup.source.particles.image_index, state.latents.cpu().numpy()
+    told = entanglement(
+        latents, setup.source.particles, refined_views(setup, state.views, state.latents), setup.settings.seed
+    )
     return ValidationRecord(
         validation_gain=score.gain,
         validation_gain_se=score.standard_error,
@@ -138,7 +141,7 @@ def validation_record(
         **_widths(state.views.prior),
         wall_s=round(state.wall_s, 2),
         device=describe_device(setup.device),
-        entanglement=[asdict(one) for one in entanglement(latents, setup.source.particles, None, setup.settings.seed)],
+        entanglement=[asdict(one) for one in told],
     )
 
 
