@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
 from flexlib.train.latents import LatentScale, posterior_scale
-from flexlib.train.learn_views import learn_views
+from flexlib.train.learn_views import learn_views, measure_widths
 from flexlib.train.local_minima import leave_wrong_minima, search_centres
 from flexlib.train.motion import rms_displacement_A
 from flexlib.train.rigid import rigid_model
@@ -53,7 +53,9 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {loss}")
     if epoch == BAND_EPOCHS:
         leave_wrong_minima(setup, state)
-    learn_views(setup, state, annealing=anneal < 1)
+    learn_views(setup, state)
+    if anneal < 1 and (epoch == 0 or setup.schedule.anneal(epoch - 1, state.anneal_from) == 1):
+        measure_widths(setup, state)
     standardise(setup, state)
     state.follow_first(setup.ranks)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))

@@ -14,6 +14,7 @@ from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.train.epoch import score_now, standardise
 from flexlib.train.initial_latents import standard_scale
 from flexlib.train.latents import infer_everywhere, infer_latents, latent_precision
+from flexlib.train.learn_views import measure_widths
 from flexlib.train.local_minima import search_centres
 from flexlib.train.motion import slope_A
 from flexlib.train.score import HeldOutScore
@@ -39,6 +40,7 @@ class Inferred:
 def infer_all(setup: Setup, state: State) -> Inferred:
     """Infer every particle's latents and view with the final model and turn latents to axes of decreasing motion."""
     frozen, device = setup.settings.freeze_latents, setup.device
+    measure_widths(setup, state)
     if not frozen:
         state.set_parameters(setup.rows_on_device(setup.validation_rows), state.held_parameters())
     whole = _infer_own_share(setup, state)

@@ -8,43 +8,91 @@ from dataclasses import replace
 
 import torch
 
+from flexlib.images.batch import read_ahead, split_batches
 from flexlib.model.views import KINDS, NUM_VIEW_PARAMETERS, PoseFrame, ViewPrior
-from flexlib.train.latents import latent_precision
+from flexlib.train.latents import infer_latents, latent_precision
 from flexlib.train.setup import Setup, derived_seed
 from flexlib.train.state import State
-from flexlib.train.widths import LEAST_SHRINKAGE, WidthEvidence, least_widths
+from flexlib.train.widths import LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, least_widths
 
 logger = logging.getLogger(__name__)
 
-RELAXATION = 1.5  # of the EM step of the frame
+RELAXATION = 1.5  # of EM steps
 LEAST_PART = 0.3  # of an image's own error that a width squared keeps while the frame is learnt: EM stands still at 0
+MEASURED_ROWS, MEASURED_STEPS = 500, 3  # whose poses are found to the end, to measure widths
 
 
 @torch.no_grad()
-def learn_views(setup: Setup, state: State, annealing: bool) -> None:
+def learn_views(setup: Setup, state: State) -> None:
     """Learn what the training rows say of contrasts' mean, poses' frame and all widths; no pose or contrast changes.
 
-    Parameters
-    ----------
-    setup, state
-        The run; latents have the unit normal as prior.
-    annealing
-        Whether the run comes to its end: then widths may become zero.
+    The EM steps of a normal prior, relaxed: the estimates of an epoch carry its noise, and EM does not amplify it.
     """
     if state.views.prior is None:
         return
     rows = setup.rows_on_device(setup.training_rows)
     state.canonical.values = state.canonical.values * state.views.centre_contrast(rows)
-    evidence = WidthEvidence.nothing(setup.device)
     if state.views.prior.frame is not None:
         state.take_frame(_em_step(setup, state, rows, state.views.prior.frame), setup.rotation)
-    known = torch.zeros(NUM_VIEW_PARAMETERS, device=setup.device)
+    square, known = torch.zeros((2, NUM_VIEW_PARAMETERS), dtype=torch.float64, device=setup.device)
+    eye = torch.eye(NUM_VIEW_PARAMETERS, device=setup.device)
     for some in rows.split(65536):
         information = _of_views(state.information[some], state.latents.shape[1])
-        units = state.views.units[some]
-        evidence.add(units, -units, information)  # at the maximum a posteriori the prior balances the likelihood
-        known += information.diagonal(dim1=1, dim2=2).sum(0)
-    state.change_widths(_new_prior(setup, state.views.prior, evidence, known / len(rows), annealing))
+        variance = torch.linalg.inv_ex(information + eye).inverse.diagonal(dim1=1, dim2=2)
+        square += (state.views.units[some].square() + variance).double().sum(0)
+        known += information.diagonal(dim1=1, dim2=2).double().sum(0)
+    variances = {}
+    for name, kind in KINDS.items():
+        learnt = (float(square[kind].mean()) / len(rows)) ** RELAXATION
+        error = len(rows) / max(float(known[kind].mean()), 1e-6)
+        variances[name] = max(learnt, LEAST_SHRINKAGE, min(LEAST_PART * error, 1.0))
+    _take_variances(setup, state, variances)
+
+
+@torch.no_grad()
+def measure_widths(setup: Setup, state: State) -> None:
+    """Set the widths to what some training rows show with the model as it stands: they may be zero.
+
+    Their latents and views are found to the end for it; the rows keep those that they have.
+    """
+    prior = state.views.prior
+    if prior is None:
+        return
+    dims, weight = state.latents.shape[1], setup.weight(setup.schedule.full_band)
+    chosen = setup.training_rows[:: -(-len(setup.training_rows) // MEASURED_ROWS)]
+    evidence, of_all = WidthEvidence.nothing(setup.device), setup.prior(state.views.num)
+    model, fixed = state.moving_map(setup.operator, setup.coarse), dims if setup.settings.freeze_latents else 0
+    batches = split_batches(setup.ranks.share(chosen), setup.batch_size)
+    for batch in read_ahead(setup.source, batches, setup.device):
+        start = state.parameters(setup.rows_on_device(batch.rows))
+        found = infer_latents(model, batch, weight, start, MEASURED_STEPS, of_all, fixed=fixed)
+        units = found.latents[:, dims:]
+        # at the maximum a posteriori the prior balances the likelihood
+        evidence.add(units, -units, _of_views(found.precision - of_all.curvature(found.latents), dims))
+    setup.ranks.add(evidence.excess, evidence.weight, evidence.total)
+    least, widths = least_widths(setup).widths, prior.widths
+    variances = {}
+    for name, kind in KINDS.items():
+        variance, error = evidence.of_kind(kind)
+        wanted = setup.settings.refine_contrast if name == "contrast" else setup.settings.refine_poses
+        floor = float((least[kind] / widths[kind].clamp(min=1e-30)).square().mean())
+        if wanted is True:
+            variance = max(variance, floor)
+        elif variance < SIGNIFICANT * error or variance < floor:
+            variance = 0.0
+        variances[name] = variance
+    _take_variances(setup, state, variances)
+
+
+def _take_variances(setup: Setup, state: State, variances: dict[str, float]) -> None:
+    """Multiply the squares of the widths, by kind."""
+    assert state.views.prior is not None
+    widths = state.views.prior.widths
+    for name, kind in KINDS.items():
+        widths[kind] *= math.sqrt(variances[name])
+    learnt = ViewPrior.of_widths(widths, state.views.prior.frame)
+    learnt.log_to(logger)
+    state.change_widths(learnt)
 
 
 def _of_views(information: torch.Tensor, dims: int) -> torch.Tensor:
@@ -53,31 +101,6 @@ def _of_views(information: torch.Tensor, dims: int) -> torch.Tensor:
     turned = torch.roll(information, (-dims, -dims), (1, 2))
     turned[:, NUM_VIEW_PARAMETERS:, NUM_VIEW_PARAMETERS:] += latents
     return latent_precision(turned, NUM_VIEW_PARAMETERS)
-
-
-def _new_prior(
-    setup: Setup, prior: ViewPrior, evidence: WidthEvidence, known: torch.Tensor, annealing: bool
-) -> ViewPrior:
-    """The prior with the widths that ``evidence`` speaks for; ``known`` (6,) is the mean information on each unit."""
-    widths, least = prior.widths, least_widths(setup).widths
-    always = {
-        "rotation": setup.settings.refine_poses is True,
-        "shift": setup.settings.refine_poses is True,
-        "contrast": setup.settings.refine_contrast is True,
-    }
-    for name, kind in KINDS.items():
-        if not (widths[kind] > 0).all():
-            continue
-        variance = max(evidence.of_kind(kind)[0], LEAST_SHRINKAGE)
-        if not annealing:
-            variance = max(variance, LEAST_PART / max(float(known[kind].mean()), 1e-6))
-        found = widths[kind] * math.sqrt(min(variance, 1 / LEAST_SHRINKAGE))
-        if annealing and not always[name]:
-            found = torch.where(found < least[kind], 0.0, found)
-        widths[kind] = torch.maximum(found, least[kind]) if always[name] or not annealing else found
-    learnt = ViewPrior.of_widths(widths, prior.frame)
-    learnt.log_to(logger)
-    return learnt
 
 
 def _em_step(setup: Setup, state: State, rows: torch.Tensor, frame: PoseFrame) -> PoseFrame:

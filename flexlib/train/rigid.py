@@ -15,12 +15,11 @@ from flexlib.train.latents import LatentPrior, infer_latents, newton_latents
 from flexlib.train.map_pass import MOST_STEP, map_pass
 from flexlib.train.setup import Setup, canonical_map
 from flexlib.train.views import Views
-from flexlib.train.widths import LEAST_SHRINKAGE, WidthEvidence, first_widths, least_widths
+from flexlib.train.widths import LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, first_widths, least_widths
 
 logger = logging.getLogger(__name__)
 
 RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
-SIGNIFICANT = 3.0  # standard errors above zero that a width squared must have
 HELD_OUT_STEPS = 4
 
 

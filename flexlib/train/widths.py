@@ -12,6 +12,7 @@ from flexlib.train.setup import Setup
 FIRST_SHIFT_A = 2.0  # widths before anything is known: a tenth of the resolution at which motion is looked for first,
 FIRST_CONTRAST = 0.15  # rotations that move the molecule's edge as far, and contrasts as they usually vary
 LEAST_SHIFT_PX, LEAST_CONTRAST = 0.05, 0.03  # widths that matter; rotations that move the molecule's edge as far
+SIGNIFICANT = 3.0  # standard errors above zero that a width squared must have
 LEAST_SHRINKAGE = 0.1  # of a width squared in one pass
 OUTLIER = 4.0  # standard deviations beyond which an estimate counts as one so far out
 
