@@ -19,7 +19,7 @@ from flexlib.imaging.fourier import friedel_weight
 from flexlib.imaging.maps import crop_or_pad_real
 
 _PADDING = 2
-_STEPS = 8  # of Levenberg-Marquardt
+_STEPS = 5  # of Levenberg-Marquardt
 _FIRST_DAMPING = 0.01  # of the diagonal; a step that helps divides it by 10, one that does not multiplies it by 10
 _MAX_TURN_RAD = 0.2  # of one step
 
@@ -181,8 +181,11 @@ def _normal_equations(
             for a in range(5):
                 real, imaginary = weight[j] * jacobian[a].real, weight[j] * jacobian[a].imag
                 slope[i, a] += real * rest.real + imaginary * rest.imag
-                for b in range(5):
+                for b in range(a + 1):
                     information[i, a, b] += real * jacobian[b].real + imaginary * jacobian[b].imag
+    for a in range(5):
+        for b in range(a):
+            information[:, b, a] = information[:, a, b]
     return misfit, slope, information
 
 
