@@ -51,11 +51,7 @@ def refine_poses(stack: Path, particles: ParticleSet) -> ParticleSet:
         fold = np.full(len(particles), -1)
         fold[rows] = np.arange(len(rows)) % _FOLDS
         for _ in range(_ROUNDS):
-            sums = _sums(images, particles, poses, fold, _FOLDS)
-            share = _signal_share(sums)
-            for number in range(_FOLDS):
-                reference = _reference(particles, sums, share, number)
-                _align_rows(images, particles, reference, poses, np.flatnonzero(fold == number))
+            _align_half(images, particles, poses, fold)
     metadata = particles.metadata.with_poses(poses.rotation, poses.origin_px * particles.settings.pixel_size_A)
     return particles.with_metadata(metadata)
 
@@ -63,6 +59,15 @@ def refine_poses(stack: Path, particles: ParticleSet) -> ParticleSet:
 def _poses(particles: ParticleSet) -> Poses:
     """Those of ``particles``, in arrays of their own."""
     return Poses(particles.metadata.rotation.copy(), particles.metadata.origin_A / particles.settings.pixel_size_A)
+
+
+def _align_half(images: StackHeader, particles: ParticleSet, poses: Poses, fold: np.ndarray) -> None:
+    """One round: change ``poses`` of the half-set of which ``fold`` (n,) says each particle's quarter, -1 outside."""
+    sums = _sums(images, particles, poses, fold, _FOLDS)
+    share = _signal_share(sums)
+    for number in range(_FOLDS):
+        reference = _reference(particles, sums, share, number)
+        _align_rows(images, particles, reference, poses, np.flatnonzero(fold == number))
 
 
 def _sums(
