@@ -100,19 +100,27 @@ class Backprojector:
         return (volume / (taper[:, None, None] * taper[None, :, None] * taper[None, None, :])).astype(np.float32)
 
 
+def soft_sphere(box: int) -> np.ndarray:
+    """(N, N, N) a sphere of radius 0.4 boxes with an edge of 0.08 boxes, within which half-maps are compared."""
+    return 0.5 + 0.5 * np.cos(np.pi * np.clip((_radius_px(box) - 0.4 * box) / (0.08 * box), 0, 1))
+
+
+def _radius_px(box: int) -> np.ndarray:
+    """(N, N, N) distance of each voxel from the centre."""
+    axis = np.arange(box) - box // 2
+    return np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2)
+
+
 def consensus_map(first: Backprojector, second: Backprojector) -> np.ndarray:
     """Map of both half-sets, each shell weighted by what their FSC says is signal, cut where FSC falls below 0.143.
 
     The FSC is taken in a soft sphere of radius 0.4 boxes; weights are ``imaging.fsc.predicted_truth_fsc``.
     """
     box = first.box
-    axis = np.arange(box) - box // 2
-    radius = np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2)
-    sphere = 0.5 + 0.5 * np.cos(np.pi * np.clip((radius - 0.4 * box) / (0.08 * box), 0, 1))
-    curve = fsc(first.map(), second.map(), sphere, mates=False)
+    curve = fsc(first.map(), second.map(), soft_sphere(box), mates=False)
     curve = np.append(curve, 0.0)  # of the corners
     weight = np.where(np.logical_and.accumulate(curve >= 0.143), predicted_truth_fsc(curve), 0.0)
-    ball = 0.5 + 0.5 * np.cos(np.pi * np.clip(2 * (radius - 0.5 * box) / (0.1 * box) + 1, 0, 1))
+    ball = 0.5 + 0.5 * np.cos(np.pi * np.clip(2 * (_radius_px(box) - 0.5 * box) / (0.1 * box) + 1, 0, 1))
     shell = np.minimum(shell_number(box), box // 2)
     spectrum = fft.rfftn(first.map([second])) * weight[shell]
     return (fft.irfftn(spectrum, s=(box,) * 3) * ball).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The particles that are simulated: their poses, defoci and hinge angles, and what of them no noise has touched."""
+"""The particles that are simulated: poses, defoci, hinge angles, contrast, and what of them no noise has touched."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from flexlib.simulate.settings import Simulation
 from flexlib.simulate.signal import atoms_to_map, project_atoms, simulated_ctf
 
 BATCH = 64  # particles computed at a time
+_ERRORS_STREAM = 17  # beside the seed: of what is drawn apart from the images, so that it changes none of them
+_POSE_DIGITS = 5  # decimals of angles in degrees and origins in Angstrom
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """Per-particle parameters as written to the files; n rows."""
+    """Per-particle parameters, all but the last two as written to the files; n rows."""
 
     euler_deg: np.ndarray  # (n, 3) rot, tilt, psi
     origin_A: np.ndarray  # (n, 2)
@@ -27,11 +29,17 @@ class Metadata:
     defocus_angle_deg: np.ndarray  # (n,)
     half_set: np.ndarray  # (n,) int8
     angles_rad: np.ndarray  # (n, d)
+    contrast: np.ndarray  # (n,) factor of the signal
 
     @property
     def rotation(self) -> np.ndarray:
         """(n, 3, 3), view = rotation @ volume."""
         return Rotation.from_euler("ZYZ", self.euler_deg, degrees=True).as_matrix().transpose(0, 2, 1)
+
+    def with_poses(self, rotation: np.ndarray, origin_A: np.ndarray) -> Metadata:
+        """The same with other rotations (n, 3, 3) and origins (n, 2), rounded to the digits of the STAR file."""
+        euler = Rotation.from_matrix(rotation.transpose(0, 2, 1)).as_euler("ZYZ", degrees=True)
+        return replace(self, euler_deg=euler.round(_POSE_DIGITS), origin_A=origin_A.round(_POSE_DIGITS))
 
 
 def draw_metadata(phantom: Phantom, settings: Simulation, generator: np.random.Generator) -> Metadata:
@@ -49,14 +57,40 @@ def draw_metadata(phantom: Phantom, settings: Simulation, generator: np.random.G
     half_set = np.arange(count) % 2
     generator.shuffle(half_set)
     return Metadata(
-        euler_deg=euler.round(5),
-        origin_A=generator.normal(0, settings.shift_sd_A, (count, 2)).round(5),
+        euler_deg=euler.round(_POSE_DIGITS),
+        origin_A=generator.normal(0, settings.shift_sd_A, (count, 2)).round(_POSE_DIGITS),
         defocus_u_A=(mean_defocus + astigmatism / 2).round(2),
         defocus_v_A=(mean_defocus - astigmatism / 2).round(2),
         defocus_angle_deg=generator.uniform(0, 180, count).round(3),
         half_set=half_set.astype(np.int8),
         angles_rad=phantom.sample_angles(count, generator),
+        contrast=_contrast(settings),
     )
+
+
+def perturbed(metadata: Metadata, settings: Simulation) -> Metadata:
+    """``metadata`` with the random errors of rotations and shifts that the settings ask for, independent and normal.
+
+    A rotation R becomes ``exp([w]) R``; each component of w, in the frame of the view, has a standard deviation of
+    ``pose_error_deg / sqrt(3)``, so that the rms angle is ``pose_error_deg``.
+    """
+    if settings.pose_error_deg == 0 and settings.shift_error_A == 0:
+        return metadata
+    error = _standard_normals(settings)
+    turn = Rotation.from_rotvec(np.deg2rad(settings.pose_error_deg) / np.sqrt(3) * error[:, 1:4]).as_matrix()
+    return metadata.with_poses(turn @ metadata.rotation, metadata.origin_A + settings.shift_error_A * error[:, 4:])
+
+
+def _contrast(settings: Simulation) -> np.ndarray:
+    """(n,) log-normal factors of mean 1; exactly 1 without a spread."""
+    spread = settings.contrast_sd
+    return np.exp(spread * _standard_normals(settings)[:, 0] - 0.5 * spread**2)
+
+
+def _standard_normals(settings: Simulation) -> np.ndarray:
+    """(n, 6) of contrast, rotation and shift: of a generator of their own, the same whichever of them are used."""
+    generator = np.random.default_rng((settings.seed, _ERRORS_STREAM))
+    return generator.standard_normal((settings.num_particles, 6))
 
 
 @dataclass(frozen=True)
@@ -74,7 +108,11 @@ class ParticleSet:
         """The same with other hinge angles (n, d)."""
         return replace(self, metadata=replace(self.metadata, angles_rad=angles_rad))
 
-    def ctf(self, rows: slice, box: int) -> np.ndarray:
+    def with_metadata(self, metadata: Metadata) -> ParticleSet:
+        """The same with other parameters."""
+        return replace(self, metadata=metadata)
+
+    def ctf(self, rows: slice | np.ndarray, box: int) -> np.ndarray:
         """(b, box, box//2+1) CTFs of ``rows``; the box may be a padded one at the same pixel size."""
         settings, metadata = self.settings, self.metadata
         return simulated_ctf(
@@ -89,12 +127,13 @@ class ParticleSet:
         )
 
     def transforms(self, rows: slice) -> np.ndarray:
-        """(b, box, box//2+1) transforms, phase origin at the box centre, CTF and shift applied."""
+        """(b, box, box//2+1) transforms, phase origin at the box centre; CTF, shift and contrast applied."""
         metadata, pixel_size_A = self.metadata, self.settings.pixel_size_A
         atoms_A = self.phantom.positions_A(metadata.angles_rad[rows])
         view_A = atoms_A @ metadata.rotation[rows, :2].transpose(0, 2, 1) - metadata.origin_A[rows, None]
         box, sigma_px = self.settings.box, self.settings.gaussian_sigma_A / pixel_size_A
-        return project_atoms(view_A / pixel_size_A, self.phantom.mass, box, sigma_px) * self.ctf(rows, box)
+        strength = metadata.contrast[rows, None, None].astype(np.float32) * self.ctf(rows, box)
+        return project_atoms(view_A / pixel_size_A, self.phantom.mass, box, sigma_px) * strength
 
     def images(self, rows: slice) -> np.ndarray:
         """(b, box, box) float32 images."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from flexlib.files import atomic_path
 from flexlib.imaging.maps import write_map
 from flexlib.layout import SimulationFolder
 from flexlib.simulate.backprojection import consensus_map
+from flexlib.simulate.consensus import half_sums, refine_poses
 from flexlib.simulate.limits import information_limit_r2, posterior_limit_r2
-from flexlib.simulate.particle_set import ParticleSet, batches, draw_metadata
+from flexlib.simulate.particle_set import ParticleSet, batches, draw_metadata, perturbed
 from flexlib.simulate.phantoms import PHANTOMS, Phantom, make_phantom
 from flexlib.simulate.settings import Simulation
 from flexlib.simulate.writing import write_images, write_metadata_cs, write_metadata_star
@@ -53,8 +54,10 @@ def simulate_particles(
     Writes ``particles.star`` (RELION 3.1), ``particles.cs`` (CryoSPARC), ``particles.mrcs`` (float32, contrast white),
     ``consensus.mrc`` (a rigid reconstruction of the noisy images), ``truth_mean.mrc``, ``truth_state_*.mrc`` (exact,
     in the density units of a reconstruction from the images) and ``truth.npz`` (angles_rad (n, d), half (n,) 1 or 2,
-    states_rad (s, d), noise_sd, density_scale, for white noise information_limit_r2 (d,), and with ``exact_limit``
-    posterior_limit_r2). The same arguments give the same files, whatever the thread count up to rounding.
+    states_rad (s, d), noise_sd, density_scale, for white noise information_limit_r2 (d,), with ``exact_limit``
+    posterior_limit_r2, and what the images were made with: rotation (n, 3, 3), euler_deg (n, 3), origin_A (n, 2),
+    contrast (n,)). Poses in the metadata, and in ``consensus.mrc``, have the errors that the settings ask for. The
+    same arguments give the same files, whatever the thread count up to rounding.
 
     Parameters
     ----------
@@ -78,10 +81,14 @@ def simulate_particles(
     generator = np.random.default_rng(settings.seed)
     particles = ParticleSet(model, draw_metadata(model, settings, generator), settings)
     density_scale = _density_scale(particles)
-    write_metadata_star(folder.particles, folder.images.name, particles)
-    write_metadata_cs(folder.particles_cs, folder.images.name, particles, generator)
-    halves = write_images(folder.images, particles, density_scale, generator)
-    write_map(folder.consensus, consensus_map(*halves), settings.pixel_size_A)
+    uid = generator.integers(1, 2**63, len(particles))
+    write_images(folder.images, particles, density_scale, generator)
+    written = particles.with_metadata(perturbed(particles.metadata, settings))
+    if settings.poses == "consensus":
+        written = refine_poses(folder.images, written)
+    write_map(folder.consensus, consensus_map(*half_sums(folder.images, written)), settings.pixel_size_A)
+    write_metadata_star(folder.particles, folder.images.name, written)
+    write_metadata_cs(folder.particles_cs, folder.images.name, written, uid)
     truth_states = _write_truth_maps(folder, particles, density_scale)
     _write_truth(folder, particles, density_scale)
     return SimulationTruth(
@@ -107,6 +114,11 @@ def _check(settings: Simulation, phantom: Phantom) -> None:
             "simulate: at least 2 particles, an even box of at least 16, a positive snr and pixel size are needed, "
             f"not num_particles={num_particles}, box={box}, snr={snr}, pixel_size_A={pixel_size_A}"
         )
+    errors = (settings.pose_error_deg, settings.shift_error_A, settings.contrast_sd)
+    if min(errors) < 0:
+        raise InputError(
+            "simulate: errors must not be negative: pose_error_deg={}, shift_error_A={}, contrast_sd={}".format(*errors)
+        )
     if settings.exact_limit and (len(phantom.hinges) != 1 or settings.noise_power_law != 0):
         raise InputError("simulate: exact_limit needs a phantom of one hinge and white noise")
     radius_A = max(np.linalg.norm(atoms, axis=1).max() for atoms in phantom.positions_A(phantom.states_rad()))
@@ -115,7 +127,9 @@ def _check(settings: Simulation, phantom: Phantom) -> None:
 
 
 def _density_scale(particles: ParticleSet) -> float:
-    """What the phantom's density is multiplied with to have the wanted signal-to-noise ratio."""
+    """What the phantom's density is multiplied with to have the wanted signal-to-noise ratio at a contrast of 1."""
+    metadata = particles.metadata
+    particles = particles.with_metadata(replace(metadata, contrast=np.ones(len(particles))))
     rows = min(len(particles), _SCALE_PARTICLES)
     variance = sum(float(particles.images(batch).var(axis=(1, 2)).sum()) for batch in batches(rows))
     return float(np.sqrt(particles.settings.snr * rows / variance))
@@ -147,9 +161,14 @@ def _mean_states(angles_rad: np.ndarray) -> np.ndarray:
 def _write_truth(folder: SimulationFolder, particles: ParticleSet, density_scale: float) -> None:
     """Write truth.npz."""
     flexible = bool(particles.phantom.hinges) and particles.settings.noise_power_law == 0
+    metadata = particles.metadata
     known: dict[str, Any] = {
-        "angles_rad": particles.metadata.angles_rad,
-        "half": particles.metadata.half_set.astype(np.int64) + 1,
+        "angles_rad": metadata.angles_rad,
+        "half": metadata.half_set.astype(np.int64) + 1,
+        "rotation": metadata.rotation,
+        "euler_deg": metadata.euler_deg,
+        "origin_A": metadata.origin_A,
+        "contrast": metadata.contrast,
         "states_rad": particles.phantom.states_rad(),
         "noise_sd": 1.0,
         "density_scale": density_scale,
@@ -174,6 +193,10 @@ def main() -> int:
     parser.add_argument("--noise-power-law", type=float, default=default.noise_power_law, help="0 is white noise")
     parser.add_argument("--view-preference", type=float, default=default.view_preference, help="0 is uniform views")
     parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--poses", choices=("perturbed", "consensus"), default=default.poses, help="which are written")
+    parser.add_argument("--pose-error", type=float, default=default.pose_error_deg, help="rms angle, degrees")
+    parser.add_argument("--shift-error", type=float, default=default.shift_error_A, help="rms along an axis, Angstrom")
+    parser.add_argument("--contrast-sd", type=float, default=default.contrast_sd, help="of its logarithm")
     options = parser.parse_args()
     settings = Simulation(
         phantom=options.phantom,
@@ -184,6 +207,10 @@ def main() -> int:
         seed=options.seed,
         view_preference=options.view_preference,
         noise_power_law=options.noise_power_law,
+        poses=options.poses,
+        pose_error_deg=options.pose_error,
+        shift_error_A=options.shift_error,
+        contrast_sd=options.contrast_sd,
     )
     try:
         truth = simulate_particles(options.out, settings)

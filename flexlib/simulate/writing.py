@@ -12,17 +12,14 @@ from scipy.spatial.transform import Rotation
 from flexlib.files import atomic_path
 from flexlib.images.stack import ImageStackWriter
 from flexlib.particles.star_write import write_star
-from flexlib.simulate.backprojection import Backprojector, padded_box
 from flexlib.simulate.particle_set import ParticleSet, batches
 from flexlib.simulate.signal import noise_amplitude
 
 _PARTICLES_PER_MICROGRAPH = 100
 
 
-def write_images(
-    path: Path, particles: ParticleSet, density_scale: float, generator: np.random.Generator
-) -> tuple[Backprojector, Backprojector]:
-    """Stream the noisy images to ``path`` and into one back-projection per half-set.
+def write_images(path: Path, particles: ParticleSet, density_scale: float, generator: np.random.Generator) -> None:
+    """Stream the noisy images to ``path``.
 
     Parameters
     ----------
@@ -35,11 +32,9 @@ def write_images(
     generator
         Of the noise.
     """
-    settings, metadata = particles.settings, particles.metadata
-    count, box = len(particles), settings.box
+    settings, count = particles.settings, len(particles)
+    box = settings.box
     amplitude = noise_amplitude(box, settings.noise_power_law)
-    rotation = metadata.rotation
-    halves = (Backprojector(box), Backprojector(box))
     with (
         atomic_path(path) as temporary,
         ImageStackWriter(temporary, count, box, settings.pixel_size_A) as stack,
@@ -51,12 +46,6 @@ def write_images(
                 noise = fft.irfft2(fft.rfft2(noise) * amplitude, s=(box, box))
             images += noise
             stack.append(images)
-            ctf = particles.ctf(rows, padded_box(box))
-            for half, sums in enumerate(halves):
-                chosen = metadata.half_set[rows] == half
-                origin_px = metadata.origin_A[rows][chosen] / settings.pixel_size_A
-                sums.add(images[chosen], ctf[chosen], rotation[rows][chosen], origin_px)
-    return halves
 
 
 def write_metadata_star(path: Path, stack_name: str, particles: ParticleSet) -> None:
@@ -93,11 +82,11 @@ def write_metadata_star(path: Path, stack_name: str, particles: ParticleSet) -> 
     write_star({"optics": optics_table, "particles": pd.DataFrame(columns)}, path)
 
 
-def write_metadata_cs(path: Path, stack_name: str, particles: ParticleSet, generator: np.random.Generator) -> None:
-    """Write a CryoSPARC .cs file of the same particles: transposed rotations, shifts in pixels, random uids."""
+def write_metadata_cs(path: Path, stack_name: str, particles: ParticleSet, uid: np.ndarray) -> None:
+    """Write a CryoSPARC .cs file of the same particles: transposed rotations, shifts in pixels, ``uid`` (n,)."""
     settings, metadata, count = particles.settings, particles.metadata, len(particles)
     columns: dict[str, tuple[str, object]] = {
-        "uid": ("<u8", generator.integers(1, 2**63, count)),
+        "uid": ("<u8", uid),
         "blob/path": (f"S{len(stack_name)}", stack_name.encode()),
         "blob/idx": ("<u4", np.arange(count)),
         "blob/shape": ("(2,)<u4", settings.box),

@@ -55,6 +55,19 @@ class SimulateSettings:
     pixel_size_A: float = setting(4.0, "Pixel size, Angstrom.", exclusiveMinimum=0)
     snr: float = setting(0.08, "Signal's variance over the noise's, per pixel.", exclusiveMinimum=0)
     seed: int = setting(0, "Seed of the random numbers.")
+    poses: Literal["perturbed", "consensus"] = setting(
+        "perturbed",
+        "Which poses are written, perturbed (the true ones with the random errors below, none by default) or consensus "
+        "(those then aligned to the rigid half-maps, as a consensus refinement leaves them).",
+    )
+    pose_error_deg: float = setting(0.0, "Random error of the written rotations, rms angle, degrees.", minimum=0)
+    shift_error_A: float = setting(0.0, "Random error of the written shifts, rms along each axis, Angstrom.", minimum=0)
+    contrast_sd: float = setting(
+        0.0,
+        "Spread of the particles' contrast, standard deviation of its logarithm; its mean is 1, and no file but the "
+        "truth tells it.",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)
