@@ -107,9 +107,9 @@ class ViewPrior:
         return self.rotation_rad > 0 or self.shift_A > 0 or self.frame is not None
 
     @property
-    def refines(self) -> bool:
-        """Whether anything may."""
-        return self.refines_poses or self.log_contrast > 0
+    def has_width(self) -> bool:
+        """Whether any parameter may differ from its mean."""
+        return self.rotation_rad > 0 or self.shift_A > 0 or self.log_contrast > 0
 
     def log_to(self, logger: logging.Logger) -> None:
         """Say the widths."""

@@ -37,7 +37,7 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
     num, num_held = len(setup.source), len(setup.validation_rows)
     prior = first_widths(setup)
     views = Views.none(num, num_held, setup.device)
-    if prior.refines:
+    if prior.has_width:
         views = Views.at_input(num, num_held, prior, setup.device)
     information = torch.zeros((num, NUM_VIEW_PARAMETERS, NUM_VIEW_PARAMETERS), device=setup.device)
     for number, newton_steps in enumerate(RIGID_STEPS):
@@ -120,7 +120,7 @@ def _with_new_widths(
     back = torch.where(factor > 0, 1 / factor.clamp(min=1e-30), 0.0)
     information *= back[:, None] * back
     prior.log_to(logger)
-    if not prior.refines:
+    if not prior.has_width:
         return Views.none(len(views.units), len(views.held), setup.device)
     return views
 

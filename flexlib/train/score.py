@@ -168,7 +168,8 @@ def score_held_out(
 
 def _best_of(rival: _Rival, batch: ImageBatch, weight: torch.Tensor, steps: int, prior: LatentPrior) -> torch.Tensor:
     """The rival's parameters (b, P) with its views refined, if it has any."""
-    if rival.model.views is None or steps == 0:
+    views = rival.model.views
+    if views is None or not views.has_width or steps == 0:
         return rival.start
     return infer_latents(rival.model, batch, weight, rival.start, steps, prior, fixed=rival.fixed).latents
 
