@@ -87,6 +87,9 @@ class ViewPrior:
     rotation_rad: float = 0.0  # of each of three components
     shift_A: float = 0.0  # of each of two
     log_contrast: float = 0.0
+    # whether the input poses were fitted to these very images, as a consensus refinement does: the widths of poses are
+    # then wider than any image's own error and are not learnt, for the same data cannot speak twice
+    fitted: bool = False
     frame: PoseFrame | None = field(default=None, compare=False)  # None: the mean is zero
 
     @property
@@ -94,12 +97,17 @@ class ViewPrior:
         """(6,) float32, in radians, Angstrom and of the logarithm."""
         return torch.tensor([self.rotation_rad] * 3 + [self.shift_A] * 2 + [self.log_contrast])
 
-    @classmethod
-    def of_widths(cls, widths: torch.Tensor, frame: PoseFrame | None = None) -> ViewPrior:
-        """The inverse of ``widths``; components of a kind are averaged as variances."""
+    def with_widths(self, widths: torch.Tensor) -> ViewPrior:
+        """The same with other ``widths`` (6,); components of a kind are averaged as variances."""
         square = widths.double().square().cpu()
         rotation, shift, contrast = (float(square[kind].mean().sqrt()) for kind in KINDS.values())
-        return cls(rotation, shift, contrast, frame)
+        return replace(self, rotation_rad=rotation, shift_A=shift, log_contrast=contrast)
+
+    @property
+    def learnt(self) -> dict[str, slice]:
+        """The kinds of parameters whose widths are learnt, and where they stand."""
+        kinds = {name: kind for name, kind in KINDS.items() if (self.widths[kind] > 0).all()}
+        return {name: kind for name, kind in kinds.items() if name == "contrast" or not self.fitted}
 
     @property
     def refines_poses(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from flexlib.images.batch import read_ahead, split_batches
-from flexlib.model.views import KINDS, NUM_VIEW_PARAMETERS, PoseFrame, ViewPrior
+from flexlib.model.views import KINDS, NUM_VIEW_PARAMETERS, PoseFrame
 from flexlib.train.latents import infer_latents, latent_precision
 from flexlib.train.setup import Setup, derived_seed
 from flexlib.train.state import State
@@ -42,7 +42,7 @@ def learn_views(setup: Setup, state: State) -> None:
         square += (state.views.units[some].square() + variance).double().sum(0)
         known += information.diagonal(dim1=1, dim2=2).double().sum(0)
     variances = {}
-    for name, kind in KINDS.items():
+    for name, kind in state.views.prior.learnt.items():
         learnt = (float(square[kind].mean()) / len(rows)) ** RELAXATION
         error = len(rows) / max(float(known[kind].mean()), 1e-6)
         variances[name] = max(learnt, LEAST_SHRINKAGE, min(LEAST_PART * error, 1.0))
@@ -69,10 +69,10 @@ def measure_widths(setup: Setup, state: State) -> None:
         units = found.latents[:, dims:]
         # at the maximum a posteriori the prior balances the likelihood
         evidence.add(units, -units, _of_views(found.precision - of_all.curvature(found.latents), dims))
-    setup.ranks.add(evidence.excess, evidence.weight, evidence.total)
+    evidence.add_up(setup.ranks)
     least, widths = least_widths(setup).widths, prior.widths
     variances = {}
-    for name, kind in KINDS.items():
+    for name, kind in prior.learnt.items():
         variance, error = evidence.of_kind(kind)
         wanted = setup.settings.refine_contrast if name == "contrast" else setup.settings.refine_poses
         floor = float((least[kind] / widths[kind].clamp(min=1e-30)).square().mean())
@@ -88,9 +88,9 @@ def _take_variances(setup: Setup, state: State, variances: dict[str, float]) -> 
     """Multiply the squares of the widths, by kind."""
     assert state.views.prior is not None
     widths = state.views.prior.widths
-    for name, kind in KINDS.items():
-        widths[kind] *= math.sqrt(variances[name])
-    learnt = ViewPrior.of_widths(widths, state.views.prior.frame)
+    for name, variance in variances.items():
+        widths[KINDS[name]] *= math.sqrt(variance)
+    learnt = state.views.prior.with_widths(widths)
     learnt.log_to(logger)
     state.change_widths(learnt)
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
 from flexlib.model.moving_map import MovingMap
-from flexlib.model.views import KINDS, NUM_VIEW_PARAMETERS, ViewPrior
+from flexlib.model.views import NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentPrior, infer_latents, newton_latents
 from flexlib.train.map_pass import MOST_STEP, map_pass
 from flexlib.train.setup import Setup, canonical_map
 from flexlib.train.views import Views
-from flexlib.train.widths import LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, first_widths, least_widths
+from flexlib.train.widths import (
+    FITTED_WIDTH,
+    LEAST_SHRINKAGE,
+    SIGNIFICANT,
+    WidthEvidence,
+    first_widths,
+    least_widths,
+)
 
 logger = logging.getLogger(__name__)
 
 RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
+FITTED_PASSES = 2  # more, where poses turn out to have been fitted to the images: until then they have been held
 HELD_OUT_STEPS = 4
 
 
@@ -40,7 +49,8 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
     if prior.has_width:
         views = Views.at_input(num, num_held, prior, setup.device)
     information = torch.zeros((num, NUM_VIEW_PARAMETERS, NUM_VIEW_PARAMETERS), device=setup.device)
-    for number, newton_steps in enumerate(RIGID_STEPS):
+    steps = list(RIGID_STEPS)
+    for number, newton_steps in enumerate(steps):
         order = np.random.default_rng((setup.settings.seed, 2, number)).permutation(setup.training_rows)
         rate = newton_steps * setup.batch_size / len(order)
         if views.prior is None:
@@ -48,6 +58,8 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
         else:
             total, evidence = _refining_pass(setup, rigid, views, information, order, rate)
             views = _with_new_widths(setup, views, information, evidence, last=number == len(RIGID_STEPS) - 2)
+            if number == len(RIGID_STEPS) - 2 and views.prior is not None and views.prior.fitted:
+                steps += [RIGID_STEPS[-1]] * FITTED_PASSES  # the iteration goes on to them
         logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
     if views.prior is not None:
         _refine_held_out(setup, rigid, views)
@@ -89,7 +101,7 @@ def _refining_pass(
             views.units[of_all], information[of_all] = moved, known
         total += loss.detach()
         rigid.step(by_map, len(rows) / len(order), min(rate, MOST_STEP), band)
-    setup.ranks.add(evidence.excess, evidence.weight, evidence.total)
+    evidence.add_up(setup.ranks)
     rigid.values = rigid.values * views.centre_contrast(setup.rows_on_device(order))
     return float(total), evidence
 
@@ -105,9 +117,13 @@ def _with_new_widths(
     settings, widths = setup.settings, views.prior.widths
     least = least_widths(setup).widths
     may_go = {"rotation": settings.refine_poses, "shift": settings.refine_poses, "contrast": settings.refine_contrast}
-    for name, kind in KINDS.items():
-        if not (widths[kind] > 0).all():
-            continue
+    prior = views.prior
+    if last and prior.refines_poses and evidence.poses_are_fitted:
+        logger.info("the poses agree with these images better than the noise permits: they were refined against them")
+        prior = replace(prior, fitted=True)
+        for kind in (ROTATION, SHIFT):
+            widths[kind] *= FITTED_WIDTH * evidence.of_images(kind) ** 0.5
+    for name, kind in prior.learnt.items():
         variance, error = evidence.of_kind(kind)
         found = float(widths[kind][0]) * max(variance, 0.0) ** 0.5
         if last and may_go[name] == "auto" and (variance < SIGNIFICANT * error or found < least[kind][0]):
@@ -115,7 +131,7 @@ def _with_new_widths(
             widths[kind] = 0.0
         else:
             widths[kind] *= max(variance, LEAST_SHRINKAGE) ** 0.5
-    prior = ViewPrior.of_widths(widths)
+    prior = prior.with_widths(widths)
     factor = views.rescale(prior)
     back = torch.where(factor > 0, 1 / factor.clamp(min=1e-30), 0.0)
     information *= back[:, None] * back

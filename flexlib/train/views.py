@@ -88,10 +88,13 @@ class Views:
         if self.prior is not None:
             widths, of_prior = self.prior.widths, self.prior.frame
             frame = None if of_prior is None else [of_prior.coefficients, of_prior.matrix, of_prior.offset]
-        return {"units": self.units, "held": self.held, "widths": widths, "frame": frame}
+        fitted = self.prior is not None and self.prior.fitted
+        return {"units": self.units, "held": self.held, "widths": widths, "fitted": fitted, "frame": frame}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self.units, self.held = saved["units"], saved["held"]
         frame = None if saved["frame"] is None else PoseFrame(*saved["frame"])
-        self.prior = None if saved["widths"] is None else ViewPrior.of_widths(saved["widths"], frame)
+        self.prior = None
+        if saved["widths"] is not None:
+            self.prior = ViewPrior(fitted=saved["fitted"], frame=frame).with_widths(saved["widths"])

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from flexlib.model.views import CONTRAST, NUM_VIEW_PARAMETERS, ViewPrior
+from flexlib.distributed import Ranks
+from flexlib.model.views import CONTRAST, NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
 from flexlib.train.setup import Setup
 
 FIRST_SHIFT_A = 2.0  # widths before anything is known: a tenth of the resolution at which motion is looked for first,
 FIRST_CONTRAST = 0.15  # rotations that move the molecule's edge as far, and contrasts as they usually vary
 LEAST_SHIFT_PX, LEAST_CONTRAST = 0.05, 0.03  # widths that matter; rotations that move the molecule's edge as far
 SIGNIFICANT = 3.0  # standard errors above zero that a width squared must have
+# of the images' own variance that fitted poses are short of; independent ones are short of a few hundredths, what the
+# map takes over of each image's noise. Poses of a refinement against half-maps: a half
+FITTED_PART = 0.2
+FITTED_WIDTH = 3.0  # of an image's own error, the width that fitted poses get
 LEAST_SHRINKAGE = 0.1  # of a width squared in one pass
 OUTLIER = 4.0  # standard deviations beyond which an estimate counts as one so far out
 
@@ -30,11 +35,12 @@ class WidthEvidence:
     excess: torch.Tensor  # (6,)
     weight: torch.Tensor  # (6,)
     total: torch.Tensor  # (6,) of the estimates, weighted
+    error: torch.Tensor  # (6,) of the estimates' own variances, weighted
 
     @classmethod
     def nothing(cls, device: torch.device) -> WidthEvidence:
         """Of no image."""
-        return cls(*torch.zeros((3, NUM_VIEW_PARAMETERS), dtype=torch.float64, device=device))
+        return cls(*torch.zeros((4, NUM_VIEW_PARAMETERS), dtype=torch.float64, device=device))
 
     def add(self, units: torch.Tensor, gradient: torch.Tensor, information: torch.Tensor) -> None:
         """Count b images: the likelihood's ``gradient`` (b, 6) at ``units`` (b, 6), and their information (b, 6, 6)."""
@@ -49,12 +55,27 @@ class WidthEvidence:
         self.excess += (weight * (estimate.square() - variance)).sum(0)
         self.weight += weight.sum(0)
         self.total += (weight * estimate).sum(0)
+        self.error += (weight * variance).sum(0)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Count what the other ranks have counted, too."""
+        ranks.add(self.excess, self.weight, self.total, self.error)
 
     def of_kind(self, kind: slice) -> tuple[float, float]:
         """Variance over the prior's, and its standard error."""
         weight = self.weight[kind].sum()
         common = (self.total[kind].sum() / weight).square() if kind == CONTRAST else 0.0
         return float(self.excess[kind].sum() / weight - common), float((2.0 / weight).sqrt())
+
+    def of_images(self, kind: slice) -> float:
+        """Variance over the prior's that an image leaves a parameter."""
+        return float(self.error[kind].sum() / self.weight[kind].sum())
+
+    @property
+    def poses_are_fitted(self) -> bool:
+        """Whether poses agree with the images better than the images' noise permits: they were fitted to them."""
+        poses = slice(ROTATION.start, SHIFT.stop)
+        return self.of_kind(poses)[0] < -FITTED_PART * self.of_images(poses)
 
 
 def first_widths(setup: Setup) -> ViewPrior:
