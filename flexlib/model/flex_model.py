@@ -92,7 +92,8 @@ class FlexModel:
                 f"{path}: model format {content['format_version']}, this version reads {FORMAT_VERSION}: train again"
             )
         state = content["flow"]
-        flow = FlowGenerator(state["basis_A"], content["latents"].shape[1], content["layers"], content["hidden_units"])
+        size = content["latents"].shape[1], content["layers"], content["hidden_units"]
+        flow = FlowGenerator(state["basis_A"], *size, frame="frame.weight" in state)
         flow.load_state_dict(state)
         mesh = TetraMesh(**{name: tensor.numpy() for name, tensor in content["mesh"].items()})
         return cls(

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+FRAME_UNIT_A, FRAME_UNIT_RAD = 5.0, 0.1  # of the perceptron's outputs for the poses' frame
+
 
 class FlowGenerator(nn.Module):
     """Latent coordinates (b, K) to displacements of the mesh vertices (b, nv, 3) in Angstrom.
@@ -23,7 +25,9 @@ class FlowGenerator(nn.Module):
     input_matrix: torch.Tensor
     input_offset: torch.Tensor
 
-    def __init__(self, basis_A: torch.Tensor, latent_dims: int, layers: int, hidden_units: int) -> None:
+    def __init__(
+        self, basis_A: torch.Tensor, latent_dims: int, layers: int, hidden_units: int, frame: bool = False
+    ) -> None:
         """A flow without motion.
 
         Parameters
@@ -34,6 +38,8 @@ class FlowGenerator(nn.Module):
             K.
         layers, hidden_units
             Of the perceptron.
+        frame
+            Whether it also learns the frame that the input's poses refer to (``frame_motion``).
         """
         super().__init__()
         num_fields = len(basis_A)
@@ -50,6 +56,19 @@ class FlowGenerator(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
         self.linear = nn.Parameter(torch.zeros(latent_dims, num_fields))
+        self.frame = nn.Linear(hidden_units, 6, bias=False) if frame else None
+        if self.frame is not None:
+            nn.init.zeros_(self.frame.weight)
+
+    def frame_motion(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, K) latents to (b, 6) of the frame's motion: a rotation vector in radians and a translation in Angstrom.
+
+        The perceptron's part of it, which is none at the start; for the rest see ``views.PoseFrame``.
+        """
+        assert self.frame is not None
+        raw = z @ self.input_matrix.T + self.input_offset
+        units = raw.new_tensor([FRAME_UNIT_RAD] * 3 + [FRAME_UNIT_A] * 3)
+        return self.frame(self.hidden(raw)) * units
 
     def coefficients(self, z: torch.Tensor) -> torch.Tensor:
         """(b, K) latents to (b, m) basis coefficients."""

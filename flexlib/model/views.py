@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -34,12 +35,13 @@ KINDS = {"rotation": ROTATION, "shift": SHIFT, "contrast": CONTRAST}
 class PoseFrame:
     """The frame of the input's poses, as the flow's sees it: a rotation and a translation that follow from latents.
 
-    A polynomial in the volume's frame: cubic of up to two latents, quadratic of more.
+    A polynomial in the volume's frame, cubic of up to two latents and quadratic of more, and a network's addition.
     """
 
     coefficients: torch.Tensor  # (F, 6) rotation vector in radians and translation in Angstrom, of each monomial
     matrix: torch.Tensor  # (K, K), with ``offset`` (K,): from present latents to those that the polynomial is of
     offset: torch.Tensor
+    bend: Callable[[torch.Tensor], torch.Tensor] | None = None  # present latents (b, K) to (b, 6), added
 
     @classmethod
     def at_rest(cls, dims: int, device: torch.device | str = "cpu") -> PoseFrame:
@@ -65,13 +67,16 @@ class PoseFrame:
 
     def poses(self, latents: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         """(b, 5) rotation vectors and shifts in views of ``rotation`` (b, 3, 3), radians and Angstrom."""
-        turn, push = (self.features(latents) @ self.coefficients).split(3, 1)
+        motion = self.features(latents) @ self.coefficients
+        if self.bend is not None:
+            motion = motion + self.bend(latents)
+        turn, push = motion.split(3, 1)
         of_view = rotation.to(turn.dtype)
         return torch.cat([(of_view @ turn[..., None])[..., 0], (of_view[:, :2] @ push[..., None])[..., 0]], 1)
 
     def rescaled(self, matrix: torch.Tensor, offset: torch.Tensor) -> PoseFrame:
         """The same for other latents: ``z_old = matrix @ z_new + offset``, (K, K) and (K,)."""
-        return PoseFrame(self.coefficients, self.matrix @ matrix, self.offset + self.matrix @ offset)
+        return replace(self, matrix=self.matrix @ matrix, offset=self.offset + self.matrix @ offset)
 
     def moved(self, common: torch.Tensor) -> PoseFrame:
         """With ``common`` (6,) more in all poses."""

@@ -120,7 +120,8 @@ def _em_step(setup: Setup, state: State, rows: torch.Tensor, frame: PoseFrame) -
         away = torch.linalg.solve_triangular(root, white[..., None], upper=True)[..., 0]
         drawn = state.parameters(some) + away.float()
         latents, units = drawn.tensor_split([state.latents.shape[1]], 1)
-        poses.append(state.views.prior.own(units, latents, setup.rotation[some])[:, :5])
+        unbent = replace(state.views.prior, frame=replace(frame, bend=None))
+        poses.append(unbent.own(units, latents, setup.rotation[some])[:, :5])
         features.append(frame.features(latents))
     own, monomials, rotation = torch.cat(poses).double(), torch.cat(features).double(), setup.rotation[rows].double()
     turns = (rotation.transpose(1, 2) @ own[:, :3, None])[..., 0]

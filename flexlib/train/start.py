@@ -69,7 +69,7 @@ def start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str], di
 def resume(setup: Setup, saved: dict[str, Any]) -> State:
     """The state that a checkpoint holds."""
     num, dims = len(setup.source), setup.settings.latent_dims
-    flow, _ = new_flow(setup, saved["flow"]["basis_A"], (num, dims))
+    flow, _ = new_flow(setup, saved["flow"]["basis_A"], (num, dims), frame="frame.weight" in saved["flow"])
     canonical = canonical_map(setup, setup.operator, mean_transfer2(setup))
     spectrum = SpectralStart.from_state_dict(saved["spectrum"])
     empty = InitialLatents(torch.zeros((num, dims)), spectrum.directions)
@@ -100,7 +100,7 @@ def start(setup: Setup) -> State:
         spectrum.noise_edge,
         spectrum.suggested_dims,
     )
-    flow, drawn = new_flow(setup, basis, (len(setup.source), settings.latent_dims))
+    flow, drawn = new_flow(setup, basis, (len(setup.source), settings.latent_dims), frame=views.refines_poses)
     initial = initial_latents(settings, setup.particles, drawn, forces, spectrum, prior)
     with torch.no_grad():
         flow.linear[:, soft] = torch.as_tensor(initial.directions, device=setup.device)
@@ -154,11 +154,17 @@ def mean_transfer2(setup: Setup) -> torch.Tensor:
     return (stored_means(power, 2) / len(sample)).float().to(setup.device)
 
 
-def new_flow(setup: Setup, basis: torch.Tensor, drawn: tuple[int, int]) -> tuple[FlowGenerator, torch.Tensor]:
-    """A flow on the fields ``basis`` that moves nothing yet, and as many standard normal numbers, (n, K); seeded."""
+def new_flow(
+    setup: Setup, basis: torch.Tensor, drawn: tuple[int, int], frame: bool
+) -> tuple[FlowGenerator, torch.Tensor]:
+    """A flow on the fields ``basis`` that moves nothing yet, and as many standard normal numbers, (n, K); seeded.
+
+    With ``frame`` it learns that of the poses, too.
+    """
     settings = setup.settings
     torch.manual_seed(derived_seed(settings.seed, 4))
-    flow = FlowGenerator(basis.cpu(), settings.latent_dims, settings.layers, settings.hidden_units).to(setup.device)
+    network = settings.latent_dims, settings.layers, settings.hidden_units
+    flow = FlowGenerator(basis.cpu(), *network, frame=frame).to(setup.device)
     return flow, torch.randn(drawn)
 
 
@@ -174,7 +180,8 @@ def new_state(
     rigid_values, rigid_views = rigid
     views = rigid_views.copy()
     if views.prior is not None and views.refines_poses:
-        views.prior = replace(views.prior, frame=PoseFrame.at_rest(setup.settings.latent_dims, setup.device))
+        frame = replace(PoseFrame.at_rest(setup.settings.latent_dims, setup.device), bend=flow.frame_motion)
+        views.prior = replace(views.prior, frame=frame)
     latents = initial.latents.to(setup.device)
     num, dims = latents.shape
     return State(

@@ -55,6 +55,9 @@ class State:
             else:
                 setattr(self, item.name, saved[item.name])
         self.spectrum = SpectralStart.from_state_dict(saved["spectrum"])
+        prior = self.views.prior
+        if prior is not None and prior.frame is not None:
+            self.views.prior = replace(prior, frame=replace(prior.frame, bend=self.flow.frame_motion))
 
     def follow_first(self, ranks: Ranks) -> None:
         """Take the first rank's flow, map and latents: what ranks compute alike may differ in the last bit."""
@@ -97,6 +100,7 @@ class State:
         self.flow.rescale_latents(matrix, offset)
         self.views.rescale_latents(matrix, offset)
 
+    @torch.no_grad()
     def take_frame(self, frame: PoseFrame, rotation: torch.Tensor) -> None:
         """Take another mean of the poses, of rows with ``rotation`` (n, 3, 3); no pose changes."""
         prior, held = self.views.prior, self.held_rows

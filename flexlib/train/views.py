@@ -57,6 +57,7 @@ class Views:
         self.units, self.held, self.prior = self.units * factor, self.held * factor, prior
         return factor
 
+    @torch.no_grad()
     def own(self, latents: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         """(n, 6) rotation vectors, shifts and log contrasts of all rows, in radians and Angstrom.
 
