@@ -17,7 +17,7 @@ SIGNIFICANT = 3.0  # standard errors above zero that a width squared must have
 # of the images' own variance that fitted poses are short of; independent ones are short of a few hundredths, what the
 # map takes over of each image's noise. Poses of a refinement against half-maps: a half
 FITTED_PART = 0.2
-FITTED_WIDTH = 3.0  # of an image's own error, the width that fitted poses get
+FITTED_WIDTH = 1.0  # of an image's own error, the width that fitted poses get
 LEAST_SHRINKAGE = 0.1  # of a width squared in one pass
 OUTLIER = 4.0  # standard deviations beyond which an estimate counts as one so far out
 
