@@ -149,7 +149,6 @@ def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool 
         state.held_parameters(),
         state.rigid_views.held,
         steps=steps,
-        fixed=setup.settings.latent_dims if frozen else 0,
         centres=search_centres(setup, state) if search and not frozen else None,
         rigid_only=state.views.prior is not None and not final,
     )

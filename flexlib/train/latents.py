@@ -115,16 +115,13 @@ def infer_latents(
     """Maximum a posteriori parameters by Levenberg-Marquardt, with exact gradients.
 
     The curvature starts as Gauss-Newton's and learns from every trial: the linear kernel's objective has wiggles of a
-    pixel's length that no model knows. With Gauss-Newton's alone eight steps got as far as now four. A step that raises
-    a particle's objective is taken back and damped, so the result is never worse than ``start``. Particles that are at
-    their optimum take no more steps.
+    pixel's length. A step that raises a particle's objective is taken back and damped, so the result is never worse
+    than ``start``. Particles that are at their optimum take no more steps.
 
     Parameters
     ----------
-    model, batch
-        What predicts the images, and the images.
-    weight
-        (box, box//2+1) ``plane_weight`` of the band in use.
+    model, batch, weight
+        What predicts the images, the images, and (box, box//2+1) ``plane_weight`` of the band in use.
     start
         (b, P) parameters.
     steps
@@ -257,25 +254,17 @@ def search_latents(
     if model.coarse_map is not None:
         information = information / model.information_ratios[0]
         batch, weight, model = model.coarse_map.batch(batch), model.coarse_map.weight(weight), model.coarse
-    assert model.flow is not None
     here = model.loss(batch, weight, current) + prior.energy(current)
-    best, start, dims = torch.full_like(here, torch.inf), current.clone(), centres.shape[1]
-    for centre in centres:
-        trial = torch.cat([centre.expand(len(current), -1), current[:, dims:]], 1)
-        displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
-        seen = model.seen(batch, trial)
-        tried = log_likelihood_loss(model.operator, model.values, seen, displacements_A, weight) + prior.energy(trial)
-        start = torch.where((tried < best)[:, None], trial, start)
-        best = torch.minimum(tried, best)
+    start, best = _best_centre(model, batch, weight, current, centres, prior)
+    dims = centres.shape[1]
     hessian = latent_precision(information + prior.curvature(current), dims)
 
-    def away(there: torch.Tensor, here: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    def away(there: torch.Tensor, here: torch.Tensor, of: torch.Tensor | slice) -> torch.Tensor:
         return _apart(hessian[of], there[:, :dims] - here[:, :dims])
 
-    every = torch.arange(len(current), device=current.device)
     lift = _parabola(hessian, start[:, :dims] - current[:, :dims])
     worth_trying = (_WORTH_TRYING_PART * lift).clamp(max=_WORTH_TRYING_NATS)
-    rows = torch.nonzero(away(start, current, every) & (best < here + worth_trying))[:, 0]
+    rows = torch.nonzero(away(start, current, slice(None)) & (best < here + worth_trying))[:, 0]
     found, lower = current.clone(), torch.full_like(here, -torch.inf)
     if not len(rows):
         return found, lower
@@ -289,6 +278,28 @@ def search_latents(
         found[rows] = torch.where(other[:, None], there_latents, current[rows])
         lower[rows] = torch.where(other, ends.objective - there_objective, -torch.inf)
     return found, lower
+
+
+def _best_centre(
+    model: MovingMap,
+    batch: ImageBatch,
+    weight: torch.Tensor,
+    current: torch.Tensor,
+    centres: torch.Tensor,
+    prior: LatentPrior,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, P) parameters at the best centre for each particle, views as in ``current``, and (b,) the objective there."""
+    assert model.flow is not None
+    start = current.clone()
+    best = torch.full((len(current),), torch.inf, device=current.device)
+    for centre in centres:
+        trial = torch.cat([centre.expand(len(current), -1), current[:, len(centre) :]], 1)
+        displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
+        seen = model.seen(batch, trial)
+        tried = log_likelihood_loss(model.operator, model.values, seen, displacements_A, weight) + prior.energy(trial)
+        start = torch.where((tried < best)[:, None], trial, start)
+        best = torch.minimum(tried, best)
+    return start, best
 
 
 def latent_precision(precision: torch.Tensor, dims: int) -> torch.Tensor:

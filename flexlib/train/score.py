@@ -32,6 +32,7 @@ class HeldOut:
     particle: np.ndarray  # (v,) which image each row shows: symmetry copies share theirs
     band: float  # highest shell that is looked at
     seed: int  # of the halves of Fourier pixels
+    fixed: int  # of the parameters, the first ones, stay as they are
     prior: LatentPrior  # of latents and views
     batch_size: int
     ranks: Ranks = ALONE
@@ -94,7 +95,6 @@ def score_held_out(
     rigid_start: torch.Tensor,
     *,
     steps: int,
-    fixed: int = 0,
     centres: torch.Tensor | None = None,
     rigid_only: bool = False,
 ) -> HeldOutScore:
@@ -117,8 +117,6 @@ def score_held_out(
         (v, P) parameters, and (v, V) views under the rigid map.
     steps
         Of inference; with 0, and without ``centres``, parameters stay as they are.
-    fixed
-        Of the parameters, the first ones, stay as they are.
     centres
         (m, K) from which other local minima are looked for; None for none.
     rigid_only
@@ -130,48 +128,65 @@ def score_held_out(
     gains, inferred, rigid_views = [], [start[:0]], [rigid_start[:0]]
     copies = int(np.unique(held_out.particle, return_counts=True)[1].max(initial=1))  # of a particle, one after another
     own_start, others, own_rigid = (ranks.share(z) for z in (start, start.roll(copies, 0), rigid_start))
-    first, dims = 0, model.latent_dims(start)
-    at_rest = replace(model, flow=None, views=None if model.views is None else replace(model.views, frame=None))
+    first, mean = 0, start.mean(0, keepdim=True)
     own_batches = split_batches(ranks.share(held_out.rows), held_out.batch_size)
     for batch in read_ahead(held_out.source, own_batches, device):
         parameters, another, still = (z[first : first + len(batch.rows)] for z in (own_start, others, own_rigid))
         first += len(batch.rows)
         if centres is not None:
             parameters = infer_everywhere(model, batch, seen, parameters, steps, centres, held_out.prior).latents
-        elif steps and fixed < parameters.shape[1]:
-            posterior = infer_latents(model, batch, seen, parameters, steps, held_out.prior, fixed=fixed)
-            parameters = posterior.latents
+        else:
+            parameters = _refined(model, batch, seen, parameters, steps, held_out.prior, held_out.fixed)
         inferred.append(parameters)
-        views = parameters[:, dims:]
-        at_mean = torch.cat([start[:, :dims].mean(0).expand(len(views), -1), views], 1)
         rivals = [_Rival(rigid, still, 0)]
         if not rigid_only:
-            rivals.append(_Rival(at_rest, views, 0))
-            rivals.append(_Rival(model, at_mean, dims))
-            rivals.append(_Rival(model, torch.cat([another[:, :dims], views], 1), dims))
-        best = [_best_of(rival, batch, seen, steps, held_out.prior) for rival in rivals]
+            rivals += _motionless(model, parameters, mean.expand_as(another), another)
+        best = [_refined(one.model, batch, seen, one.start, steps, held_out.prior, one.fixed) for one in rivals]
         rigid_views.append(best[0])
         losses = [rival.model.loss(batch, unseen, z) for rival, z in zip(rivals, best, strict=True)]
         gains.append((torch.stack(losses, 1) - model.loss(batch, unseen, parameters)[:, None]).double().cpu())
-    num = len(held_out.rows)
     gains.append(torch.zeros((0, 1 if rigid_only else 4), dtype=torch.float64))
-    of_rows = ranks.gather(torch.cat(gains), num).numpy()
-    of_particles, rows = mean_by_particle(of_rows, held_out.particle, held_out.rows)
+    return _of_all_ranks(held_out, *(torch.cat(parts) for parts in (gains, inferred, rigid_views)))
+
+
+def _of_all_ranks(
+    held_out: HeldOut, gains: torch.Tensor, parameters: torch.Tensor, rigid_views: torch.Tensor
+) -> HeldOutScore:
+    """The score from this rank's gains (v, rivals), parameters (v, P) and rigid views (v, V), and the others'."""
+    ranks, num = held_out.ranks, len(held_out.rows)
+    of_particles, rows = mean_by_particle(ranks.gather(gains, num).numpy(), held_out.particle, held_out.rows)
     worst = int(of_particles.mean(0).argmin()) if len(rows) else 0
     return HeldOutScore(
         gains=np.ascontiguousarray(of_particles[:, worst]),
         rows=rows,
-        parameters=ranks.gather(torch.cat(inferred), num),
-        rigid_views=ranks.gather(torch.cat(rigid_views), num),
+        parameters=ranks.gather(parameters, num),
+        rigid_views=ranks.gather(rigid_views, num),
     )
 
 
-def _best_of(rival: _Rival, batch: ImageBatch, weight: torch.Tensor, steps: int, prior: LatentPrior) -> torch.Tensor:
-    """The rival's parameters (b, P) with its views refined, if it has any."""
-    views = rival.model.views
-    if views is None or not views.has_width or steps == 0:
-        return rival.start
-    return infer_latents(rival.model, batch, weight, rival.start, steps, prior, fixed=rival.fixed).latents
+def _motionless(model: MovingMap, parameters: torch.Tensor, mean: torch.Tensor, another: torch.Tensor) -> list[_Rival]:
+    """The model at rest, at the mean latents and at another particle's; all (b, P), views start at the model's."""
+    dims = model.latent_dims(parameters)
+    at_rest = replace(model, flow=None, views=None if model.views is None else replace(model.views, frame=None))
+    views = parameters[:, dims:]
+    moved = [_Rival(model, torch.cat([other[:, :dims], views], 1), dims) for other in (mean, another)]
+    return [_Rival(at_rest, views, 0), *moved]
+
+
+def _refined(
+    model: MovingMap,
+    batch: ImageBatch,
+    weight: torch.Tensor,
+    start: torch.Tensor,
+    steps: int,
+    prior: LatentPrior,
+    fixed: int,
+) -> torch.Tensor:
+    """Parameters (b, P) inferred from ``start``, but for the first ``fixed``; ``start`` where nothing is free."""
+    free_views = model.views is not None and model.views.has_width
+    if steps == 0 or (fixed == model.latent_dims(start) and not free_views):
+        return start
+    return infer_latents(model, batch, weight, start, steps, prior, fixed=fixed).latents
 
 
 def mean_by_particle(values: np.ndarray, particle: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -105,6 +105,7 @@ class Setup:
             particle=self.source.particles.image_index[self.validation_rows],
             band=self.schedule.full_band,
             seed=derived_seed(self.settings.seed, 7),
+            fixed=self.settings.latent_dims if self.settings.freeze_latents else 0,
             prior=self.prior(num_views),
             batch_size=self.batch_size,
             ranks=self.ranks,
@@ -151,7 +152,6 @@ def set_up(
     training_rows, validation_rows = choose_held_out(
         source.particles.image_index, settings.validation_fraction, settings.seed
     )
-    batch_size = _fitting_batch_size(training_rows, batch_size, ranks)
     rigid = Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy)
     return Setup(
         particles=particles,
@@ -169,7 +169,7 @@ def set_up(
         validation_rows=validation_rows,
         settings=settings,
         device=chosen,
-        batch_size=batch_size,
+        batch_size=_fitting_batch_size(training_rows, batch_size, ranks),
         ranks=ranks,
     )
 
