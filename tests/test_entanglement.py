@@ -10,7 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from flexlib.particles.pose_change import PoseChange
-from flexlib.particles.star_write import _euler_angles
+from flexlib.particles.star_write import euler_angles
 from flexlib.particles.table import OpticsGroup, Particles
 from flexlib.train import entanglement as module
 from flexlib.train.entanglement import Entanglement, entanglement
@@ -59,7 +59,7 @@ def warned(found: list[Entanglement]) -> set[tuple[int, str]]:
 
 SIGNALS = {
     "view direction": lambda p: p.rotation[:, 2] @ [0.6, 0.0, 0.8] + (p.rotation[:, 2] @ [0.0, 1.0, 0.0]) ** 2,
-    "in-plane angle": lambda p: np.cos(np.radians(_euler_angles(p.rotation)[:, 2]) + 0.3),
+    "in-plane angle": lambda p: np.cos(np.radians(euler_angles(p.rotation)[:, 2]) + 0.3),
     "defocus": lambda p: p.defocus_u_A,
     "shift": lambda p: p.origin_A[:, 0] - 0.5 * p.origin_A[:, 1],
 }
