@@ -111,6 +111,7 @@ def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> M
         rows="particles" if latents["row"].is_unique else "rows",
         count_sentence=sentences.latent_sentence(results),
         truth_sentence=sentences.truth_sentence(results),
+        pose_sentence=sentences.pose_sentence(results),
         entanglement_sentence=sentences.entanglement_sentence(results),
         entanglement_warnings=sentences.entanglement_warnings(results),
         entanglement=tables.entanglement_table([] if results.validation is None else results.validation.entanglement),

@@ -201,6 +201,28 @@ _MEANINGS = {
 }
 
 
+def pose_sentence(results: Results) -> str:
+    """What training made of the input's poses and contrasts; empty for a training that did not say."""
+    record = results.validation
+    if record is None or record.pose_rotation_deg is None:
+        return "Poses and contrasts are the input's: nothing was to be refined." if record is not None else ""
+    assert record.pose_shift_A is not None and record.contrast_sd is not None
+    parts = []
+    if record.pose_rotation_deg or record.pose_shift_A:
+        parts.append(
+            f"poses (prior: {record.pose_rotation_deg:.1f}° rms and {record.pose_shift_A:.1f} Å along each axis about "
+            "the input's, as these go with the motion)"
+        )
+    if record.contrast_sd:
+        parts.append(f"contrasts (scatter: {100 * record.contrast_sd:.0f}\N{NO-BREAK SPACE}%)")
+    if not parts:
+        return "Poses follow the motion, and need nothing else refined."
+    return (
+        f"Refined with the latents: {' and '.join(parts)}. The models that motion is compared with had theirs refined "
+        "in the same way."
+    )
+
+
 def entanglement_sentence(results: Results) -> str:
     """Whether any latent follows the imaging; empty where the training did not look."""
     found = [] if results.validation is None else results.validation.entanglement
