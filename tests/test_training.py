@@ -389,9 +389,9 @@ def test_symmetry_copies_of_a_particle_count_once():
     np.testing.assert_array_equal(first, rows)
     np.testing.assert_array_equal(first_of_copies, copies * rows)
     np.testing.assert_allclose(thrice, once, rtol=1e-12)
-    scores = [HeldOutScore(gains[:, 0], first, torch.zeros(0)) for gains in (once, thrice)]
+    scores = [HeldOutScore(gains[:, 0], first, torch.zeros(0), torch.zeros(0)) for gains in (once, thrice)]
     assert scores[0].standard_error == pytest.approx(scores[1].standard_error)
-    naive = HeldOutScore(values.repeat(copies, 0)[:, 0], rows, torch.zeros(0))
+    naive = HeldOutScore(values.repeat(copies, 0)[:, 0], rows, torch.zeros(0), torch.zeros(0))
     assert naive.standard_error < 0.6 * scores[0].standard_error  # BREAKS: rows taken for particles
 
 

@@ -100,7 +100,8 @@ class ViewPrior:
     @property
     def widths(self) -> torch.Tensor:
         """(6,) float32, in radians, Angstrom and of the logarithm."""
-        return torch.tensor([self.rotation_rad] * 3 + [self.shift_A] * 2 + [self.log_contrast])
+        widths = [self.rotation_rad] * 3 + [self.shift_A] * 2 + [self.log_contrast]
+        return torch.tensor(widths, dtype=torch.float32)
 
     def with_widths(self, widths: torch.Tensor) -> ViewPrior:
         """The same with other ``widths`` (6,); components of a kind are averaged as variances."""
