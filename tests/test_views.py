@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
-from training_sets import prepared
+from training_sets import latents_of, neighbour_r2, prepared
 
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.layout import MeshFolder, ParticlesFolder
@@ -14,7 +14,10 @@ from flexlib.model.flow import FlowGenerator, rigid_modes_A, without_rigid_motio
 from flexlib.model.forward import EXACT, Operator, log_likelihood_loss
 from flexlib.model.moving_map import MovingMap, fisher_information
 from flexlib.model.views import PoseFrame, ViewPrior, mean_rigid_motion, pose_change
+from flexlib.particles.read import read_particles
 from flexlib.projection.op import gather_volume
+from flexlib.records import ValidationRecord
+from flexlib.train import train
 from flexlib.train.fields import displacement_basis, rigid_fields
 from flexlib.train.latents import LatentPrior, infer_latents
 from flexlib.train.rigid import rigid_model, rigid_start
@@ -340,3 +343,47 @@ def test_exact_poses_of_a_rigid_set_are_left_alone_and_wrong_ones_are_found(tmp_
     assert np.mean((found.shift_A + wrong.shift_A) ** 2) < 0.15 * np.mean(wrong.shift_A**2)
     assert np.std(np.log(found.contrast * wrong.contrast)) < 0.6 * 0.2
     assert rigid_model(setup, rigid.values, None).views is None
+
+
+ERRORS = dict(pose_error_deg=4.0, shift_error_A=6.0, contrast_sd=0.2)
+
+
+def errors_left(folder, particles_file) -> tuple[float, float]:
+    """Rms angle in degrees and rms shift in Angstrom between a file's poses and the true ones."""
+    truth, found = np.load(folder / "sim/truth.npz"), read_particles(particles_file)
+    turn_rad = Rotation.from_matrix(found.rotation @ truth["rotation"].transpose(0, 2, 1)).magnitude()
+    shift_A = found.origin_A - truth["origin_A"]
+    return float(np.rad2deg(np.sqrt((turn_rad**2).mean()))), float(np.sqrt((shift_A**2).mean()))
+
+
+@pytest.mark.slow
+def test_errors_of_poses_and_contrasts_are_no_motion(tmp_path):
+    """A rigid molecule, seen at wrong poses and unknown contrasts: no motion is claimed, and they are mended."""
+    folder = prepared(tmp_path, "rigid", 600, 0.3, **ERRORS)
+    settings = TrainSettings(latent_dims=1, epochs=6, validation_fraction=0.25)
+    train(folder / "particles", folder / "mesh", folder / "train", settings)
+    record = ValidationRecord.read(folder / "train/validation.json")
+    assert record.rejected_gain is not None and record.gain == 0  # set to rest
+    assert record.pose_shift_A == pytest.approx(6.0, rel=0.15)
+    assert record.contrast_sd == pytest.approx(0.2, rel=0.3)
+    given = errors_left(folder, folder / "sim/particles.star")
+    refined = errors_left(folder, folder / "train/particles_refined.star")
+    assert refined[0] < 0.75 * given[0] and refined[1] < 0.4 * given[1], (given, refined)
+    believed = replace(settings, refine_poses=False, refine_contrast=False)
+    train(folder / "particles", folder / "mesh", folder / "believed", believed)
+    sold = ValidationRecord.read(folder / "believed/validation.json")
+    assert sold.gain > 1  # the motion that was sold before
+
+
+@pytest.mark.slow
+def test_motion_is_told_from_errors_of_poses(tmp_path):
+    """A jaw that opens, seen at wrong poses: its angle is found far better where these are refined."""
+    folder = prepared(tmp_path, "clamp", 600, 0.3, **ERRORS)
+    truth = np.load(folder / "sim/truth.npz")["angles_rad"][:, 0]
+    r2 = {}
+    for refine in ("auto", False):
+        settings = TrainSettings(latent_dims=1, epochs=6, refine_poses=refine, refine_contrast=refine)
+        train(folder / "particles", folder / "mesh", folder / f"{refine}", settings)
+        r2[refine] = neighbour_r2(latents_of(folder / f"{refine}"), truth)
+    assert r2["auto"] > 0.6 and r2["auto"] > r2[False] + 0.2, r2
+    assert not (folder / "False/particles_refined.star").exists()

@@ -22,8 +22,9 @@ def prepared(
     cells: int = 10,
     field_of_view_A: float = 224.0,
     exact_limit: bool = False,
+    **errors: float,
 ) -> Path:
-    """``folder`` with sim/, particles/ and mesh/ of a simulated set."""
+    """``folder`` with sim/, particles/ and mesh/ of a simulated set; ``errors`` of poses and contrasts as simulated."""
     simulate_particles(
         folder / "sim",
         Simulation(
@@ -34,6 +35,7 @@ def prepared(
             snr=snr,
             seed=3,
             exact_limit=exact_limit,
+            **errors,
         ),
     )
     prepare_particles(

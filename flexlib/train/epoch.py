@@ -53,7 +53,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {loss}")
     if epoch == BAND_EPOCHS:
         leave_wrong_minima(setup, state)
-    learn_views(setup, state)
+    learn_views(setup, state, annealing=anneal < 1)
     if anneal < 1 and (epoch == 0 or setup.schedule.anneal(epoch - 1, state.anneal_from) == 1):
         measure_widths(setup, state)
     standardise(setup, state)

@@ -13,20 +13,27 @@ from flexlib.model.views import KINDS, NUM_VIEW_PARAMETERS, PoseFrame
 from flexlib.train.latents import infer_latents, latent_precision
 from flexlib.train.setup import Setup, derived_seed
 from flexlib.train.state import State
-from flexlib.train.widths import LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, least_widths
+from flexlib.train.widths import LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, first_widths, least_widths
 
 logger = logging.getLogger(__name__)
 
 RELAXATION = 1.5  # of EM steps
-LEAST_PART = 0.3  # of an image's own error that a width squared keeps while the frame is learnt: EM stands still at 0
 MEASURED_ROWS, MEASURED_STEPS = 500, 3  # whose poses are found to the end, to measure widths
 
 
 @torch.no_grad()
-def learn_views(setup: Setup, state: State) -> None:
+def learn_views(setup: Setup, state: State, annealing: bool) -> None:
     """Learn what the training rows say of contrasts' mean, poses' frame and all widths; no pose or contrast changes.
 
     The EM steps of a normal prior, relaxed: the estimates of an epoch carry its noise, and EM does not amplify it.
+
+    Parameters
+    ----------
+    setup, state
+        The run.
+    annealing
+        Whether the run comes to its end. Until then poses keep the freedom that they start with: those of a refinement
+        have settled under a rigid map, and with a narrow prior the motion would settle around them.
     """
     if state.views.prior is None:
         return
@@ -34,18 +41,17 @@ def learn_views(setup: Setup, state: State) -> None:
     state.canonical.values = state.canonical.values * state.views.centre_contrast(rows)
     if state.views.prior.frame is not None:
         state.take_frame(_em_step(setup, state, rows, state.views.prior.frame), setup.rotation)
-    square, known = torch.zeros((2, NUM_VIEW_PARAMETERS), dtype=torch.float64, device=setup.device)
+    square = torch.zeros(NUM_VIEW_PARAMETERS, dtype=torch.float64, device=setup.device)
     eye = torch.eye(NUM_VIEW_PARAMETERS, device=setup.device)
     for some in rows.split(65536):
         information = _of_views(state.information[some], state.latents.shape[1])
         variance = torch.linalg.inv_ex(information + eye).inverse.diagonal(dim1=1, dim2=2)
         square += (state.views.units[some].square() + variance).double().sum(0)
-        known += information.diagonal(dim1=1, dim2=2).double().sum(0)
-    variances = {}
+    variances, widths, first = {}, state.views.prior.widths, first_widths(setup).widths
     for name, kind in state.views.prior.learnt.items():
-        learnt = (float(square[kind].mean()) / len(rows)) ** RELAXATION
-        error = len(rows) / max(float(known[kind].mean()), 1e-6)
-        variances[name] = max(learnt, LEAST_SHRINKAGE, min(LEAST_PART * error, 1.0))
+        variances[name] = max((float(square[kind].mean()) / len(rows)) ** RELAXATION, LEAST_SHRINKAGE)
+        if name != "contrast" and not annealing:
+            variances[name] = max(variances[name], float((first[kind] / widths[kind]).square().mean()))
     _take_variances(setup, state, variances)
 
 

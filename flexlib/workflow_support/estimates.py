@@ -42,7 +42,7 @@ FRAME_KB = 0.08  # a frame's displacements beside its map
 LONGEST_MIN = 1440  # of most clusters' queues; the training resumes where its limit cut it off
 LEAST_MIN = 30  # a full node, a slow disk, a compiler that starts anew
 AUTO_EPOCHS = 20  # with epochs: auto, at most (``train/schedule.py``)
-PASSES = 10  # of train besides its epochs: rigid map, spectral start, other local minima, final latents
+PASSES = 14  # of train besides its epochs: rigid map and its poses, spectral start, other local minima, final latents
 ITERATIONS_BESIDES = 3  # of reconstruct for each kind of map: the data, and gradients computed anew
 SIMULATE_US = 10.0, 100.0  # of one core for a pixel of a particle's image, and for a voxel of the phantom's maps
 PREPARE_US = 1.5  # of one core for a pixel of a particle's image
@@ -253,7 +253,7 @@ def disk_mb(stage: str, size: DataSize, vertices: int = 0, *, maps: int = 0, vol
         "prepare": images_mb * size.train_box**2 + 4 * _map_mb(size.full_box) + 800 * size.num_rows / 2**20,
         "mesh": 2 * _map_mb(size.train_box) + MESH_FILES_KB * vertices / 2**10,
         # the model, and in the checkpoints its state and the model again
-        "train": 3 * _map_mb(size.train_box) + 3000 * size.num_rows / 2**20 + 3.3 * fields_mb,
+        "train": 3 * _map_mb(size.train_box) + 4000 * size.num_rows / 2**20 + 3.3 * fields_mb,
         "reconstruct": 10 * _map_mb(size.full_box),
     }
     if stage == "generate":
