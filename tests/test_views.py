@@ -20,11 +20,12 @@ from flexlib.records import ValidationRecord
 from flexlib.train import train
 from flexlib.train.fields import displacement_basis, rigid_fields
 from flexlib.train.latents import LatentPrior, infer_latents
+from flexlib.train.learn_views import measure_widths
 from flexlib.train.rigid import rigid_model, rigid_start
 from flexlib.train.settle import take_out_mean_pose
 from flexlib.train.setup import Setup, set_up
 from flexlib.train.spectral import FieldForces, measure_forces
-from flexlib.train.start import mean_transfer2
+from flexlib.train.start import mean_transfer2, start
 from flexlib.train.views import Views
 from flexlib.train.widths import WidthEvidence
 from flexlib.workflow_support.settings import TrainSettings
@@ -343,6 +344,21 @@ def test_exact_poses_of_a_rigid_set_are_left_alone_and_wrong_ones_are_found(tmp_
     assert np.mean((found.shift_A + wrong.shift_A) ** 2) < 0.15 * np.mean(wrong.shift_A**2)
     assert np.std(np.log(found.contrast * wrong.contrast)) < 0.6 * 0.2
     assert rigid_model(setup, rigid.values, None).views is None
+
+
+def test_poses_of_a_refinement_are_known_for_what_they_are(tmp_path):
+    """Poses fitted to these very images agree with them too well: held at first, and open under the rigid map."""
+    folder = prepared(tmp_path, "rigid", 600, 0.1, box=BOX, cells=10, poses="consensus")
+    setup = set_up(ParticlesFolder(folder / "particles"), MeshFolder(folder / "mesh"), TrainSettings(), "cpu")
+    state = start(setup)
+    rigid, views = state.rigid_views, state.views
+    assert rigid.prior.fitted and views.prior.fitted
+    assert set(views.prior.learnt) <= {"contrast"}
+    assert rigid.prior.shift_A > 2 * views.prior.shift_A > 0
+    assert (views.units[:, :5] == 0).all()
+    measure_widths(setup, state)
+    assert state.views.prior.shift_A == pytest.approx(rigid.prior.shift_A, rel=0.4)
+    assert state.views.prior.rotation_rad == pytest.approx(rigid.prior.rotation_rad, rel=0.4)
 
 
 ERRORS = dict(pose_error_deg=4.0, shift_error_A=6.0, contrast_sd=0.2)

@@ -22,7 +22,7 @@ def prepared(
     cells: int = 10,
     field_of_view_A: float = 224.0,
     exact_limit: bool = False,
-    **errors: float,
+    **errors: float | str,
 ) -> Path:
     """``folder`` with sim/, particles/ and mesh/ of a simulated set; ``errors`` of poses and contrasts as simulated."""
     simulate_particles(

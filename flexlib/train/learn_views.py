@@ -13,7 +13,7 @@ from flexlib.model.views import KINDS, NUM_VIEW_PARAMETERS, PoseFrame
 from flexlib.train.latents import infer_latents, latent_precision
 from flexlib.train.setup import Setup, derived_seed
 from flexlib.train.state import State
-from flexlib.train.widths import LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, first_widths, least_widths
+from flexlib.train.widths import FITTED_WIDTH, LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, first_widths, least_widths
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ def measure_widths(setup: Setup, state: State) -> None:
         elif variance < SIGNIFICANT * error or variance < floor:
             variance = 0.0
         variances[name] = variance
+    if prior.fitted:  # what the images leave open, for they are all that there is
+        variances |= {name: FITTED_WIDTH**2 * evidence.of_images(KINDS[name]) for name in ("rotation", "shift")}
     _take_variances(setup, state, variances)
 
 

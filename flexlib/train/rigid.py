@@ -58,7 +58,7 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
         else:
             total, evidence = _refining_pass(setup, rigid, views, information, order, rate)
             views = _with_new_widths(setup, views, information, evidence, last=number == len(RIGID_STEPS) - 2)
-            if number == len(RIGID_STEPS) - 2 and views.prior is not None and views.prior.fitted:
+            if number == len(RIGID_STEPS) - 2 and views.fitted:
                 steps += [RIGID_STEPS[-1]] * FITTED_PASSES  # the iteration goes on to them
         logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
     if views.prior is not None:

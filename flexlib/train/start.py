@@ -16,7 +16,7 @@ from flexlib.imaging.fourier import stored_means
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
-from flexlib.model.views import PoseFrame
+from flexlib.model.views import CONTRAST, ROTATION, SHIFT, PoseFrame
 from flexlib.projection.op import gather_volume
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
@@ -27,6 +27,7 @@ from flexlib.train.setup import Setup, canonical_map, derived_seed
 from flexlib.train.spectral import FieldForces, SpectralStart, measure_forces, spectral_start
 from flexlib.train.state import State
 from flexlib.train.views import Views
+from flexlib.train.widths import least_widths
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def new_state(
 ) -> State:
     """A state at epoch 0; ``rigid`` are the rigid map's values (nvox,) and the views under it."""
     rigid_values, rigid_views = rigid
-    views = rigid_views.copy()
+    views = _held_at_input(setup, rigid_views) if rigid_views.fitted else rigid_views.copy()
     if views.prior is not None and views.refines_poses:
         frame = replace(PoseFrame.at_rest(setup.settings.latent_dims, setup.device), bend=flow.frame_motion)
         views.prior = replace(views.prior, frame=frame)
@@ -199,6 +200,19 @@ def new_state(
         given_latents=None if initial.given is None else initial.given.to(setup.device),
         log=[],
     )
+
+
+def _held_at_input(setup: Setup, views: Views) -> Views:
+    """A copy with poses as the input has them, and hardly free to change: they were fitted to the images.
+
+    What is learnt from now on is sharper for it, and they are set free once the motion is known (``measure_widths``).
+    """
+    assert views.prior is not None
+    held = views.copy()
+    poses = slice(ROTATION.start, SHIFT.stop)
+    held.units[:, poses], held.held[:, poses] = 0.0, 0.0
+    held.rescale(views.prior.with_widths(torch.cat([least_widths(setup).widths[poses], views.prior.widths[CONTRAST]])))
+    return held
 
 
 def _continue_from(setup: Setup, state: State, train_dir: Path) -> None:

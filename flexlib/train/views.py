@@ -40,6 +40,11 @@ class Views:
         """Whether rotations or shifts are refined."""
         return self.prior is not None and self.prior.refines_poses
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the input's poses were fitted to the images."""
+        return self.prior is not None and self.prior.fitted
+
     def copy(self) -> Views:
         """The same values, to be changed independently."""
         return Views(self.units.clone(), self.held.clone(), self.prior)
@@ -89,8 +94,7 @@ class Views:
         if self.prior is not None:
             widths, of_prior = self.prior.widths, self.prior.frame
             frame = None if of_prior is None else [of_prior.coefficients, of_prior.matrix, of_prior.offset]
-        fitted = self.prior is not None and self.prior.fitted
-        return {"units": self.units, "held": self.held, "widths": widths, "fitted": fitted, "frame": frame}
+        return {"units": self.units, "held": self.held, "widths": widths, "fitted": self.fitted, "frame": frame}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
