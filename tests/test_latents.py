@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from training_sets import neighbour_r2, prepared
+from training_sets import masked_consensus, neighbour_r2, prepared, small_setup
 
 from flexlib.images.batch import split_batches
 from flexlib.imaging.fourier import resample_spectrum
 from flexlib.imaging.image_transforms import plane_weight
-from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.model.flow import FlowGenerator
 from flexlib.model.forward import EXACT, CoarseMap, Operator, log_likelihood_loss
 from flexlib.model.moving_map import MovingMap, fisher_information
@@ -28,7 +27,7 @@ from flexlib.train.latents import (
     search_latents,
 )
 from flexlib.train.score import HeldOutScore, choose_held_out, score_held_out
-from flexlib.train.setup import Setup, set_up
+from flexlib.train.setup import Setup
 from flexlib.train.spectral import (
     FieldForces,
     FourierSampling,
@@ -38,7 +37,6 @@ from flexlib.train.spectral import (
     spectral_start,
     suggest_dims,
 )
-from flexlib.workflow_support.settings import TrainSettings
 
 BOX = 64
 
@@ -51,8 +49,7 @@ def clamp(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setup(clamp) -> Setup:
-    settings = TrainSettings(latent_dims=2, validation_fraction=0.1)
-    return set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), settings, "cpu")
+    return small_setup(clamp, 2)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +59,7 @@ def basis(setup) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def values(setup) -> torch.Tensor:
-    return gather_volume(setup.consensus.data * setup.mask.data, setup.operator.voxels)
+    return masked_consensus(setup)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
-from training_sets import latents_of, neighbour_r2, prepared
+from training_sets import latents_of, masked_consensus, neighbour_r2, prepared, small_setup
 
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.layout import MeshFolder, ParticlesFolder
@@ -42,13 +42,12 @@ def clamp(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setup(clamp) -> Setup:
-    settings = TrainSettings(latent_dims=1, validation_fraction=0.1)
-    return set_up(ParticlesFolder(clamp / "particles"), MeshFolder(clamp / "mesh"), settings, "cpu")
+    return small_setup(clamp, 1)
 
 
 @pytest.fixture(scope="module")
 def values(setup) -> torch.Tensor:
-    return gather_volume(setup.consensus.data * setup.mask.data, setup.operator.voxels)
+    return masked_consensus(setup)
 
 
 @pytest.fixture(scope="module")

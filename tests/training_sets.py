@@ -4,13 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import starfile
+import torch
 from scipy.spatial import cKDTree
 
+from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.build import build_mesh
 from flexlib.prepare.run import prepare_particles
+from flexlib.projection.op import gather_volume
 from flexlib.simulate.run import simulate_particles
 from flexlib.simulate.settings import Simulation
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings
+from flexlib.train.setup import Setup, set_up
+from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, TrainSettings
 
 
 def prepared(
@@ -46,6 +50,17 @@ def prepared(
     )
     build_mesh(folder / "particles", folder / "mesh", MeshSettings(cells=cells))
     return folder
+
+
+def small_setup(folder: Path, latent_dims: int) -> Setup:
+    """The set of ``prepared``, a tenth of it held out, as a training would have it."""
+    settings = TrainSettings(latent_dims=latent_dims, validation_fraction=0.1)
+    return set_up(ParticlesFolder(folder / "particles"), MeshFolder(folder / "mesh"), settings, "cpu")
+
+
+def masked_consensus(setup: Setup) -> torch.Tensor:
+    """(nvox,) values of the consensus at the voxels of the flexible operator."""
+    return gather_volume(setup.consensus.data * setup.mask.data, setup.operator.voxels)
 
 
 def neighbour_r2(latents: np.ndarray, truth: np.ndarray) -> float:

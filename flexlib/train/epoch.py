@@ -116,12 +116,11 @@ def standardise(setup: Setup, state: State) -> LatentScale | None:
 
     Returns the change; None where latents keep their scale: they are frozen, or their prior has a scale of its own.
     """
+    if setup.settings.freeze_latents or setup.settings.centering != "auto":
+        return None
     rows = setup.rows_on_device(setup.training_rows)
-    scale = None
-    if not setup.settings.freeze_latents and setup.settings.centering == "auto":
-        scale = posterior_scale(state.latents[rows], state.information[rows])
-    if scale is not None:
-        state.change_latents(scale)
+    scale = posterior_scale(state.latents[rows], state.information[rows])
+    state.change_latents(scale)
     return scale
 
 

@@ -13,7 +13,7 @@ from flexlib.model.views import KINDS, NUM_VIEW_PARAMETERS, PoseFrame
 from flexlib.train.latents import infer_latents, latent_precision
 from flexlib.train.setup import Setup, derived_seed
 from flexlib.train.state import State
-from flexlib.train.widths import FITTED_WIDTH, LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, first_widths, least_widths
+from flexlib.train.widths import LEAST_SHRINKAGE, SIGNIFICANT, WidthEvidence, first_widths, least_widths
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def learn_views(setup: Setup, state: State, annealing: bool) -> None:
         variances[name] = max((float(square[kind].mean()) / len(rows)) ** RELAXATION, LEAST_SHRINKAGE)
         if name != "contrast" and not annealing:
             variances[name] = max(variances[name], float((first[kind] / widths[kind]).square().mean()))
-    _take_variances(setup, state, variances)
+    _take_variances(state, variances)
 
 
 @torch.no_grad()
@@ -88,11 +88,11 @@ def measure_widths(setup: Setup, state: State) -> None:
             variance = 0.0
         variances[name] = variance
     if prior.fitted:  # what the images leave open, for they are all that there is
-        variances |= {name: FITTED_WIDTH**2 * evidence.of_images(KINDS[name]) for name in ("rotation", "shift")}
-    _take_variances(setup, state, variances)
+        variances |= {name: evidence.where_fitted(KINDS[name]) for name in ("rotation", "shift")}
+    _take_variances(state, variances)
 
 
-def _take_variances(setup: Setup, state: State, variances: dict[str, float]) -> None:
+def _take_variances(state: State, variances: dict[str, float]) -> None:
     """Multiply the squares of the widths, by kind."""
     assert state.views.prior is not None
     widths = state.views.prior.widths
@@ -118,7 +118,7 @@ def _em_step(setup: Setup, state: State, rows: torch.Tensor, frame: PoseFrame) -
     """
     assert state.views.prior is not None
     generator = torch.Generator().manual_seed(derived_seed(setup.settings.seed, 10, state.epoch))
-    poses, features = [], []
+    poses, features, unbent = [], [], replace(state.views.prior, frame=replace(frame, bend=None))
     for some in rows.split(65536):
         information = state.information[some].double()
         eye = torch.eye(information.shape[1], dtype=torch.float64, device=information.device)
@@ -128,7 +128,6 @@ def _em_step(setup: Setup, state: State, rows: torch.Tensor, frame: PoseFrame) -
         away = torch.linalg.solve_triangular(root, white[..., None], upper=True)[..., 0]
         drawn = state.parameters(some) + away.float()
         latents, units = drawn.tensor_split([state.latents.shape[1]], 1)
-        unbent = replace(state.views.prior, frame=replace(frame, bend=None))
         poses.append(unbent.own(units, latents, setup.rotation[some])[:, :5])
         features.append(frame.features(latents))
     own, monomials, rotation = torch.cat(poses).double(), torch.cat(features).double(), setup.rotation[rows].double()

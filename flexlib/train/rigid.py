@@ -17,7 +17,6 @@ from flexlib.train.map_pass import MOST_STEP, map_pass
 from flexlib.train.setup import Setup, canonical_map
 from flexlib.train.views import Views
 from flexlib.train.widths import (
-    FITTED_WIDTH,
     LEAST_SHRINKAGE,
     SIGNIFICANT,
     WidthEvidence,
@@ -122,7 +121,7 @@ def _with_new_widths(
         logger.info("the poses agree with these images better than the noise permits: they were refined against them")
         prior = replace(prior, fitted=True)
         for kind in (ROTATION, SHIFT):
-            widths[kind] *= FITTED_WIDTH * evidence.of_images(kind) ** 0.5
+            widths[kind] *= evidence.where_fitted(kind) ** 0.5
     for name, kind in prior.learnt.items():
         variance, error = evidence.of_kind(kind)
         found = float(widths[kind][0]) * max(variance, 0.0) ** 0.5
@@ -132,9 +131,8 @@ def _with_new_widths(
         else:
             widths[kind] *= max(variance, LEAST_SHRINKAGE) ** 0.5
     prior = prior.with_widths(widths)
-    factor = views.rescale(prior)
-    back = torch.where(factor > 0, 1 / factor.clamp(min=1e-30), 0.0)
-    information *= back[:, None] * back
+    root = views.rescale(prior)
+    information *= root[:, None] * root
     prior.log_to(logger)
     if not prior.has_width:
         return Views.none(len(views.units), len(views.held), setup.device)

@@ -112,10 +112,9 @@ class State:
     @torch.no_grad()
     def change_widths(self, prior: ViewPrior) -> None:
         """Take other widths of the view parameters; no pose or contrast changes."""
-        factor = self.views.rescale(prior)
-        back = torch.where(factor > 0, 1 / factor.clamp(min=1e-30), 0.0)
-        every = torch.cat([torch.ones(self.latents.shape[1], device=back.device), back])
-        self.information = self.information * (every[:, None] * every)
+        root = self.views.rescale(prior)
+        root = torch.cat([torch.ones(self.latents.shape[1], device=root.device), root])
+        self.information = self.information * (root[:, None] * root)
 
 
 def _packed(value: Any) -> Any:

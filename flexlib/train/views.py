@@ -54,13 +54,13 @@ class Views:
 
         Returns
         -------
-        factor
-            (V,) what the parameters were multiplied with.
+        root
+            (V,) what goes with the square of a parameter, as its information does, is to be multiplied with its square.
         """
         assert self.prior is not None
         factor = prior.in_units_of(self.prior).to(self.units)
         self.units, self.held, self.prior = self.units * factor, self.held * factor, prior
-        return factor
+        return torch.where(factor > 0, 1 / factor.clamp(min=1e-30), 0.0)
 
     @torch.no_grad()
     def own(self, latents: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,10 @@ class WidthEvidence:
         """Variance over the prior's that an image leaves a parameter."""
         return float(self.error[kind].sum() / self.weight[kind].sum())
 
+    def where_fitted(self, kind: slice) -> float:
+        """Variance over the prior's that a parameter fitted to the images gets: what these leave open."""
+        return FITTED_WIDTH**2 * self.of_images(kind)
+
     @property
     def poses_are_fitted(self) -> bool:
         """Whether poses agree with the images better than the images' noise permits: they were fitted to them."""
