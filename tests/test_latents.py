@@ -20,12 +20,10 @@ from flexlib.train.fields import BASIS_UNIT_A, displacement_basis
 from flexlib.train.latents import (
     LatentPrior,
     friedel_halves,
-    infer_everywhere,
     infer_latents,
-    latent_centres,
     learn_curvature,
-    search_latents,
 )
+from flexlib.train.modes import find_modes, latent_centres, search_latents
 from flexlib.train.score import HeldOutScore, choose_held_out, score_held_out
 from flexlib.train.setup import Setup
 from flexlib.train.spectral import (
@@ -227,7 +225,7 @@ def test_particles_in_a_wrong_local_minimum_are_found(setup, values):
     lost = -truth
     model = MovingMap(setup.operator, Swing(), values, setup.coarse)
     alone = infer_latents(model, batch, weight, lost, 8)
-    found = infer_everywhere(model, batch, weight, lost, 8, centres)
+    found = find_modes(model, batch, weight, lost, 8, centres).best
     assert (found.objective <= alone.objective + 1e-3).all()
     far = (truth.abs() > 0.8)[:, 0]
     right = (found.latents - truth).abs()[:, 0] < 0.5

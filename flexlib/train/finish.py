@@ -13,10 +13,12 @@ from flexlib.images.batch import read_ahead, split_batches
 from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.train.epoch import score_now, standardise
 from flexlib.train.initial_latents import standard_scale
-from flexlib.train.latents import infer_everywhere, infer_latents, latent_precision
+from flexlib.train.latents import infer_latents, latent_precision
 from flexlib.train.learn_views import measure_widths
 from flexlib.train.local_minima import search_centres
+from flexlib.train.modes import find_modes
 from flexlib.train.motion import slope_A
+from flexlib.train.posterior import draw_posterior
 from flexlib.train.score import HeldOutScore
 from flexlib.train.setup import Setup
 from flexlib.train.state import State
@@ -34,6 +36,7 @@ class Inferred:
 
     latent_precision: torch.Tensor  # (n, K, K) of the posteriors in the final coordinates, whatever the views are
     view_std_err: torch.Tensor  # (n, 6 or 0) in radians, Angstrom and of the log contrast, whatever the latents are
+    num_modes: torch.Tensor  # (n,) 1, or 2 where two local minima of the objective are about as likely
 
 
 @torch.no_grad()
@@ -43,22 +46,22 @@ def infer_all(setup: Setup, state: State) -> Inferred:
     measure_widths(setup, state)
     if not frozen:
         state.set_parameters(setup.rows_on_device(setup.validation_rows), state.held_parameters())
-    whole = _infer_own_share(setup, state)
+    whole, num_modes = _infer_own_share(setup, state)
     precision, view_std_err = latent_precision(whole, setup.settings.latent_dims), _view_std_err(state, whole)
     if state.given_latents is not None:
         scale, offset = standard_scale(state.given_latents)[1]
         state.rescale_latents(torch.diag(1 / scale), -offset / scale)
         state.latents = state.given_latents
         state.held_latents = state.latents[setup.rows_on_device(setup.validation_rows)]
-        return Inferred(precision / (scale[:, None] * scale), view_std_err)
+        return Inferred(precision / (scale[:, None] * scale), view_std_err, num_modes)
     if frozen:
-        return Inferred(precision, view_std_err)
+        return Inferred(precision, view_std_err, num_modes)
     scaled = standardise(setup, state)
     turn = axes_of_motion(setup, state)
     state.rescale_latents(turn, torch.zeros(len(turn), device=device))
     state.latents, state.held_latents = state.latents @ turn, state.held_latents @ turn
     back = turn if scaled is None else scaled.matrix @ turn
-    return Inferred(back.T @ precision @ back, view_std_err)
+    return Inferred(back.T @ precision @ back, view_std_err, num_modes)
 
 
 def _view_std_err(state: State, precision: torch.Tensor) -> torch.Tensor:
@@ -70,12 +73,12 @@ def _view_std_err(state: State, precision: torch.Tensor) -> torch.Tensor:
     return inverse.diagonal(dim1=1, dim2=2)[:, -num:].clamp(min=0).sqrt() * prior.widths.to(inverse)
 
 
-def _infer_own_share(setup: Setup, state: State) -> torch.Tensor:
-    """Infer the parameters of this rank's rows, and gather all ranks'; (n, P, P) precision."""
+def _infer_own_share(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """Infer the parameters of this rank's rows, and gather all ranks'; (n, P, P) precision and (n,) modes."""
     num, device, prior = len(setup.source), setup.device, setup.prior(state.views.num)
     fixed = setup.settings.latent_dims if setup.settings.freeze_latents else 0
     weight = setup.weight(setup.schedule.full_band)
-    precision = torch.zeros_like(state.information)
+    precision, num_modes = torch.zeros_like(state.information), torch.ones(num, dtype=torch.long, device=device)
     mine = setup.ranks.part(num)
     own_batches = split_batches(np.arange(num)[mine], setup.batch_size)
     centres = None if setup.settings.freeze_latents else search_centres(setup, state)
@@ -86,20 +89,21 @@ def _infer_own_share(setup: Setup, state: State) -> torch.Tensor:
         if number == 0:
             model = with_measured_ratio(model, batch, weight, start, setup.ranks)
         if centres is not None:
-            posterior = infer_everywhere(model, batch, weight, start, FINAL_STEPS, centres, prior)
+            modes = find_modes(model, batch, weight, start, FINAL_STEPS, centres, prior)
+            draws = draw_posterior(model, batch, weight, modes, prior)
+            found, precision[rows] = draws.summary(modes.best)
+            num_modes[rows] = draws.num_modes
+            state.information[rows] = modes.best.precision - prior.curvature(modes.best.latents)
         else:
-            posterior = infer_latents(
-                model, batch, weight, start, FINAL_STEPS if state.views.num else 0, prior, fixed=fixed
-            )
-        state.set_parameters(rows, posterior.latents)
-        information = posterior.precision - prior.curvature(posterior.latents)
-        if fixed:
-            information = model.information(batch, weight, posterior.latents)
-        precision[rows], state.information[rows] = information + prior.curvature(posterior.latents), information
+            steps = FINAL_STEPS if state.views.num else 0
+            found = infer_latents(model, batch, weight, start, steps, prior, fixed=fixed).latents
+            state.information[rows] = model.information(batch, weight, found)
+            precision[rows] = state.information[rows] + prior.curvature(found)
+        state.set_parameters(rows, found)
     state.information_ratios = model.information_ratios
-    for rows_of_all in (state.latents, state.views.units, precision, state.information):
+    for rows_of_all in (state.latents, state.views.units, precision, state.information, num_modes):
         rows_of_all.copy_(setup.ranks.gather(rows_of_all[mine], num))
-    return precision
+    return precision, num_modes
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Latents and views of single particles: prior, Gauss-Newton inference, and the search for other local minima.
+"""Latents and views of single particles: their prior, their Gauss-Newton inference and their scale.
 
 A particle's parameters are K latents and, where poses or contrasts are refined, six of its view (``model/views.py``),
 P in all. They are found together, by Levenberg-Marquardt steps with the exact gradient and a Gauss-Newton matrix (the
@@ -9,20 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from flexlib.images.batch import ImageBatch
-from flexlib.model.forward import log_likelihood_loss
 from flexlib.model.moving_map import MovingMap
 
-_MOST_CENTRES = 12  # with more dims, more would only cost: they reach no further
-_APART, _APART_NATS = 0.5, 1.0  # latents this far apart are other local minima: latent units, and a parabola's nats
-# a centre is worth descending if it is worse than where a particle is by no more than this (it has not been descended
-# yet), and by less than this part of what it would be if there were only the one local minimum
-_WORTH_TRYING_NATS, _WORTH_TRYING_PART = 30.0, 0.5
 _AT_OPTIMUM_NATS = 1e-3  # a step that promises less is not taken
-_UNDECIDED_NATS = 3.0  # local minima this close in the coarse map are decided in the full one
 LATENT_RATE = 0.7  # of a Gauss-Newton step, in one mini-batch
 LONGEST_STEP = (1.0, 3.0)  # of latents and of view parameters, in units of their priors
 LONGEST_BATCH_STEP = (0.5, 1.5)  # in one mini-batch
@@ -45,6 +37,19 @@ class Posterior:
     latents: torch.Tensor  # (b, P)
     precision: torch.Tensor  # (b, P, P) Fisher information of the images plus the prior's
     objective: torch.Tensor  # (b,) nats at ``latents``, prior included
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All fields."""
+        return self.latents, self.precision, self.objective
+
+    def of(self, rows: torch.Tensor) -> Posterior:
+        """A copy for some of the particles."""
+        return Posterior(*(part[rows] for part in self.parts()))
+
+    def where(self, chosen: torch.Tensor, other: Posterior) -> Posterior:
+        """Of each particle, this where ``chosen`` (b,), else ``other``."""
+        pairs = zip(self.parts(), other.parts(), strict=True)
+        return Posterior(*(torch.where(chosen.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class LatentPrior:
         return torch.diag_embed(torch.cat([bend + 1e-3 * self.strength, torch.ones_like(views)], 1))
 
 
+UNIT_PRIOR = LatentPrior()
+
+
 def _objective_and_gradient(
     model: MovingMap, batch: ImageBatch, weight: torch.Tensor, latents: torch.Tensor, prior: LatentPrior
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +116,7 @@ def infer_latents(
     weight: torch.Tensor,
     start: torch.Tensor,
     steps: int = 3,
-    prior: LatentPrior = LatentPrior(),
+    prior: LatentPrior = UNIT_PRIOR,
     information: torch.Tensor | None = None,
     fixed: int = 0,
 ) -> Posterior:
@@ -217,91 +225,6 @@ def learn_curvature(hessian: torch.Tensor, step: torch.Tensor, change: torch.Ten
     return torch.where(good[:, None, None], learnt, hessian)
 
 
-@torch.no_grad()
-def search_latents(
-    model: MovingMap,
-    batch: ImageBatch,
-    weight: torch.Tensor,
-    current: torch.Tensor,
-    centres: torch.Tensor,
-    information: torch.Tensor,
-    prior: LatentPrior = LatentPrior(),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Other local minima of the objective, for the particles that have one, in the coarse map if the model has one.
-
-    Each centre is tried for every particle. Where the best one is away from ``current`` and not as bad as the local
-    minimum of ``current`` would be there, it is descended, and where it leads elsewhere and down, ``current`` too.
-
-    Parameters
-    ----------
-    model, batch, weight
-        As in ``infer_latents``.
-    current : (b, P)
-    centres : (m, K)
-        Latents; the views stay as they are at first, and follow in the descent.
-    information : (b, P, P)
-        At ``current``; for both descents.
-    prior
-        Of the parameters.
-
-    Returns
-    -------
-    found
-        (b, P) where those descents end, elsewhere ``current``.
-    lower
-        (b,) how much lower they lie, in nats (of the coarse map); minus infinity where there is no other local minimum.
-    """
-    if model.coarse_map is not None:
-        information = information / model.information_ratios[0]
-        batch, weight, model = model.coarse_map.batch(batch), model.coarse_map.weight(weight), model.coarse
-    here = model.loss(batch, weight, current) + prior.energy(current)
-    start, best = _best_centre(model, batch, weight, current, centres, prior)
-    dims = centres.shape[1]
-    hessian = latent_precision(information + prior.curvature(current), dims)
-
-    def away(there: torch.Tensor, here: torch.Tensor, of: torch.Tensor | slice) -> torch.Tensor:
-        return _apart(hessian[of], there[:, :dims] - here[:, :dims])
-
-    lift = _parabola(hessian, start[:, :dims] - current[:, :dims])
-    worth_trying = (_WORTH_TRYING_PART * lift).clamp(max=_WORTH_TRYING_NATS)
-    rows = torch.nonzero(away(start, current, slice(None)) & (best < here + worth_trying))[:, 0]
-    found, lower = current.clone(), torch.full_like(here, -torch.inf)
-    if not len(rows):
-        return found, lower
-    there = infer_latents(model, batch.take(rows), weight, start[rows], 4, prior, information[rows])
-    other = away(there.latents, current[rows], rows)
-    kept = torch.nonzero(other & (there.objective < here[rows] + _UNDECIDED_NATS))[:, 0]
-    rows, there_latents, there_objective = rows[kept], there.latents[kept], there.objective[kept]
-    if len(rows):  # only now is it worth descending from where they are
-        ends = infer_latents(model, batch.take(rows), weight, current[rows], 4, prior, information[rows])
-        other = away(there_latents, ends.latents, rows)
-        found[rows] = torch.where(other[:, None], there_latents, current[rows])
-        lower[rows] = torch.where(other, ends.objective - there_objective, -torch.inf)
-    return found, lower
-
-
-def _best_centre(
-    model: MovingMap,
-    batch: ImageBatch,
-    weight: torch.Tensor,
-    current: torch.Tensor,
-    centres: torch.Tensor,
-    prior: LatentPrior,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b, P) parameters at the best centre for each particle, views as in ``current``, and (b,) the objective there."""
-    assert model.flow is not None
-    start = current.clone()
-    best = torch.full((len(current),), torch.inf, device=current.device)
-    for centre in centres:
-        trial = torch.cat([centre.expand(len(current), -1), current[:, len(centre) :]], 1)
-        displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
-        seen = model.seen(batch, trial)
-        tried = log_likelihood_loss(model.operator, model.values, seen, displacements_A, weight) + prior.energy(trial)
-        start = torch.where((tried < best)[:, None], trial, start)
-        best = torch.minimum(tried, best)
-    return start, best
-
-
 def latent_precision(precision: torch.Tensor, dims: int) -> torch.Tensor:
     """(b, K, K) precision of the first ``dims`` parameters, whatever the others are: (b, P, P)'s Schur complement."""
     if precision.shape[1] == dims:
@@ -309,55 +232,6 @@ def latent_precision(precision: torch.Tensor, dims: int) -> torch.Tensor:
     cross = precision[:, :dims, dims:]
     solved = torch.linalg.solve_ex(precision[:, dims:, dims:], cross.transpose(1, 2)).result
     return precision[:, :dims, :dims] - cross @ solved
-
-
-def _parabola(hessian: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """(b,) nats by which an objective of this curvature (b, K, K) rises over a change (b, K) from its minimum."""
-    return 0.5 * torch.einsum("bi,bij,bj->b", change, hessian, change)
-
-
-def _apart(hessian: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """(b,) whether latents that differ by ``change`` (b, K) may be different local minima."""
-    return (change.norm(dim=1) > _APART) & (_parabola(hessian, change) > _APART_NATS)
-
-
-@torch.no_grad()
-def infer_everywhere(
-    model: MovingMap,
-    batch: ImageBatch,
-    weight: torch.Tensor,
-    start: torch.Tensor,
-    steps: int,
-    centres: torch.Tensor,
-    prior: LatentPrior = LatentPrior(),
-) -> Posterior:
-    """``infer_latents`` from ``start``, and from any other local minimum that may be as low: the lower end is returned.
-
-    Parameters as in ``infer_latents`` and ``search_latents``.
-    """
-    information = model.information(batch, weight, start)
-    found, lower = search_latents(model, batch, weight, start, centres, information, prior)
-    posterior = infer_latents(model, batch, weight, start, steps, prior, information)
-    rows = torch.nonzero(lower > -_UNDECIDED_NATS)[:, 0]
-    if len(rows):
-        other = infer_latents(model, batch.take(rows), weight, found[rows], steps, prior)
-        rows, better = rows[other.objective < posterior.objective[rows]], other.objective < posterior.objective[rows]
-        posterior.latents[rows] = other.latents[better]
-        posterior.precision[rows] = other.precision[better]
-        posterior.objective[rows] = other.objective[better]
-    return posterior
-
-
-def latent_centres(latents: np.ndarray, seed: int) -> np.ndarray:
-    """(m, K) float32 k-means centres of (n, K) latents, about one a standard deviation: for ``search_latents``."""
-    from scipy.cluster.vq import kmeans2
-
-    num, dims = latents.shape
-    generator = np.random.default_rng(seed)
-    sample = latents[generator.choice(num, min(num, 2000), replace=False)].astype(np.float64)
-    count = min(_MOST_CENTRES, 6 * dims, len(sample))
-    centres, _ = kmeans2(sample, count, minit="++", seed=generator)
-    return centres[np.isfinite(centres).all(1)].astype(np.float32)
 
 
 @dataclass(frozen=True)

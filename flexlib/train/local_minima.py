@@ -7,7 +7,7 @@ import logging
 import torch
 
 from flexlib.images.batch import read_ahead, split_batches
-from flexlib.train.latents import latent_centres, search_latents
+from flexlib.train.modes import latent_centres, search_latents
 from flexlib.train.setup import Setup, derived_seed
 from flexlib.train.state import State
 

@@ -66,6 +66,7 @@ def write_results(
     dims = setup.settings.latent_dims
     extra = {f"flexLatentStdErr{k + 1}": deviation[:, k] for k in range(dims)}
     extra |= {f"flexMotion{k + 1}Angst": motion_A[:, k] for k in range(dims)}
+    extra["flexLatentModes"] = found.num_modes.cpu().numpy()
     latents = state.latents.cpu().numpy()
     write_latents_star(setup.particles.path, latents, out.latents, extra=extra)
     write_latents_cs(setup.particles.path, latents, out.latents_cs)

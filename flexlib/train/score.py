@@ -18,7 +18,9 @@ from flexlib.distributed import ALONE, Ranks
 from flexlib.images.batch import ImageBatch, ImageSource, read_ahead, split_batches
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.moving_map import MovingMap
-from flexlib.train.latents import LatentPrior, friedel_halves, infer_everywhere, infer_latents
+from flexlib.train.latents import LatentPrior, friedel_halves, infer_latents
+from flexlib.train.modes import Modes, find_modes
+from flexlib.train.posterior import draw_posterior
 
 MOST_HELD_OUT = 2000  # particles: enough for a standard error of a few hundredths of a nat
 
@@ -78,8 +80,8 @@ def choose_held_out(image_index: np.ndarray, fraction: float, seed: int) -> tupl
 
 
 @dataclass(frozen=True)
-class _Rival:
-    """What knows nothing of a particle's motion: a model with latents that are not its own."""
+class _Candidate:
+    """What may predict images: the model, or a rival with latents that are not the particles' own."""
 
     model: MovingMap
     start: torch.Tensor  # (b, P)
@@ -125,6 +127,7 @@ def score_held_out(
     ranks, device = held_out.ranks, model.values.device
     weight = plane_weight(held_out.source.box, held_out.band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(held_out.source.box, held_out.seed))
+    scoring = _Scoring(seen, unseen, steps, held_out.prior, integrate=not rigid_only)
     gains, inferred, rigid_views = [], [start[:0]], [rigid_start[:0]]
     copies = int(np.unique(held_out.particle, return_counts=True)[1].max(initial=1))  # of a particle, one after another
     own_start, others, own_rigid = (ranks.share(z) for z in (start, start.roll(copies, 0), rigid_start))
@@ -133,20 +136,46 @@ def score_held_out(
     for batch in read_ahead(held_out.source, own_batches, device):
         parameters, another, still = (z[first : first + len(batch.rows)] for z in (own_start, others, own_rigid))
         first += len(batch.rows)
-        if centres is not None:
-            parameters = infer_everywhere(model, batch, seen, parameters, steps, centres, held_out.prior).latents
-        else:
-            parameters = _refined(model, batch, seen, parameters, steps, held_out.prior, held_out.fixed)
+        parameters, own = scoring.of(_Candidate(model, parameters, held_out.fixed), batch, centres)
         inferred.append(parameters)
-        rivals = [_Rival(rigid, still, 0)]
+        rivals = [_Candidate(rigid, still, 0)]
         if not rigid_only:
             rivals += _motionless(model, parameters, mean.expand_as(another), another)
-        best = [_refined(one.model, batch, seen, one.start, steps, held_out.prior, one.fixed) for one in rivals]
-        rigid_views.append(best[0])
-        losses = [rival.model.loss(batch, unseen, z) for rival, z in zip(rivals, best, strict=True)]
-        gains.append((torch.stack(losses, 1) - model.loss(batch, unseen, parameters)[:, None]).double().cpu())
+        found = [scoring.of(rival, batch) for rival in rivals]
+        rigid_views.append(found[0][0])
+        gains.append((torch.stack([loss for _, loss in found], 1) - own[:, None]).double().cpu())
     gains.append(torch.zeros((0, 1 if rigid_only else 4), dtype=torch.float64))
     return _of_all_ranks(held_out, *(torch.cat(parts) for parts in (gains, inferred, rigid_views)))
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How a model is scored on images: what it makes of the seen half predicts the other."""
+
+    seen: torch.Tensor  # (box, box//2+1) weights
+    unseen: torch.Tensor
+    steps: int
+    prior: LatentPrior
+    integrate: bool  # over the posterior; else at the most likely parameters
+
+    def of(
+        self, candidate: _Candidate, batch: ImageBatch, centres: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, P) most likely parameters by the seen half, and (b,) nats with which the other is predicted."""
+        model, start, fixed = candidate.model, candidate.start, candidate.fixed
+        free_views = model.views is not None and model.views.has_width
+        if centres is None and (self.steps == 0 or (fixed == model.latent_dims(start) and not free_views)):
+            return start, model.loss(batch, self.unseen, start)
+        if centres is not None:
+            modes = find_modes(model, batch, self.seen, start, self.steps, centres, self.prior)
+        else:
+            modes = Modes.one_each(infer_latents(model, batch, self.seen, start, self.steps, self.prior, fixed=fixed))
+        likely = modes.best.latents
+        if not self.integrate:
+            return likely, model.loss(batch, self.unseen, likely)
+        draws = draw_posterior(model, batch, self.seen, modes, self.prior, fixed)
+        losses = torch.stack([model.loss(batch, self.unseen, one) for one in draws.parameters])
+        return likely, -draws.log_mean_exp(-losses)
 
 
 def _of_all_ranks(
@@ -164,29 +193,15 @@ def _of_all_ranks(
     )
 
 
-def _motionless(model: MovingMap, parameters: torch.Tensor, mean: torch.Tensor, another: torch.Tensor) -> list[_Rival]:
+def _motionless(
+    model: MovingMap, parameters: torch.Tensor, mean: torch.Tensor, another: torch.Tensor
+) -> list[_Candidate]:
     """The model at rest, at the mean latents and at another particle's; all (b, P), views start at the model's."""
     dims = model.latent_dims(parameters)
     at_rest = replace(model, flow=None, views=None if model.views is None else replace(model.views, frame=None))
     views = parameters[:, dims:]
-    moved = [_Rival(model, torch.cat([other[:, :dims], views], 1), dims) for other in (mean, another)]
-    return [_Rival(at_rest, views, 0), *moved]
-
-
-def _refined(
-    model: MovingMap,
-    batch: ImageBatch,
-    weight: torch.Tensor,
-    start: torch.Tensor,
-    steps: int,
-    prior: LatentPrior,
-    fixed: int,
-) -> torch.Tensor:
-    """Parameters (b, P) inferred from ``start``, but for the first ``fixed``; ``start`` where nothing is free."""
-    free_views = model.views is not None and model.views.has_width
-    if steps == 0 or (fixed == model.latent_dims(start) and not free_views):
-        return start
-    return infer_latents(model, batch, weight, start, steps, prior, fixed=fixed).latents
+    moved = [_Candidate(model, torch.cat([other[:, :dims], views], 1), dims) for other in (mean, another)]
+    return [_Candidate(at_rest, views, 0), *moved]
 
 
 def mean_by_particle(values: np.ndarray, particle: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -89,7 +89,8 @@ def find_step(
     assert model.flow is not None
     ranks, num, dims = setup.ranks, len(batch.rows), model.latent_dims(parameters)
     prior = setup.prior(parameters.shape[1] - dims)
-    noise = posterior_noise(prior, parameters, information, setup.settings.noise_injection)
+    fixed = dims if setup.settings.freeze_latents else 0
+    noise = posterior_noise(prior, parameters, information, setup.settings.noise_injection, fixed)
     noisy = ranks.share(parameters + noise).requires_grad_()
     values = model.values.clone().requires_grad_()
     displacements = model.flow(noisy[:, :dims])
@@ -102,7 +103,6 @@ def find_step(
     assert values.grad is not None and noisy.grad is not None
 
     own, own_information = ranks.share(parameters), ranks.share(information)
-    fixed = dims if setup.settings.freeze_latents else 0
     if fixed < parameters.shape[1]:
         with torch.no_grad():
             if batch.measures_information:
@@ -122,7 +122,7 @@ def find_step(
 
 
 def posterior_noise(
-    prior: LatentPrior, parameters: torch.Tensor, information: torch.Tensor, injected: float
+    prior: LatentPrior, parameters: torch.Tensor, information: torch.Tensor, injected: float, fixed: int = 0
 ) -> torch.Tensor:
     """(b, P) noise for the flow and map to be trained with: a draw from each posterior, and the injected one.
 
@@ -136,13 +136,18 @@ def posterior_noise(
         (b, P) and their (b, P, P) Fisher information.
     injected
         Standard deviation of the noise that is added to the posterior's of the latents.
+    fixed
+        Of the parameters, the first ones, are known: they get the injected noise alone.
     """
     dims, total = parameters.shape[1] - prior.num_views, parameters.shape[1]
+    white = to_device(torch.randn((*information.shape[:2], 1)), information.device)
     added = torch.full((total,), injected**2, device=information.device)
     added[dims:] = 0.0
-    covariance = torch.linalg.inv_ex(information + prior.curvature(parameters)).inverse + torch.diag(added)
-    white = to_device(torch.randn((*information.shape[:2], 1)), information.device)
-    return (torch.linalg.cholesky_ex(covariance).L @ white)[..., 0]
+    precision = (information + prior.curvature(parameters))[:, fixed:, fixed:]
+    covariance = torch.linalg.inv_ex(precision).inverse + torch.diag(added[fixed:])
+    noise = injected * white[..., 0]
+    noise[:, fixed:] = (torch.linalg.cholesky_ex(covariance).L @ white[:, fixed:])[..., 0]
+    return noise
 
 
 def with_measured_ratio(
