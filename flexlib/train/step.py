@@ -18,6 +18,9 @@ from flexlib.train.latents import LatentPrior, newton_latents
 from flexlib.train.setup import Setup
 from flexlib.train.state import State
 
+# of a posterior's standard deviations, with which flow and map see its latents. With all of it a map that is too blurred
+# keeps posteriors wide that keep it blurred, and that hardly ever ends
+POSTERIOR_PART = 0.5
 RIGIDITY_SAMPLES = 12  # latents of a mini-batch at which the rigidity is taken
 
 
@@ -124,9 +127,9 @@ def find_step(
 def posterior_noise(
     prior: LatentPrior, parameters: torch.Tensor, information: torch.Tensor, injected: float, fixed: int = 0
 ) -> torch.Tensor:
-    """(b, P) noise for the flow and map to be trained with: a draw from each posterior, and the injected one.
+    """(b, P) noise for the flow and map to be trained with: a part of a draw from each posterior, and the injected one.
 
-    The flow thus learns from latents as uncertain as they are, and where images say nothing it learns no motion.
+    The flow thus learns from latents that are uncertain, and where images say nothing it learns no motion.
 
     Parameters
     ----------
@@ -144,7 +147,7 @@ def posterior_noise(
     added = torch.full((total,), injected**2, device=information.device)
     added[dims:] = 0.0
     precision = (information + prior.curvature(parameters))[:, fixed:, fixed:]
-    covariance = torch.linalg.inv_ex(precision).inverse + torch.diag(added[fixed:])
+    covariance = POSTERIOR_PART**2 * torch.linalg.inv_ex(precision).inverse + torch.diag(added[fixed:])
     noise = injected * white[..., 0]
     noise[:, fixed:] = (torch.linalg.cholesky_ex(covariance).L @ white[:, fixed:])[..., 0]
     return noise
