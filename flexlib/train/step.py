@@ -18,8 +18,8 @@ from flexlib.train.latents import LatentPrior, newton_latents
 from flexlib.train.setup import Setup
 from flexlib.train.state import State
 
-# of a posterior's standard deviations, with which flow and map see its latents. With all of it a map that is too blurred
-# keeps posteriors wide that keep it blurred, and that hardly ever ends
+# of a posterior's standard deviations, with which flow and map see its latents. With all of it a map that is too
+# blurred keeps posteriors wide that keep it blurred
 POSTERIOR_PART = 0.5
 RIGIDITY_SAMPLES = 12  # latents of a mini-batch at which the rigidity is taken
 
