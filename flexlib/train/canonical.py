@@ -46,10 +46,8 @@ class CanonicalMap:
         signal = stored_means(spectrum.real**2 + spectrum.imag**2).float()
         shell = torch.arange(box // 2, device=volume.device, dtype=torch.float32)
         hits = num_rows * mean_transfer2.to(signal) / (2.0 * shell.clamp(min=0.5))
-        # prior: the power that the consensus has inside the mask, outside of which there is neither signal nor noise;
-        # never stronger than the data (a consensus may have been filtered)
-        occupied = self.mask_values.square().sum() / box**3
-        prior = torch.minimum(occupied / signal.clamp(min=1e-30), hits)
+        # prior: the consensus' own power, never stronger than the data (a consensus may have been filtered)
+        prior = torch.minimum(1.0 / signal.clamp(min=1e-30), hits)
         self.prior = self._at_voxels(prior)
         hessian = self._at_voxels(hits + prior)
         self.newton = torch.where(hessian > 0, 1 / hessian.clamp(min=1e-30), 0)
