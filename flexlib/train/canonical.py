@@ -27,6 +27,9 @@ class CanonicalMap:
         (box//2,) mean squared transfer of each shell.
     num_rows
         Rows that the map is learnt from.
+    inside_only
+        Whether the prior knows that signal and noise are inside the mask alone, and is weaker for it. (The rigid map's
+        does not: poses' widths are measured on that map, and its noise would pass for what images tell of poses.)
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class CanonicalMap:
         voxels: VoxelTensors,
         mean_transfer2: torch.Tensor,
         num_rows: int,
+        *,
+        inside_only: bool,
     ) -> None:
         self.voxels = voxels
         self.mask_values = gather_volume(soft_mask, voxels).float()
@@ -47,7 +52,8 @@ class CanonicalMap:
         shell = torch.arange(box // 2, device=volume.device, dtype=torch.float32)
         hits = num_rows * mean_transfer2.to(signal) / (2.0 * shell.clamp(min=0.5))
         # prior: the consensus' own power, never stronger than the data (a consensus may have been filtered)
-        prior = torch.minimum(1.0 / signal.clamp(min=1e-30), hits)
+        occupied = self.mask_values.square().sum() / box**3 if inside_only else 1.0
+        prior = torch.minimum(occupied / signal.clamp(min=1e-30), hits)
         self.prior = self._at_voxels(prior)
         hessian = self._at_voxels(hits + prior)
         self.newton = torch.where(hessian > 0, 1 / hessian.clamp(min=1e-30), 0)

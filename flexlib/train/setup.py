@@ -193,9 +193,10 @@ def _coarse_map(mesh: TetraMesh, inside: np.ndarray, fine: Operator, accuracy: A
 
 def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
     """The consensus, ready to be improved at the voxels of ``operator``; ``transfer2`` as ``mean_transfer2``."""
+    flexible = operator is setup.operator
     volume = torch.as_tensor(setup.consensus.data, device=setup.device)
     mask = torch.as_tensor(setup.mask.data, device=setup.device)
-    return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows))
+    return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows), inside_only=flexible)
 
 
 def derived_seed(*key: int) -> int:
