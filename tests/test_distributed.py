@@ -114,7 +114,7 @@ def test_two_processes_learn_what_one_learns(one, two):
         assert second["log"][-1][name] == pytest.approx(first["log"][-1][name], rel=1e-3), name
     assert np.abs(latents_of(one) - latents_of(two)).max() < 0.02
     scores = [json.loads((folder / "validation.json").read_text()) for folder in (one, two)]
-    for name in ("rejected_gain", "rejected_gain_se", "pose_rotation_deg", "pose_shift_A", "contrast_sd"):
+    for name in ("validation_gain", "validation_gain_se", "pose_rotation_deg", "pose_shift_A", "contrast_sd"):
         assert scores[0][name] is not None, name
         assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3), name
     maps = [read_map(folder / "canonical.mrc").data for folder in (one, two)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,11 +64,7 @@ def search_latents(
     def away(there: torch.Tensor, here: torch.Tensor, of: torch.Tensor | slice) -> torch.Tensor:
         return _apart(hessian[of], there[:, :dims] - here[:, :dims])
 
-    start, best = current.clone(), torch.full_like(here, torch.inf)
-    for trial, tried in _at_centres(model, batch, weight, current, centres, prior):
-        tried = torch.where(away(trial, current, slice(None)), tried, torch.inf)
-        start = torch.where((tried < best)[:, None], trial, start)
-        best = torch.minimum(tried, best)
+    start, best = _best_centre_away(model, batch, weight, current, centres, hessian, prior)
     lift = _parabola(hessian, start[:, :dims] - current[:, :dims])
     worth_trying = (_WORTH_TRYING_PART * lift).clamp(max=_WORTH_TRYING_NATS)
     rows = torch.nonzero(best < here + worth_trying)[:, 0]
@@ -88,21 +83,26 @@ def search_latents(
     return found, lower
 
 
-def _at_centres(
+def _best_centre_away(
     model: MovingMap,
     batch: ImageBatch,
     weight: torch.Tensor,
     current: torch.Tensor,
     centres: torch.Tensor,
+    hessian: torch.Tensor,
     prior: LatentPrior,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(b, P) parameters at each centre, views as in ``current``, and (b,) the objective there."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, P) parameters at the best centre away from ``current``, views as there, and (b,) the objective there."""
     assert model.flow is not None
+    dims, start, best = len(centres[0]), current.clone(), torch.full_like(current[:, 0], torch.inf)
     for centre in centres:
-        trial = torch.cat([centre.expand(len(current), -1), current[:, len(centre) :]], 1)
+        trial = torch.cat([centre.expand(len(current), -1), current[:, dims:]], 1)
         displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
         loss = log_likelihood_loss(model.operator, model.values, model.seen(batch, trial), displacements_A, weight)
-        yield trial, loss + prior.energy(trial)
+        tried = torch.where(_apart(hessian, centre - current[:, :dims]), loss + prior.energy(trial), torch.inf)
+        start = torch.where((tried < best)[:, None], trial, start)
+        best = torch.minimum(tried, best)
+    return start, best
 
 
 @dataclass(frozen=True)
