@@ -77,7 +77,8 @@ def test_latents_are_standardised_and_carry_their_error(trained):
     assert 0.7 < latents.std() < 1.3
     table = starfile.read(trained / "latents.star", always_dict=True)["particles"]
     error = table["flexLatentStdErr1"].to_numpy(np.float64)
-    assert ((error > 0) & (error < 1)).all()  # the images always add to the unit prior
+    assert ((error > 0) & (error < 1.5)).all()  # on average the images add to the unit prior; a few have two modes
+    assert np.mean(error < 1) > 0.95 and np.sqrt(np.mean(error**2)) < 0.8
 
 
 def test_no_motion_is_invented(rigid):
