@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from training_sets import masked_consensus, neighbour_r2, prepared, small_setup
+from training_sets import bent_flow, masked_consensus, neighbour_r2, predicted_images, prepared, small_setup
 
 from flexlib.images.batch import split_batches
 from flexlib.imaging.fourier import resample_spectrum
@@ -62,28 +62,12 @@ def values(setup) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def flow(basis) -> FlowGenerator:
-    """Some smooth motion with a bend."""
-    torch.manual_seed(1)
-    flow = FlowGenerator(basis, 2, 2, 16)
-    with torch.no_grad():
-        flow.linear[0, :3] = torch.tensor([1.0, -0.5, 0.3])
-        flow.linear[1, :3] = torch.tensor([0.2, 0.8, -0.6])
-        flow.output.weight[:4].normal_(std=0.3)
-    return flow
+    return bent_flow(basis, 0.3)
 
 
 @pytest.fixture(scope="module")
 def batch(setup):
     return setup.source.batch(np.arange(12))
-
-
-def predicted_images(setup, flow, values, batch, latents, seed):
-    """The batch with images that the model itself makes at ``latents``, with white noise."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        clean = batch.transfer * setup.operator.slices(values, batch, flow(latents))
-    noise = torch.fft.rfft2(torch.randn(len(clean), BOX, BOX), norm="ortho")
-    return replace(batch, images=clean + noise)
 
 
 def test_assembled_flow_is_the_flow(flow):
@@ -131,7 +115,7 @@ def test_information_in_the_coarse_view_is_that_of_its_shells(setup, flow, value
 def test_gradient_of_the_objective_and_its_optimum(setup, flow, values, batch):
     """Exact gradient against central differences; the inferred latents against a scan around them."""
     weight = plane_weight(BOX, 16)
-    seen = predicted_images(setup, flow, values, batch, torch.full((12, 2), 0.4), 2)
+    seen = predicted_images(MovingMap(setup.operator, flow, values), batch, torch.full((12, 2), 0.4), 2)
     model = MovingMap(setup.operator, flow, values)
     for prior in (LatentPrior(), LatentPrior(0.8, 4.0)):
 
@@ -177,7 +161,7 @@ def test_latents_lie_as_far_from_the_truth_as_their_errors_say(setup, flow, valu
     """The posterior precision is that of the estimates: the mean squared normalised error is 1."""
     weight = plane_weight(BOX, 20)
     truth = torch.randn(120, 2, generator=torch.Generator().manual_seed(4))
-    batch = predicted_images(setup, flow, values, setup.source.batch(np.arange(120)), truth, 5)
+    batch = predicted_images(MovingMap(setup.operator, flow, values), setup.source.batch(np.arange(120)), truth, 5)
     posterior = infer_latents(MovingMap(setup.operator, flow, values), batch, weight, truth, 6)
     error = (posterior.latents - truth)[:, None]
     squared = (error @ posterior.precision @ error.transpose(1, 2))[:, 0, 0]
@@ -220,7 +204,7 @@ def test_particles_in_a_wrong_local_minimum_are_found(setup, values):
     fields = displacement_basis(setup.mesh, setup.ranks, setup.device)[:2] / BASIS_UNIT_A
     weight = plane_weight(BOX, 20)
     truth = torch.linspace(-1.8, 1.8, 40)[:, None]
-    batch = predicted_images(setup, Swing(), values, setup.source.batch(np.arange(40)), truth, 7)
+    batch = predicted_images(MovingMap(setup.operator, Swing(), values), setup.source.batch(np.arange(40)), truth, 7)
     centres = torch.as_tensor(latent_centres(truth.numpy(), 0))
     lost = -truth
     model = MovingMap(setup.operator, Swing(), values, setup.coarse)

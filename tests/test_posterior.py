@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from training_sets import masked_consensus, prepared, small_setup
+from training_sets import bent_flow, masked_consensus, predicted_images, prepared, small_setup
 
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.flow import FlowGenerator
 from flexlib.model.moving_map import MovingMap
 from flexlib.train.fields import BASIS_UNIT_A, displacement_basis
-from flexlib.train.latents import UNIT_PRIOR, infer_latents
+from flexlib.train.latents import UNIT_PRIOR, LatentPrior, infer_latents
 from flexlib.train.modes import Modes, find_modes, latent_centres
 from flexlib.train.posterior import draw_posterior, standard_points
+from flexlib.train.step import POSTERIOR_PART, posterior_noise
 
 BOX, NUM = 32, 24
 WEIGHT = plane_weight(BOX, 10)
@@ -29,15 +30,10 @@ def fields(setup) -> torch.Tensor:
     return displacement_basis(setup.mesh, setup.ranks, setup.device)
 
 
-def weak_images(setup, model, truth, strength, seed=3):
-    """Images that the model itself makes at latents ``truth`` (b, K), ``strength`` times as strong as the set's."""
-    torch.manual_seed(seed)
+def weak_images(setup, model, truth, strength):
+    """The model's own images at latents ``truth`` (b, K), ``strength`` times as strong as the set's."""
     batch = setup.source.batch(np.arange(len(truth)))
-    batch = replace(batch, transfer=strength * batch.transfer)
-    with torch.no_grad():
-        clean = batch.transfer * setup.operator.slices(model.values, batch, model.flow(truth))
-    noise = torch.fft.rfft2(torch.randn(len(clean), BOX, BOX), norm="ortho")
-    return replace(batch, images=clean + noise)
+    return predicted_images(model, replace(batch, transfer=strength * batch.transfer), truth, 3)
 
 
 def grid_posterior(model, batch, axes):
@@ -64,12 +60,7 @@ def test_points_have_the_moments_of_the_unit_normal():
 
 def test_means_and_errors_are_those_of_the_integral(setup, fields):
     """A bent motion in weak images: the mean is not the mode, and the errors are not the parabola's."""
-    torch.manual_seed(1)
-    flow = FlowGenerator(fields, 2, 2, 16)
-    with torch.no_grad():
-        flow.linear[0, :3] = torch.tensor([1.0, -0.5, 0.3])
-        flow.linear[1, :3] = torch.tensor([0.2, 0.8, -0.6])
-        flow.output.weight[:4].normal_(std=1.0)
+    flow = bent_flow(fields, 1.0)
     model = MovingMap(setup.operator, flow, masked_consensus(setup))
     truth = torch.randn(NUM, 2, generator=torch.Generator().manual_seed(4))
     batch = weak_images(setup, model, truth, 0.35)
@@ -124,3 +115,15 @@ def test_known_parameters_stay_as_they_are(setup, fields):
     draws = draw_posterior(model, batch, WEIGHT, Modes.one_each(best), UNIT_PRIOR, fixed=1)
     assert (draws.parameters[:, :, 0] == truth[:, 0]).all()
     assert draws.parameters[:, :, 1].std(0).min() > 0
+
+
+def test_frozen_latents_are_seen_with_the_injected_noise_alone():
+    """Though nothing is known of them (their information is zero); views get their part of the posterior."""
+    prior, count = LatentPrior(num_views=6), 4000
+    information = torch.zeros(count, 8, 8)
+    information[:, 2:, 2:] = 3.0 * torch.eye(6)
+    torch.manual_seed(0)
+    for injected in (0.15, 0.0):
+        noise = posterior_noise(prior, torch.zeros(count, 8), information, injected, fixed=2)
+        assert torch.allclose(noise[:, :2].std(0), torch.tensor(injected), rtol=0.05)
+        assert torch.allclose(noise[:, 2:].std(0), torch.tensor(POSTERIOR_PART / 2.0), rtol=0.05)

@@ -1,5 +1,6 @@
 """Small simulated sets, prepared and meshed, for the tests of training and of what it is made of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,11 @@ import starfile
 import torch
 from scipy.spatial import cKDTree
 
+from flexlib.images.batch import ImageBatch
 from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.mesh.build import build_mesh
+from flexlib.model.flow import FlowGenerator
+from flexlib.model.moving_map import MovingMap
 from flexlib.prepare.run import prepare_particles
 from flexlib.projection.op import gather_volume
 from flexlib.simulate.run import simulate_particles
@@ -61,6 +65,26 @@ def small_setup(folder: Path, latent_dims: int) -> Setup:
 def masked_consensus(setup: Setup) -> torch.Tensor:
     """(nvox,) values of the consensus at the voxels of the flexible operator."""
     return gather_volume(setup.consensus.data * setup.mask.data, setup.operator.voxels)
+
+
+def bent_flow(fields_A: torch.Tensor, bend: float) -> FlowGenerator:
+    """Some smooth motion in two latents, with a ``bend``."""
+    torch.manual_seed(1)
+    flow = FlowGenerator(fields_A, 2, 2, 16)
+    with torch.no_grad():
+        flow.linear[0, :3] = torch.tensor([1.0, -0.5, 0.3])
+        flow.linear[1, :3] = torch.tensor([0.2, 0.8, -0.6])
+        flow.output.weight[:4].normal_(std=bend)
+    return flow
+
+
+def predicted_images(model: MovingMap, batch: ImageBatch, latents: torch.Tensor, seed: int) -> ImageBatch:
+    """The batch with images that the model itself makes at ``latents`` (b, K), with white noise."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        clean = batch.transfer * model.operator.slices(model.values, batch, model.flow(latents))
+    box = clean.shape[1]
+    return replace(batch, images=clean + torch.fft.rfft2(torch.randn(len(clean), box, box), norm="ortho"))
 
 
 def neighbour_r2(latents: np.ndarray, truth: np.ndarray) -> float:

@@ -137,8 +137,7 @@ def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool 
     search
         Whether other local minima are looked for.
     final
-        Whether all that knows nothing of a particle's motion is compared with. Where that has poses of its own it costs
-        as much as the flexible model each time, and between epochs the rigid map is enough.
+        Whether the run has come to its end; between epochs a cheaper score is enough.
     """
     frozen = setup.settings.freeze_latents
     return score_held_out(
@@ -149,7 +148,7 @@ def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool 
         state.rigid_views.held,
         steps=steps,
         centres=search_centres(setup, state) if search and not frozen else None,
-        rigid_only=state.views.prior is not None and not final,
+        final=final,
     )
 
 

@@ -41,7 +41,7 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
     transfer2
         (box//2,) mean squared transfer of each shell.
     """
-    rigid = canonical_map(setup, setup.rigid, transfer2)
+    rigid = canonical_map(setup, setup.rigid, transfer2, inside_only=False)
     num, num_held = len(setup.source), len(setup.validation_rows)
     prior = first_widths(setup)
     views = Views.none(num, num_held, setup.device)

@@ -98,7 +98,7 @@ def score_held_out(
     *,
     steps: int,
     centres: torch.Tensor | None = None,
-    rigid_only: bool = False,
+    final: bool = True,
 ) -> HeldOutScore:
     """Score the held-out particles, their latents and views inferred from ``start``.
 
@@ -121,13 +121,16 @@ def score_held_out(
         Of inference; with 0, and without ``centres``, parameters stay as they are.
     centres
         (m, K) from which other local minima are looked for; None for none.
-    rigid_only
-        Compare with the rigid map alone.
+    final
+        Whether predictions are averaged over posteriors, and all four are compared with. Else they are those of the
+        most likely parameters; and where there are poses of its own to refine, which would cost each of the four as
+        much as the flexible model, the rigid map alone is compared with.
     """
     ranks, device = held_out.ranks, model.values.device
     weight = plane_weight(held_out.source.box, held_out.band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(held_out.source.box, held_out.seed))
-    scoring = _Scoring(seen, unseen, steps, held_out.prior, integrate=not rigid_only)
+    scoring = _Scoring(seen, unseen, steps, held_out.prior, integrate=final)
+    rigid_only = model.views is not None and not final
     gains, inferred, rigid_views = [], [start[:0]], [rigid_start[:0]]
     copies = int(np.unique(held_out.particle, return_counts=True)[1].max(initial=1))  # of a particle, one after another
     own_start, others, own_rigid = (ranks.share(z) for z in (start, start.roll(copies, 0), rigid_start))

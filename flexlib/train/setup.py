@@ -191,12 +191,14 @@ def _coarse_map(mesh: TetraMesh, inside: np.ndarray, fine: Operator, accuracy: A
     return CoarseMap(Operator.on_mesh(mesh, inside[::2, ::2, ::2], pixel_size_A, device, accuracy), fine.voxels)
 
 
-def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor) -> CanonicalMap:
-    """The consensus, ready to be improved at the voxels of ``operator``; ``transfer2`` as ``mean_transfer2``."""
-    flexible = operator is setup.operator
+def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor, *, inside_only: bool) -> CanonicalMap:
+    """The consensus, ready to be improved at the voxels of ``operator``.
+
+    ``transfer2`` as ``mean_transfer2``, ``inside_only`` as for ``CanonicalMap``.
+    """
     volume = torch.as_tensor(setup.consensus.data, device=setup.device)
     mask = torch.as_tensor(setup.mask.data, device=setup.device)
-    return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows), inside_only=flexible)
+    return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows), inside_only=inside_only)
 
 
 def derived_seed(*key: int) -> int:

@@ -71,7 +71,7 @@ def resume(setup: Setup, saved: dict[str, Any]) -> State:
     """The state that a checkpoint holds."""
     num, dims = len(setup.source), setup.settings.latent_dims
     flow, _ = new_flow(setup, saved["flow"]["basis_A"], (num, dims), frame="frame.weight" in saved["flow"])
-    canonical = canonical_map(setup, setup.operator, mean_transfer2(setup))
+    canonical = canonical_map(setup, setup.operator, mean_transfer2(setup), inside_only=True)
     spectrum = SpectralStart.from_state_dict(saved["spectrum"])
     empty = InitialLatents(torch.zeros((num, dims)), spectrum.directions)
     views = Views.none(num, len(setup.validation_rows), setup.device)
@@ -90,7 +90,7 @@ def start(setup: Setup) -> State:
         setup.mesh, setup.ranks, setup.device, setup.density_share if views.refines_poses else None
     )
     soft = spectral_fields(len(basis), rigid=not views.refines_poses)
-    canonical = canonical_map(setup, setup.operator, transfer2)
+    canonical = canonical_map(setup, setup.operator, transfer2, inside_only=True)
     canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=setup.device), setup.operator.voxels)
     forces = _forces(setup, canonical, views, basis[soft])
     prior = rigidity_precision(setup.rigidity, setup.operator.vertices_A, basis[soft], setup.rigidity_nats)
