@@ -231,7 +231,7 @@ def test_common_motion_of_all_poses_is_the_maps(setup, values, batch):
         atol=5e-3 * 30,
     )
     views = Views(own.clone(), own[:0], PRIOR)
-    removed_A = take_out_mean_pose(setup, views, own[:, :0])
+    removed_A = take_out_mean_pose(setup, views, own[:, :0], torch.arange(len(own)))
     changed = views.own(own[:, :0], setup.rotation)
     left = mean_rigid_motion(rotation, changed[:, :3], changed[:, 3:5])
     assert left.abs().max() < 1e-5
@@ -279,8 +279,8 @@ def test_evidence_tells_a_width_from_none():
         at = torch.randn((4000, 6), generator=generator)  # wherever the gradient is measured
         gradient = (information @ (at - truth - noise)[..., None])[..., 0]
         evidence = WidthEvidence.nothing(torch.device("cpu"))
-        evidence.add(at[:2500], gradient[:2500], information[:2500])
-        evidence.add(at[2500:], gradient[2500:], information[2500:])
+        evidence.add(at[:2500], gradient[:2500], information[:2500], torch.ones(2500))
+        evidence.add(at[2500:], gradient[2500:], information[2500:], torch.ones(len(at) - 2500))
         found, error = evidence.of_kind(slice(0, 3))
         assert abs(found - variance) < 4 * error
         assert error < 0.05
@@ -329,12 +329,12 @@ def test_exact_poses_of_a_rigid_set_are_left_alone_and_wrong_ones_are_found(tmp_
     """``auto``: nothing is refined where nothing is wrong; errors of poses are found with their width, and mended."""
     folder = prepared(tmp_path_factory.mktemp("rigid"), "rigid", 600, 0.2, box=BOX, cells=10)
     setup = set_up(ParticlesFolder(folder / "particles"), MeshFolder(folder / "mesh"), TrainSettings(), "cpu")
-    rigid, views = rigid_start(setup, mean_transfer2(setup))
+    rigid, views, _ = rigid_start(setup, mean_transfer2(setup))
     assert views.prior is None and views.num == 0
     torch.manual_seed(0)
     num, errors = len(setup.source), ViewPrior(np.deg2rad(2.0) / 3**0.5, 3.0, 0.2)
     wrong = pose_change(torch.randn(num, 6) * errors.widths)
-    _, views = rigid_start(replace(setup, source=setup.source.posed(wrong)), mean_transfer2(setup))
+    _, views, _ = rigid_start(replace(setup, source=setup.source.posed(wrong)), mean_transfer2(setup))
     assert views.prior is not None
     assert views.prior.shift_A == pytest.approx(3.0, rel=0.15)
     assert views.prior.rotation_rad == pytest.approx(errors.rotation_rad, rel=0.4)

@@ -53,6 +53,8 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {loss}")
     if epoch == BAND_EPOCHS:
         leave_wrong_minima(setup, state)
+    if setup.settings.find_junk:
+        state.junk.learn_share(setup.rows_on_device(setup.training_rows))
     learn_views(setup, state, annealing=anneal < 1)
     if anneal < 1 and (epoch == 0 or setup.schedule.anneal(epoch - 1, state.anneal_from) == 1):
         measure_widths(setup, state)
@@ -68,6 +70,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         "loss": loss,
         "rigidity": strain,
         "rms_displacement_A": rms_displacement_A(setup, state, LOGGED_ROWS),
+        "junk_share": state.junk.share,
         "validation_gain": score.gain,
         "validation_gain_se": score.standard_error,
         "seconds": time.perf_counter() - began,
@@ -75,7 +78,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     state.log.append(entry)
     logger.info(
         "epoch %d: band %.1f, loss %.2f nats, strain %.2e, motion %.2f A rms, held-out gain %.2f +- %.2f nats, %.1f s",
-        *(entry[k] for k in entry if k != "rate"),
+        *(entry[k] for k in entry if k not in ("rate", "junk_share")),
     )
     gains = [e["validation_gain"] for e in state.log]
     if state.anneal_from is None and setup.schedule.has_learnt(gains, score.standard_error):
@@ -119,7 +122,7 @@ def standardise(setup: Setup, state: State) -> LatentScale | None:
     if setup.settings.freeze_latents or setup.settings.centering != "auto":
         return None
     rows = setup.rows_on_device(setup.training_rows)
-    scale = posterior_scale(state.latents[rows], state.information[rows])
+    scale = posterior_scale(state.latents[rows], state.information[rows], state.junk.probability(rows))
     state.change_latents(scale)
     return scale
 
@@ -141,7 +144,7 @@ def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool 
     """
     frozen = setup.settings.freeze_latents
     return score_held_out(
-        setup.held_out(state.views.num),
+        setup.held_out(state.views.num, state.junk.share),
         state.moving_map(setup.operator, setup.coarse),
         rigid_model(setup, state.rigid_values, state.rigid_views.prior),
         state.held_parameters(),

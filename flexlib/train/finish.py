@@ -13,12 +13,13 @@ from flexlib.images.batch import read_ahead, split_batches
 from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.train.epoch import score_now, standardise
 from flexlib.train.initial_latents import standard_scale
+from flexlib.train.junk import noise_loss
 from flexlib.train.latents import infer_latents, latent_precision
 from flexlib.train.learn_views import measure_widths
 from flexlib.train.local_minima import search_centres
 from flexlib.train.modes import find_modes
 from flexlib.train.motion import slope_A
-from flexlib.train.posterior import draw_posterior
+from flexlib.train.posterior import draw_posterior, laplace_log_evidence
 from flexlib.train.score import HeldOutScore
 from flexlib.train.setup import Setup
 from flexlib.train.state import State
@@ -82,7 +83,7 @@ def _infer_own_share(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Te
     mine = setup.ranks.part(num)
     own_batches = split_batches(np.arange(num)[mine], setup.batch_size)
     centres = None if setup.settings.freeze_latents else search_centres(setup, state)
-    model = state.moving_map(setup.operator, setup.coarse)
+    model, advantage = state.moving_map(setup.operator, setup.coarse), state.junk.advantage
     for number, batch in enumerate(read_ahead(setup.source, own_batches, device)):
         rows = setup.rows_on_device(batch.rows)
         start = state.parameters(rows)
@@ -92,17 +93,22 @@ def _infer_own_share(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Te
             modes = find_modes(model, batch, weight, start, FINAL_STEPS, centres, prior)
             draws = draw_posterior(model, batch, weight, modes, prior)
             found, precision[rows] = draws.summary(modes.best)
-            num_modes[rows] = draws.num_modes
+            num_modes[rows], evidence = draws.num_modes, draws.log_evidence
             state.information[rows] = modes.best.precision - prior.curvature(modes.best.latents)
         else:
             steps = FINAL_STEPS if state.views.num else 0
-            found = infer_latents(model, batch, weight, start, steps, prior, fixed=fixed).latents
+            mode = infer_latents(model, batch, weight, start, steps, prior, fixed=fixed)
+            found, evidence = mode.latents, laplace_log_evidence(mode, prior, fixed)
             state.information[rows] = model.information(batch, weight, found)
             precision[rows] = state.information[rows] + prior.curvature(found)
         state.set_parameters(rows, found)
+        advantage[rows] = noise_loss(batch, weight) + evidence
     state.information_ratios = model.information_ratios
-    for rows_of_all in (state.latents, state.views.units, precision, state.information, num_modes):
+    for rows_of_all in (state.latents, state.views.units, precision, state.information, num_modes, advantage):
         rows_of_all.copy_(setup.ranks.gather(rows_of_all[mine], num))
+    if setup.settings.find_junk:
+        state.junk.learn_share(setup.rows_on_device(setup.training_rows))
+        state.junk.log_share()
     return precision, num_modes
 
 
@@ -110,7 +116,7 @@ def _infer_own_share(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Te
 def axes_of_motion(setup: Setup, state: State, probe: float = 0.1) -> torch.Tensor:
     """(K, K) rotation of latent space to axes of decreasing rms displacement; ``old = turn @ new``."""
     dims = setup.settings.latent_dims
-    used = state.latents[setup.rows_on_device(setup.training_rows[:300])]
+    used = state.latents[state.particles_of(setup.rows_on_device(setup.training_rows[:300]))]
     slope = torch.stack([slope_A(setup, state, used, axis, probe).flatten() for axis in range(dims)])
     _, axes = torch.linalg.eigh((slope @ slope.T).double())
     axes = axes.flip(1)

@@ -74,6 +74,10 @@ class LatentPrior:
         latents, views = self._parts(parameters)
         return self.strength / self.power * (latents.abs() ** self.power).sum(1) + 0.5 * views.square().sum(1)
 
+    def known_energy(self, parameters: torch.Tensor, fixed: int) -> torch.Tensor:
+        """(b,) what the first ``fixed`` of the latents add to ``energy``, as if they were not known."""
+        return self.strength / self.power * (parameters[:, :fixed].abs() ** self.power).sum(1)
+
     def gradient(self, parameters: torch.Tensor) -> torch.Tensor:
         """(b, P) to (b, P)."""
         latents, views = self._parts(parameters)
@@ -248,7 +252,7 @@ class LatentScale:
 
 
 @torch.no_grad()
-def posterior_scale(latents: torch.Tensor, information: torch.Tensor) -> LatentScale:
+def posterior_scale(latents: torch.Tensor, information: torch.Tensor, weight: torch.Tensor) -> LatentScale:
     """The coordinates in which posteriors have zero mean and unit covariance over the particles.
 
     In them the strength of the prior on latents needs no tuning. The covariance is that of the estimates plus their
@@ -259,11 +263,13 @@ def posterior_scale(latents: torch.Tensor, information: torch.Tensor) -> LatentS
     ----------
     latents, information
         (n, K) estimates and the (n, P, P) Fisher information of all parameters; the prior is the unit normal.
+    weight
+        (n,) with which each particle counts.
     """
-    dims = latents.shape[1]
-    offset = latents.mean(0)
-    uncertainty = _covariance(information).mean(0)[:dims, :dims]
-    spread = torch.cov(latents.T).reshape(dims, dims)
+    dims, share = latents.shape[1], weight / weight.sum()
+    offset = share @ latents
+    uncertainty = torch.einsum("n,npq->pq", share, _covariance(information))[:dims, :dims]
+    spread = torch.cov(latents.T, aweights=weight).reshape(dims, dims)
     return LatentScale(offset, torch.linalg.cholesky(spread + uncertainty))
 
 

@@ -38,18 +38,20 @@ def learn_views(setup: Setup, state: State, annealing: bool) -> None:
     if state.views.prior is None:
         return
     rows = setup.rows_on_device(setup.training_rows)
-    state.canonical.values = state.canonical.values * state.views.centre_contrast(rows)
+    probability = state.junk.probability(rows)
+    state.canonical.values = state.canonical.values * state.views.centre_contrast(rows, probability)
     if state.views.prior.frame is not None:
         state.take_frame(_em_step(setup, state, rows, state.views.prior.frame), setup.rotation)
     square = torch.zeros(NUM_VIEW_PARAMETERS, dtype=torch.float64, device=setup.device)
     eye = torch.eye(NUM_VIEW_PARAMETERS, device=setup.device)
-    for some in rows.split(65536):
+    for some, weight in zip(rows.split(65536), probability.split(65536), strict=True):
         information = _of_views(state.information[some], state.latents.shape[1])
         variance = torch.linalg.inv_ex(information + eye).inverse.diagonal(dim1=1, dim2=2)
-        square += (state.views.units[some].square() + variance).double().sum(0)
+        square += (weight[:, None] * (state.views.units[some].square() + variance)).double().sum(0)
+    square /= probability.sum()
     variances, widths, first = {}, state.views.prior.widths, first_widths(setup).widths
     for name, kind in state.views.prior.learnt.items():
-        variances[name] = max((float(square[kind].mean()) / len(rows)) ** RELAXATION, LEAST_SHRINKAGE)
+        variances[name] = max((float(square[kind].mean())) ** RELAXATION, LEAST_SHRINKAGE)
         if name != "contrast" and not annealing:
             variances[name] = max(variances[name], float((first[kind] / widths[kind]).square().mean()))
     _take_variances(state, variances)
@@ -70,11 +72,11 @@ def measure_widths(setup: Setup, state: State) -> None:
     model, fixed = state.moving_map(setup.operator, setup.coarse), dims if setup.settings.freeze_latents else 0
     batches = split_batches(setup.ranks.share(chosen), setup.batch_size)
     for batch in read_ahead(setup.source, batches, setup.device):
-        start = state.parameters(setup.rows_on_device(batch.rows))
-        found = infer_latents(model, batch, weight, start, MEASURED_STEPS, of_all, fixed=fixed)
-        units = found.latents[:, dims:]
+        rows = setup.rows_on_device(batch.rows)
+        found = infer_latents(model, batch, weight, state.parameters(rows), MEASURED_STEPS, of_all, fixed=fixed)
+        units, known = found.latents[:, dims:], found.precision - of_all.curvature(found.latents)
         # at the maximum a posteriori the prior balances the likelihood
-        evidence.add(units, -units, _of_views(found.precision - of_all.curvature(found.latents), dims))
+        evidence.add(units, -units, _of_views(known, dims), state.junk.probability(rows))
     evidence.add_up(setup.ranks)
     least, widths = least_widths(setup).widths, prior.widths
     variances = {}
@@ -131,11 +133,13 @@ def _em_step(setup: Setup, state: State, rows: torch.Tensor, frame: PoseFrame) -
         poses.append(unbent.own(units, latents, setup.rotation[some])[:, :5])
         features.append(frame.features(latents))
     own, monomials, rotation = torch.cat(poses).double(), torch.cat(features).double(), setup.rotation[rows].double()
+    weight = state.junk.probability(rows).double()[:, None]
     turns = (rotation.transpose(1, 2) @ own[:, :3, None])[..., 0]
-    of_turns = torch.linalg.lstsq(monomials, turns).solution
+    of_turns = torch.linalg.lstsq(weight.sqrt() * monomials, weight.sqrt() * turns).solution
     inplane = rotation[:, :2]  # a translation (3) is seen as a shift (2)
     design = (monomials[:, None, :, None] * inplane[:, :, None, :]).flatten(2).flatten(0, 1)
-    of_shifts = torch.linalg.solve(design.T @ design, design.T @ own[:, 3:5].reshape(-1, 1)).view(-1, 3)
+    counted = design * weight.repeat_interleave(2, 0)
+    of_shifts = torch.linalg.solve(counted.T @ design, counted.T @ own[:, 3:5].reshape(-1, 1)).view(-1, 3)
     fitted = torch.cat([of_turns, of_shifts], 1).to(frame.coefficients)
     coefficients = frame.coefficients + RELAXATION * (fitted - frame.coefficients)
     coefficients[0] = frame.coefficients[0]  # what all poses have in common is the map's

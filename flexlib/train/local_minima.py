@@ -42,6 +42,6 @@ def leave_wrong_minima(setup: Setup, state: State) -> None:
 
 def search_centres(setup: Setup, state: State) -> torch.Tensor:
     """(m, K) starts all over the latents' distribution, for the search of other local minima."""
-    used = state.latents[setup.rows_on_device(setup.training_rows)].cpu().numpy()
+    used = state.latents[state.particles_of(setup.rows_on_device(setup.training_rows))].cpu().numpy()
     centres = latent_centres(used, derived_seed(setup.settings.seed, 8, state.epoch))
     return torch.as_tensor(centres, device=setup.device)

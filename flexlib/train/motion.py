@@ -16,7 +16,7 @@ def rms_displacement_A(setup: Setup, state: State, sample: int | None = None) ->
 
     The number of validation.json, and the one that the report gives.
     """
-    used = state.latents[setup.rows_on_device(setup.training_rows[:sample])]
+    used = state.latents[state.particles_of(setup.rows_on_device(setup.training_rows[:sample]))]
     return mean_rms_displacement_A(state.flow.assembled(), used, setup.density_share)
 
 
@@ -24,7 +24,7 @@ def rms_displacement_A(setup: Setup, state: State, sample: int | None = None) ->
 def rms_per_unit_A(setup: Setup, state: State) -> list[float]:
     """Rms distance in A by which density moves per unit of each latent, over particles."""
     probe = 0.05 * float(state.latents.std().clamp(min=1e-12))  # frozen latents keep their own scale
-    used = state.latents[setup.rows_on_device(setup.training_rows[:500])]
+    used = state.latents[state.particles_of(setup.rows_on_device(setup.training_rows[:500]))]
     slopes = [slope_A(setup, state, used, axis, probe) for axis in range(used.shape[1])]
     return [round(float((slope**2).sum((1, 2)).mean().sqrt()), 4) for slope in slopes]
 
@@ -38,7 +38,7 @@ def motion_coordinates_A(setup: Setup, state: State) -> tuple[np.ndarray, np.nda
     so, large swings lie on arcs, and nothing depends on how latent space is stretched.
     """
     dims, root = setup.settings.latent_dims, setup.density_share.sqrt()[:, None]
-    rows = setup.rows_on_device(setup.training_rows)
+    rows = state.particles_of(setup.rows_on_device(setup.training_rows))
     sample = state.flow(state.latents[rows[:: max(1, len(rows) // 500)]]) * root
     mean = sample.mean(0)
     _, size, axes = torch.linalg.svd((sample - mean).flatten(1), full_matrices=False)

@@ -32,6 +32,7 @@ class PosteriorDraws:
     parameters: torch.Tensor  # (s, b, P)
     log_weight: torch.Tensor  # (s, b) the weights of each particle add up to one
     second: torch.Tensor  # (b,) probability of the second mode; 0 where there is one only
+    log_evidence: torch.Tensor  # (b,) logarithm of the images' likelihood, averaged over the prior
 
     @property
     def effective_draws(self) -> torch.Tensor:
@@ -140,8 +141,9 @@ def draw_posterior(
     drawn, log_density = own.draws()
     log_weight = log_posterior(batch, drawn) - log_density
     second = torch.zeros(len(best.latents), device=drawn.device)
+    constant = prior.known_energy(best.latents, fixed) - math.log(len(drawn))
     if not len(rows):
-        return PosteriorDraws(drawn, log_weight - torch.logsumexp(log_weight, 0), second)
+        return _normalised(drawn, log_weight, second, constant)
     # particles with two modes: both proposals' draws, each weighted as one of the mixture's
     there = _Proposal.about(other.latents, other.precision, fixed)
     first = _Proposal(own.mode[rows], own.root[rows], fixed)
@@ -153,7 +155,24 @@ def draw_posterior(
     drawn[len(more) :, rows] = more
     log_weight = torch.cat([log_weight, torch.full_like(log_weight, -torch.inf)])
     log_weight[len(more) :, rows] = more_weight
-    log_weight = log_weight - torch.logsumexp(log_weight, 0)
+    draws = _normalised(drawn, log_weight, second, constant)
     nearer = first.log_density(drawn[:, rows]) < there.log_density(drawn[:, rows])
-    second[rows] = (log_weight[:, rows].exp() * nearer).sum(0)
-    return PosteriorDraws(drawn, log_weight, second)
+    second[rows] = (draws.log_weight[:, rows].exp() * nearer).sum(0)
+    return draws
+
+
+def _normalised(
+    drawn: torch.Tensor, log_weight: torch.Tensor, second: torch.Tensor, constant: torch.Tensor
+) -> PosteriorDraws:
+    total = torch.logsumexp(log_weight, 0)
+    return PosteriorDraws(drawn, log_weight - total, second, total + constant)
+
+
+def laplace_log_evidence(mode: Posterior, prior: LatentPrior, fixed: int = 0) -> torch.Tensor:
+    """(b,) logarithm of the images' likelihood averaged over the prior, as if posteriors were normal.
+
+    Up to the same constant as the objective. Of the parameters, the first ``fixed`` are known.
+    """
+    root = torch.linalg.cholesky_ex(mode.precision[:, fixed:, fixed:]).L
+    volume = root.diagonal(dim1=1, dim2=2).log().sum(1)
+    return prior.known_energy(mode.latents, fixed) - mode.objective - volume

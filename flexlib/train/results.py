@@ -67,6 +67,8 @@ def write_results(
     extra = {f"flexLatentStdErr{k + 1}": deviation[:, k] for k in range(dims)}
     extra |= {f"flexMotion{k + 1}Angst": motion_A[:, k] for k in range(dims)}
     extra["flexLatentModes"] = found.num_modes.cpu().numpy()
+    if setup.settings.find_junk:
+        extra["flexParticleProbability"] = state.junk.probability().cpu().numpy()
     latents = state.latents.cpu().numpy()
     write_latents_star(setup.particles.path, latents, out.latents, extra=extra)
     write_latents_cs(setup.particles.path, latents, out.latents_cs)
@@ -116,7 +118,8 @@ def validation_record(
     setup: Setup, state: State, motion_share: np.ndarray, score: HeldOutScore, rejected: HeldOutScore | None
 ) -> ValidationRecord:
     """What the run came to; ``motion_share`` (K,) of ``motion_coordinates_A``."""
-    images, latents = setup.source.particles.image_index, state.latents.cpu().numpy()
+    images, probability = setup.source.particles.image_index, state.junk.probability()[:, None]
+    latents = torch.where(probability >= 0.5, state.latents, torch.nan).cpu().numpy()  # of junk they say nothing
     told = entanglement(
         latents, setup.source.particles, refined_views(setup, state.views, state.latents), setup.settings.seed
     )
@@ -140,6 +143,7 @@ def validation_record(
         num_vertices=len(setup.mesh.vertices_A),
         num_cells=len(setup.mesh.cells),
         **_widths(state.views.prior),
+        junk_share=round(state.junk.share, 5) if setup.settings.find_junk else None,
         wall_s=round(state.wall_s, 2),
         device=describe_device(setup.device),
         entanglement=[asdict(one) for one in told],
@@ -169,6 +173,7 @@ def write_model(path: Path, setup: Setup, state: State) -> None:
         epoch=state.epoch,
         pose=refined_views(setup, state.views, state.latents),
         rigid_pose=refined_views(setup, state.rigid_views, state.latents[:, :0]),
+        probability=state.junk.probability().cpu().numpy(),
     ).save(path)
 
 

@@ -9,11 +9,14 @@ import numpy as np
 import torch
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
+from flexlib.model.forward import log_likelihood_loss
 from flexlib.model.moving_map import MovingMap
 from flexlib.model.views import NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
 from flexlib.train.canonical import CanonicalMap
-from flexlib.train.latents import LatentPrior, infer_latents, newton_latents
+from flexlib.train.junk import LEAST_WEIGHT, Junk, noise_loss
+from flexlib.train.latents import LatentPrior, Posterior, infer_latents, newton_latents
 from flexlib.train.map_pass import MOST_STEP, map_pass
+from flexlib.train.posterior import laplace_log_evidence
 from flexlib.train.setup import Setup, canonical_map
 from flexlib.train.views import Views
 from flexlib.train.widths import (
@@ -31,8 +34,8 @@ FITTED_PASSES = 2  # more, where poses turn out to have been fitted to the image
 HELD_OUT_STEPS = 4
 
 
-def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Views]:
-    """The map of the training particles without motion, with the views of all rows under it.
+def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Views, Junk]:
+    """The map of the training particles without motion, with the views of all rows under it, and which are junk.
 
     Parameters
     ----------
@@ -48,21 +51,23 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
     if prior.has_width:
         views = Views.at_input(num, num_held, prior, setup.device)
     information = torch.zeros((num, NUM_VIEW_PARAMETERS, NUM_VIEW_PARAMETERS), device=setup.device)
-    steps = list(RIGID_STEPS)
+    junk, steps = Junk.none(num, setup.device), list(RIGID_STEPS)
     for number, newton_steps in enumerate(steps):
         order = np.random.default_rng((setup.settings.seed, 2, number)).permutation(setup.training_rows)
         rate = newton_steps * setup.batch_size / len(order)
         if views.prior is None:
-            total = map_pass(setup, rigid, setup.rigid, order, rate)
+            total = _plain_pass(setup, rigid, junk, order, rate)
         else:
-            total, evidence = _refining_pass(setup, rigid, views, information, order, rate)
+            total, evidence = _refining_pass(setup, rigid, views, information, junk, order, rate)
             views = _with_new_widths(setup, views, information, evidence, last=number == len(RIGID_STEPS) - 2)
             if number == len(RIGID_STEPS) - 2 and views.fitted:
                 steps += [RIGID_STEPS[-1]] * FITTED_PASSES  # the iteration goes on to them
+        if setup.settings.find_junk:
+            junk.learn_share(setup.rows_on_device(setup.training_rows))
         logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
-    if views.prior is not None:
-        _refine_held_out(setup, rigid, views)
-    return rigid, views
+    junk.log_share()
+    _look_at_held_out(setup, rigid, views, junk)
+    return rigid, views, junk
 
 
 def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None) -> MovingMap:
@@ -70,13 +75,30 @@ def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None) -> 
     return MovingMap(setup.rigid, None, values, setup.rigid_coarse, views=prior)
 
 
+def _plain_pass(setup: Setup, rigid: CanonicalMap, junk: Junk, order: np.ndarray, rate: float) -> float:
+    """One pass over the rows ``order`` in which the map alone moves; the loss in nats, summed."""
+
+    def losses(values: torch.Tensor, batch: ImageBatch, weight: torch.Tensor) -> torch.Tensor:
+        return log_likelihood_loss(setup.rigid, values, batch, None, weight)
+
+    total, advantage = map_pass(setup, rigid, order, rate, losses, junk.probability())
+    junk.advantage[setup.rows_on_device(order)] = advantage
+    return total
+
+
 def _refining_pass(
-    setup: Setup, rigid: CanonicalMap, views: Views, information: torch.Tensor, order: np.ndarray, rate: float
+    setup: Setup,
+    rigid: CanonicalMap,
+    views: Views,
+    information: torch.Tensor,
+    junk: Junk,
+    order: np.ndarray,
+    rate: float,
 ) -> tuple[float, WidthEvidence]:
     """One pass over the rows ``order`` in which map and views take a step with each mini-batch.
 
-    ``views.units`` and ``information`` (n, 6, 6) are changed in place. Returns the loss in nats, summed, and what the
-    rows say of the widths.
+    ``views.units``, ``information`` (n, 6, 6) and ``junk.advantage`` are changed in place. Returns the loss in nats,
+    summed, and what the rows say of the widths.
     """
     weight, band = setup.weight(setup.schedule.full_band), setup.schedule.full_band
     prior, evidence = LatentPrior(num_views=views.num), WidthEvidence.nothing(setup.device)
@@ -86,22 +108,27 @@ def _refining_pass(
     for rows, batch in zip(batches, read_ahead(setup.source, shares, setup.device), strict=True):
         of_all, mine = setup.rows_on_device(rows), setup.rows_on_device(batch.rows)
         model = rigid_model(setup, rigid.values.clone().requires_grad_(), views.prior)
-        units = views.units[mine].requires_grad_()
+        units, probability = views.units[mine].requires_grad_(), junk.probability(mine)
+        counted = probability.clamp(min=LEAST_WEIGHT)
         with torch.enable_grad():
-            loss = model.loss(batch, weight, units).sum()
-            by_map, by_units = torch.autograd.grad(loss, (model.values, units))
+            loss = model.loss(batch, weight, units)
+            by_map, by_units = torch.autograd.grad((counted * loss).sum(), (model.values, units))
         with torch.no_grad():
+            loss, by_units = loss.detach(), by_units / counted[:, None]
             units, model = units.detach(), rigid_model(setup, rigid.values, views.prior)
             known = model.information(batch, weight, units)
-            evidence.add(units, by_units, known)
-            moved = newton_latents(prior, units, units, by_units, known)
-            moved, known = setup.ranks.embed(moved, len(rows)), setup.ranks.embed(known, len(rows))
-            setup.ranks.add(by_map, loss, moved, known)
-            views.units[of_all], information[of_all] = moved, known
-        total += loss.detach()
+            evidence.add(units, by_units, known, probability)
+            here = Posterior(units, known + prior.curvature(units), loss + prior.energy(units))
+            advantage = noise_loss(batch, weight) + laplace_log_evidence(here, prior)
+            moved, summed = newton_latents(prior, units, units, by_units, known), loss.sum()
+            moved, known, advantage = (setup.ranks.embed(own, len(rows)) for own in (moved, known, advantage))
+            setup.ranks.add(by_map, summed, moved, known, advantage)
+            views.units[of_all], information[of_all], junk.advantage[of_all] = moved, known, advantage
+        total += summed
         rigid.step(by_map, len(rows) / len(order), min(rate, MOST_STEP), band)
     evidence.add_up(setup.ranks)
-    rigid.values = rigid.values * views.centre_contrast(setup.rows_on_device(order))
+    looked_at = setup.rows_on_device(order)
+    rigid.values = rigid.values * views.centre_contrast(looked_at, junk.probability(looked_at))
     return float(total), evidence
 
 
@@ -140,17 +167,21 @@ def _with_new_widths(
 
 
 @torch.no_grad()
-def _refine_held_out(setup: Setup, rigid: CanonicalMap, views: Views) -> None:
-    """Refine the views of the rows that took no part in the map, in place."""
+def _look_at_held_out(setup: Setup, rigid: CanonicalMap, views: Views, junk: Junk) -> None:
+    """Refine the views of the rows that took no part in the map, and see whether they are junk, in place."""
     model, weight = rigid_model(setup, rigid.values, views.prior), setup.weight(setup.schedule.full_band)
-    own_rows = setup.ranks.share(setup.validation_rows)
-
-    def refined(batch: ImageBatch) -> torch.Tensor:
+    own_rows, prior = setup.ranks.share(setup.validation_rows), LatentPrior(num_views=views.num)
+    found, advantage = [views.held[:0]], [junk.advantage[:0]]
+    for batch in read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device):
         start = views.units[setup.rows_on_device(batch.rows)]
-        return infer_latents(model, batch, weight, start, HELD_OUT_STEPS, LatentPrior(num_views=views.num)).latents
-
-    batches = read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device)
-    found = torch.cat([views.held[:0], *(refined(batch) for batch in batches)])
+        if views.num:
+            here = infer_latents(model, batch, weight, start, HELD_OUT_STEPS, prior)
+            start, evidence = here.latents, laplace_log_evidence(here, prior)
+        else:
+            evidence = -model.loss(batch, weight, start)
+        found.append(start)
+        advantage.append(noise_loss(batch, weight) + evidence)
     rows = setup.rows_on_device(setup.validation_rows)
-    views.units[rows] = setup.ranks.gather(found, len(rows))
+    views.units[rows] = setup.ranks.gather(torch.cat(found), len(rows))
+    junk.advantage[rows] = setup.ranks.gather(torch.cat(advantage), len(rows))
     views.held = views.units[rows].clone()

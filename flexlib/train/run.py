@@ -114,7 +114,7 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
     if rejected is None:
         settle_shape(setup, state)
     if state.rigid_views.refines_poses:
-        take_out_mean_pose(setup, state.rigid_views, state.latents[:, :0])
+        take_out_mean_pose(setup, state.rigid_views, state.latents[:, :0], state.all_particles())
     if ranks.leads:
         state.wall_s = clock.wall_s()
         write_results(job.out, setup, state, found, score, rejected)

@@ -3,7 +3,8 @@
 For each held-out particle the latents are inferred from a random half of its Fourier pixels (Friedel mates together);
 the other half is scored, minus the best score of what knows nothing of this particle's motion: nats per particle.
 Over-fitting cannot raise it, and since all sweep points with one seed hold out the same particles, their scores can be
-compared particle by particle. Symmetry copies of a particle show one image: their mean is the particle's score.
+compared particle by particle. An image may also be junk: each model says by the seen half how likely that is, and
+predicts the other as noise so far. Symmetry copies of a particle show one image: their mean is the particle's score.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from flexlib.distributed import ALONE, Ranks
 from flexlib.images.batch import ImageBatch, ImageSource, read_ahead, split_batches
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.moving_map import MovingMap
+from flexlib.train.junk import noise_loss
 from flexlib.train.latents import LatentPrior, friedel_halves, infer_latents
 from flexlib.train.modes import Modes, find_modes
-from flexlib.train.posterior import draw_posterior
+from flexlib.train.posterior import draw_posterior, laplace_log_evidence
 
 MOST_HELD_OUT = 2000  # particles: enough for a standard error of a few hundredths of a nat
 
@@ -36,6 +38,7 @@ class HeldOut:
     seed: int  # of the halves of Fourier pixels
     fixed: int  # of the parameters, the first ones, stay as they are
     prior: LatentPrior  # of latents and views
+    junk_share: float  # of the images
     batch_size: int
     ranks: Ranks = ALONE
 
@@ -129,7 +132,7 @@ def score_held_out(
     ranks, device = held_out.ranks, model.values.device
     weight = plane_weight(held_out.source.box, held_out.band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(held_out.source.box, held_out.seed))
-    scoring = _Scoring(seen, unseen, steps, held_out.prior, integrate=final)
+    scoring = _Scoring(seen, unseen, steps, held_out.prior, held_out.junk_share, integrate=final)
     rigid_only = model.views is not None and not final
     gains, inferred, rigid_views = [], [start[:0]], [rigid_start[:0]]
     copies = int(np.unique(held_out.particle, return_counts=True)[1].max(initial=1))  # of a particle, one after another
@@ -159,6 +162,7 @@ class _Scoring:
     unseen: torch.Tensor
     steps: int
     prior: LatentPrior
+    junk_share: float
     integrate: bool  # over the posterior; else at the most likely parameters
 
     def of(
@@ -168,17 +172,31 @@ class _Scoring:
         model, start, fixed = candidate.model, candidate.start, candidate.fixed
         free_views = model.views is not None and model.views.has_width
         if centres is None and (self.steps == 0 or (fixed == model.latent_dims(start) and not free_views)):
-            return start, model.loss(batch, self.unseen, start)
+            evidence = -model.loss(batch, self.seen, start) if self.junk_share else torch.zeros(len(start))
+            return start, self._or_junk(batch, evidence, model.loss(batch, self.unseen, start))
         if centres is not None:
             modes = find_modes(model, batch, self.seen, start, self.steps, centres, self.prior)
         else:
             modes = Modes.one_each(infer_latents(model, batch, self.seen, start, self.steps, self.prior, fixed=fixed))
         likely = modes.best.latents
         if not self.integrate:
-            return likely, model.loss(batch, self.unseen, likely)
+            evidence = laplace_log_evidence(modes.best, self.prior, fixed)
+            return likely, self._or_junk(batch, evidence, model.loss(batch, self.unseen, likely))
         draws = draw_posterior(model, batch, self.seen, modes, self.prior, fixed)
         losses = torch.stack([model.loss(batch, self.unseen, one) for one in draws.parameters])
-        return likely, -draws.log_mean_exp(-losses)
+        return likely, self._or_junk(batch, draws.log_evidence, -draws.log_mean_exp(-losses))
+
+    def _or_junk(self, batch: ImageBatch, log_evidence: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """(b,) nats of the unseen halves, ``predicted`` (b,) those of particles, where images may be junk, too.
+
+        ``log_evidence`` (b,) is the seen halves'.
+        """
+        if self.junk_share == 0.0:
+            return predicted
+        particle = math.log1p(-self.junk_share) + log_evidence
+        noise = math.log(self.junk_share) - noise_loss(batch, self.seen)
+        both = torch.logaddexp(particle - predicted, noise - noise_loss(batch, self.unseen))
+        return torch.logaddexp(particle, noise) - both
 
 
 def _of_all_ranks(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from flexlib.images.batch import ImageBatch
 from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
 from flexlib.model.views import ROTATION, SHIFT, PoseFrame, mean_rigid_motion, rotation_matrices
 from flexlib.projection.op import gather_volume
@@ -35,23 +36,19 @@ def settle_shape(setup: Setup, state: State) -> None:
     """
     removed_A = _take_out_mean_shape(setup, state)
     if state.views.refines_poses:
-        removed_A = removed_A + take_out_mean_pose(setup, state.views, state.latents)
+        removed_A = removed_A + take_out_mean_pose(setup, state.views, state.latents, state.all_particles())
     inside = inside_mask(setup.mask.data, TRAINING_FLOOR).astype(np.float32)
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)
-    flow, model = state.flow.assembled(), state.moving_map(setup.operator, None)
+    model, probability = state.moving_map(setup.operator, None), state.junk.probability()
+
+    def losses(values: torch.Tensor, batch: ImageBatch, weight: torch.Tensor) -> torch.Tensor:
+        return replace(model, values=values).loss(batch, weight, state.parameters(setup.rows_on_device(batch.rows)))
+
     for number, newton_steps in enumerate(SETTLING_STEPS):
         order = np.random.default_rng((setup.settings.seed, 9, number)).permutation(setup.training_rows)
-        map_pass(
-            setup,
-            state.canonical,
-            setup.operator,
-            order,
-            newton_steps / setup.schedule.num_batches,
-            lambda rows: flow(state.latents[setup.rows_on_device(rows)]),
-            lambda batch: model.seen(batch, state.parameters(setup.rows_on_device(batch.rows))),
-        )
+        map_pass(setup, state.canonical, order, newton_steps / setup.schedule.num_batches, losses, probability)
 
 
 def _take_out_mean_shape(setup: Setup, state: State) -> torch.Tensor:
@@ -61,11 +58,12 @@ def _take_out_mean_shape(setup: Setup, state: State) -> torch.Tensor:
     """
     flow, bias, has_rigid = state.flow, state.flow.output.bias, not state.views.refines_poses
     before = bias.clone()
-    bias.sub_(flow.coefficients(state.latents.mean(0, keepdim=True))[0])
+    moving = state.latents[state.all_particles()]
+    bias.sub_(flow.coefficients(moving.mean(0, keepdim=True))[0])
     if has_rigid:
         mean_A = torch.zeros_like(setup.operator.vertices_A)
-        for latents in state.latents.split(1000):
-            mean_A += flow(latents).sum(0) / len(state.latents)
+        for latents in moving.split(1000):
+            mean_A += flow(latents).sum(0) / len(moving)
         bias[-6:].sub_(rigid_part(flow, setup.density_share, mean_A))
     removed_A = ((before - bias) @ flow.basis_A.flatten(1)).view(-1, 3)
     carried = torch.as_tensor(carried_fields(setup.mesh, flow.basis_A, removed_A), device=setup.device)
@@ -75,15 +73,15 @@ def _take_out_mean_shape(setup: Setup, state: State) -> torch.Tensor:
     return removed_A
 
 
-def take_out_mean_pose(setup: Setup, views: Views, latents: torch.Tensor) -> torch.Tensor:
-    """Take what all poses' changes have in common, in the volume's frame, out of them.
+def take_out_mean_pose(setup: Setup, views: Views, latents: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Take what the poses' changes of ``rows`` have in common, in the volume's frame, out of all.
 
     The map may as well have it, and no refinement knows which. Returns the displacement (nv, 3) in Angstrom that the
     map is to have instead.
     """
     assert views.prior is not None
     own = views.own(latents, setup.rotation)
-    common = mean_rigid_motion(setup.rotation, own[:, ROTATION], own[:, SHIFT]).float()
+    common = mean_rigid_motion(setup.rotation[rows], own[rows, ROTATION], own[rows, SHIFT]).float()
     frame = views.prior.frame or PoseFrame.at_rest(latents.shape[1], setup.device)
     views.prior = replace(views.prior, frame=frame.moved(-common))
     moved = setup.operator.vertices_A @ rotation_matrices(common[None, :3])[0].T + common[3:]

@@ -97,8 +97,8 @@ class Setup:
         """Rows as an index on the run's device."""
         return torch.as_tensor(rows, device=self.device)
 
-    def held_out(self, num_views: int = 0) -> HeldOut:
-        """The held-out rows, and how they are scored: with ``num_views`` view parameters each."""
+    def held_out(self, num_views: int = 0, junk_share: float = 0.0) -> HeldOut:
+        """The held-out rows, and how they are scored: with ``num_views`` view parameters each, and a share of junk."""
         return HeldOut(
             source=self.source,
             rows=self.validation_rows,
@@ -107,6 +107,7 @@ class Setup:
             seed=derived_seed(self.settings.seed, 7),
             fixed=self.settings.latent_dims if self.settings.freeze_latents else 0,
             prior=self.prior(num_views),
+            junk_share=junk_share,
             batch_size=self.batch_size,
             ranks=self.ranks,
         )

@@ -9,7 +9,7 @@ the identity, directions whose variance stands above the noise edge are motion; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,6 +33,7 @@ class FieldForces:
 
     force: np.ndarray  # (n, m) float32, minus the gradient of the loss by the field's coefficient, mean removed
     information: np.ndarray  # (m, m) float64, mean Fisher information = covariance of the forces of pure noise
+    weight: np.ndarray | None = None  # (n,) with which each particle counts; None for 1
 
     def freed_of(self, kept: int) -> FieldForces:
         """The first ``kept`` forces, without what the others explain as well: those of poses and contrast.
@@ -48,7 +49,24 @@ class FieldForces:
         regression = inverse @ self.information[kept:, :kept]
         force = self.force[:, :kept] - (self.force[:, kept:] @ regression).astype(np.float32)
         schur = self.information[:kept, :kept] - self.information[:kept, kept:] @ regression
-        return FieldForces(force, 0.5 * (schur + schur.T))
+        return FieldForces(force, 0.5 * (schur + schur.T), self.weight)
+
+    def weighed(self, weight: np.ndarray) -> FieldForces:
+        """The same forces, with the weighted mean removed, counted with ``weight`` (n,)."""
+        mean = (weight @ self.force.astype(np.float64)) / weight.sum()
+        return FieldForces((self.force - mean).astype(np.float32), self.information, weight)
+
+    @property
+    def count(self) -> float:
+        """Of the particles."""
+        return len(self.force) if self.weight is None else float(self.weight.sum())
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows of the forces, and the forces (c, m) float64, times the roots of their weights."""
+        for first in range(0, len(self.force), _CHUNK):
+            rows = slice(first, first + _CHUNK)
+            forces = self.force[rows].astype(np.float64)
+            yield rows, forces if self.weight is None else forces * np.sqrt(self.weight[rows])[:, None]
 
 
 @dataclass(frozen=True)
@@ -247,17 +265,16 @@ def spectral_start(forces: FieldForces, latent_dims: int, prior_precision: np.nd
     prior_precision
         (m,) of the fields' coefficients, from the rigidity: directions that the images hardly see stay small.
     """
-    num = len(forces.force)
     spread, axes = np.linalg.eigh(forces.information)
     seen = spread > spread[-1] * _UNSEEN
     whitener = axes[:, seen] / np.sqrt(spread[seen])
     covariance = np.zeros((seen.sum(), seen.sum()))
-    for first in range(0, num, _CHUNK):
-        white = forces.force[first : first + _CHUNK].astype(np.float64) @ whitener
-        covariance += white.T @ white / num
+    for _, part in forces.chunks():
+        white = part @ whitener
+        covariance += white.T @ white / forces.count
     variance, directions = np.linalg.eigh(covariance)
     variance, directions = variance[::-1].copy(), directions[:, ::-1]
-    edge = float((1.0 + np.sqrt(seen.sum() / num)) ** 2 * 1.02)
+    edge = float((1.0 + np.sqrt(seen.sum() / forces.count)) ** 2 * 1.02)
     to_latents = whitener @ directions[:, :latent_dims] / np.sqrt(variance[:latent_dims])
     latents = (forces.force @ to_latents.astype(np.float32)).astype(np.float32)
     fields = fields_of_latents(forces, latents, prior_precision)
@@ -278,10 +295,12 @@ def fields_of_latents(forces: FieldForces, latents: np.ndarray, prior_precision:
     prior_precision
         (m,) of the fields' coefficients, from the rigidity.
     """
-    centred = latents.astype(np.float64) - latents.mean(0, dtype=np.float64)
+    weight = np.ones(len(latents)) if forces.weight is None else forces.weight
+    centred = latents.astype(np.float64) - (weight @ latents.astype(np.float64)) / weight.sum()
+    centred = centred * np.sqrt(weight)[:, None]
     slope = np.zeros((forces.force.shape[1], latents.shape[1]))
-    for first in range(0, len(centred), _CHUNK):
-        slope += forces.force[first : first + _CHUNK].T.astype(np.float64) @ centred[first : first + _CHUNK]
+    for rows, part in forces.chunks():
+        slope += part.T @ centred[rows]
     slope = np.linalg.solve(centred.T @ centred, slope.T)  # (K, m)
     solved = np.linalg.solve(forces.information + np.diag(prior_precision), slope.T)
     return solved.T.astype(np.float32)

@@ -21,6 +21,7 @@ from flexlib.projection.op import gather_volume
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
 from flexlib.train.initial_latents import InitialLatents, initial_latents, read_own_latents, standard_scale
+from flexlib.train.junk import Junk
 from flexlib.train.rigid import rigid_start
 from flexlib.train.schedule import FLOW_RATE
 from flexlib.train.setup import Setup, canonical_map, derived_seed
@@ -74,8 +75,8 @@ def resume(setup: Setup, saved: dict[str, Any]) -> State:
     canonical = canonical_map(setup, setup.operator, mean_transfer2(setup), inside_only=True)
     spectrum = SpectralStart.from_state_dict(saved["spectrum"])
     empty = InitialLatents(torch.zeros((num, dims)), spectrum.directions)
-    views = Views.none(num, len(setup.validation_rows), setup.device)
-    state = new_state(setup, flow, canonical, (saved["rigid_values"], views), spectrum, empty)
+    views, junk = Views.none(num, len(setup.validation_rows), setup.device), Junk.none(num, setup.device)
+    state = new_state(setup, flow, canonical, (saved["rigid_values"], views, junk), spectrum, empty)
     state.restore(saved)
     logger.info("resumed after epoch %d, batch %d", state.epoch, state.step)
     return state
@@ -85,14 +86,14 @@ def start(setup: Setup) -> State:
     """The state at epoch 0: rigid map, elastic modes, spectral start."""
     settings = setup.settings
     transfer2 = mean_transfer2(setup)
-    rigid, views = rigid_start(setup, transfer2)
+    rigid, views, junk = rigid_start(setup, transfer2)
     basis = displacement_basis(
         setup.mesh, setup.ranks, setup.device, setup.density_share if views.refines_poses else None
     )
     soft = spectral_fields(len(basis), rigid=not views.refines_poses)
     canonical = canonical_map(setup, setup.operator, transfer2, inside_only=True)
     canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=setup.device), setup.operator.voxels)
-    forces = _forces(setup, canonical, views, basis[soft])
+    forces = _forces(setup, canonical, views, basis[soft]).weighed(junk.probability().cpu().numpy())
     prior = rigidity_precision(setup.rigidity, setup.operator.vertices_A, basis[soft], setup.rigidity_nats)
     spectrum = setup.ranks.from_first(lambda: spectral_start(forces, settings.latent_dims, prior))
     logger.info(
@@ -105,7 +106,7 @@ def start(setup: Setup) -> State:
     initial = initial_latents(settings, setup.particles, drawn, forces, spectrum, prior)
     with torch.no_grad():
         flow.linear[:, soft] = torch.as_tensor(initial.directions, device=setup.device)
-    state = new_state(setup, flow, canonical, (rigid.values, views), spectrum, initial)
+    state = new_state(setup, flow, canonical, (rigid.values, views, junk), spectrum, initial)
     if settings.init_from is not None and settings.init_from.is_dir():
         _continue_from(setup, state, settings.init_from)
     state.follow_first(setup.ranks)
@@ -173,12 +174,12 @@ def new_state(
     setup: Setup,
     flow: FlowGenerator,
     canonical: CanonicalMap,
-    rigid: tuple[torch.Tensor, Views],
+    rigid: tuple[torch.Tensor, Views, Junk],
     spectrum: SpectralStart,
     initial: InitialLatents,
 ) -> State:
-    """A state at epoch 0; ``rigid`` are the rigid map's values (nvox,) and the views under it."""
-    rigid_values, rigid_views = rigid
+    """A state at epoch 0; ``rigid`` are the rigid map's values (nvox,), and the views and the junk under it."""
+    rigid_values, rigid_views, junk = rigid
     views = _held_at_input(setup, rigid_views) if rigid_views.fitted else rigid_views.copy()
     if views.prior is not None and views.refines_poses:
         frame = replace(PoseFrame.at_rest(setup.settings.latent_dims, setup.device), bend=flow.frame_motion)
@@ -196,6 +197,7 @@ def new_state(
         held_latents=latents[setup.rows_on_device(setup.validation_rows)].clone(),
         rigid_values=rigid_values,
         rigid_views=rigid_views,
+        junk=junk,
         spectrum=spectrum,
         given_latents=None if initial.given is None else initial.given.to(setup.device),
         log=[],

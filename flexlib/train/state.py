@@ -13,6 +13,7 @@ from flexlib.model.forward import CoarseMap, Operator
 from flexlib.model.moving_map import MovingMap, Ratios
 from flexlib.model.views import PoseFrame, ViewPrior
 from flexlib.train.canonical import CanonicalMap
+from flexlib.train.junk import Junk
 from flexlib.train.latents import LatentScale
 from flexlib.train.spectral import SpectralStart
 from flexlib.train.views import Views
@@ -32,6 +33,7 @@ class State:
     held_latents: torch.Tensor  # (v, K) from half the Fourier pixels
     rigid_values: torch.Tensor  # (nvox of the rigid operator,)
     rigid_views: Views  # under the rigid map
+    junk: Junk  # which rows show no particle
     spectrum: SpectralStart
     given_latents: torch.Tensor | None  # (n, K) in the user's own scale, where they are frozen
     log: list[dict[str, float]]
@@ -61,7 +63,17 @@ class State:
 
     def follow_first(self, ranks: Ranks) -> None:
         """Take the first rank's flow, map and latents: what ranks compute alike may differ in the last bit."""
-        ranks.follow_first(*self.flow.state_dict().values(), self.canonical.values, self.latents, self.views.units)
+        of_rows = self.latents, self.views.units, self.junk.advantage
+        ranks.follow_first(*self.flow.state_dict().values(), self.canonical.values, *of_rows)
+
+    def particles_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those of ``rows`` that are likelier particles than junk; all, where hardly any is."""
+        likely = rows[self.junk.probability(rows) >= 0.5]
+        return likely if len(likely) > self.latents.shape[1] + 1 else rows
+
+    def all_particles(self) -> torch.Tensor:
+        """Of all rows."""
+        return self.particles_of(torch.arange(len(self.latents), device=self.latents.device))
 
     def moving_map(self, operator: Operator, coarse: CoarseMap | None, flow: AssembledFlow | None = None) -> MovingMap:
         """Flow and map as they stand (``flow`` if it is assembled already)."""

@@ -14,7 +14,9 @@ from flexlib.model.moving_map import MovingMap, Ratios, fisher_information
 from flexlib.model.views import CONTRAST, ROTATION, SHIFT
 from flexlib.tetra.rigidity import mesh_rigidity
 from flexlib.train.gauge import GAUGE_RATE, hold_gauge
-from flexlib.train.latents import LatentPrior, newton_latents
+from flexlib.train.junk import LEAST_WEIGHT, noise_loss
+from flexlib.train.latents import LatentPrior, Posterior, newton_latents
+from flexlib.train.posterior import laplace_log_evidence
 from flexlib.train.setup import Setup
 from flexlib.train.state import State
 
@@ -50,6 +52,7 @@ class StepResult:
     mean_A: torch.Tensor  # (nv, 3) this rank's part of the mean displacement
     parameters: torch.Tensor  # (b, P) where this rank's rows move to, zero elsewhere
     information: torch.Tensor  # (b, P, P) Fisher information, likewise
+    advantage: torch.Tensor  # (b,) nats by which images are likelier as particles than as noise, likewise
     information_ratios: Ratios
 
 
@@ -67,13 +70,14 @@ def take_step(setup: Setup, state: State, batch: MiniBatch) -> torch.Tensor:
     """
     num, rows = len(batch.rows), to_device(batch.rows, setup.device)
     model = state.moving_map(setup.operator, setup.coarse)
-    found = find_step(setup, model, batch, state.parameters(rows), state.information[rows])
+    probability = state.junk.probability(rows)
+    found = find_step(setup, model, batch, state.parameters(rows), state.information[rows], probability)
     gradients = [parameter.grad for parameter in state.flow.parameters() if parameter.grad is not None]
-    parts = (found.map_gradient, found.loss, found.strain, found.mean_A, found.parameters, found.information)
-    setup.ranks.add(*gradients, *parts)
+    of_rows = found.parameters, found.information, found.advantage
+    setup.ranks.add(*gradients, found.map_gradient, found.loss, found.strain, found.mean_A, *of_rows)
     state.information_ratios = found.information_ratios
     state.set_parameters(rows, found.parameters)
-    state.information[rows] = found.information
+    state.information[rows], state.junk.advantage[rows] = found.information, found.advantage
     state.optimiser.step()
     state.optimiser.zero_grad()
     if not state.views.refines_poses:
@@ -83,11 +87,27 @@ def take_step(setup: Setup, state: State, batch: MiniBatch) -> torch.Tensor:
 
 
 def find_step(
-    setup: Setup, model: MovingMap, batch: MiniBatch, parameters: torch.Tensor, information: torch.Tensor
+    setup: Setup,
+    model: MovingMap,
+    batch: MiniBatch,
+    parameters: torch.Tensor,
+    information: torch.Tensor,
+    probability: torch.Tensor,
 ) -> StepResult:
-    """What a mini-batch says at its ``parameters`` (b, P), of Fisher ``information`` (b, P, P).
+    """What a mini-batch says.
 
-    ``model`` has a flow that is assembled with its gradient.
+    Parameters
+    ----------
+    setup
+        The run.
+    model
+        Of a flow that is assembled with its gradient.
+    batch
+        The images.
+    parameters, information
+        (b, P) at which, and the (b, P, P) Fisher information there.
+    probability
+        (b,) that the images show particles: flow and map learn from each as much.
     """
     assert model.flow is not None
     ranks, num, dims = setup.ranks, len(batch.rows), model.latent_dims(parameters)
@@ -98,12 +118,15 @@ def find_step(
     values = model.values.clone().requires_grad_()
     displacements = model.flow(noisy[:, :dims])
     seen = model.seen(batch.images, noisy)
-    loss = log_likelihood_loss(setup.operator, values, seen, displacements, batch.weight).sum()
+    loss = log_likelihood_loss(setup.operator, values, seen, displacements, batch.weight)
     sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, ranks.size)]
-    strained = parameters[to_device(ranks.share(sample), setup.device), :dims]
-    strain = mesh_rigidity(setup.rigidity, setup.operator.vertices_A + model.flow(strained)).sum() / len(sample)
-    (loss / num + setup.rigidity_nats * strain).backward()
+    sampled = to_device(ranks.share(sample), setup.device)
+    strains = mesh_rigidity(setup.rigidity, setup.operator.vertices_A + model.flow(parameters[sampled, :dims]))
+    strain = (strains * probability[sampled]).sum() / len(sample)
+    counted = ranks.share(probability).clamp(min=LEAST_WEIGHT)
+    ((counted * loss).sum() / num + setup.rigidity_nats * strain).backward()
     assert values.grad is not None and noisy.grad is not None
+    by_parameters, loss = noisy.grad * num / counted[:, None], loss.detach()
 
     own, own_information = ranks.share(parameters), ranks.share(information)
     if fixed < parameters.shape[1]:
@@ -112,16 +135,32 @@ def find_step(
                 if batch.measures_ratio:
                     model = with_measured_ratio(model, batch.images, batch.weight, own, ranks)
                 own_information = model.information(batch.images, batch.weight, own, fixed)
-            own = newton_latents(prior, own, noisy.detach(), noisy.grad * num, own_information, fixed)
+            own = newton_latents(prior, own, noisy.detach(), by_parameters, own_information, fixed)
+    advantage = noise_loss(batch.images, batch.weight) + _log_evidence(
+        prior, noisy.detach(), loss, ranks.share(information), fixed
+    )
+    share = ranks.share(probability) / probability.sum()
     return StepResult(
-        loss=loss.detach(),
+        loss=loss.sum(),
         strain=strain.detach(),
         map_gradient=values.grad,
-        mean_A=displacements.detach().sum(0) / num,
+        mean_A=torch.einsum("b,bvd->vd", share, displacements.detach()),
         parameters=ranks.embed(own, num),
         information=ranks.embed(own_information, num),
+        advantage=ranks.embed(advantage, num),
         information_ratios=model.information_ratios,
     )
+
+
+def _log_evidence(
+    prior: LatentPrior, noisy: torch.Tensor, loss: torch.Tensor, information: torch.Tensor, fixed: int
+) -> torch.Tensor:
+    """(b,) what ``laplace_log_evidence`` gives at the mode, from the loss (b,) at parameters (b, P) with their noise.
+
+    It raises the objective above that at the mode, by half of its square for each of them in units of the posterior.
+    """
+    here = Posterior(noisy, information + prior.curvature(noisy), loss + prior.energy(noisy))
+    return laplace_log_evidence(here, prior, fixed) + 0.5 * POSTERIOR_PART**2 * (noisy.shape[1] - fixed)
 
 
 def posterior_noise(

@@ -79,11 +79,14 @@ class Views:
         if self.prior is not None and self.prior.frame is not None:
             self.prior = replace(self.prior, frame=self.prior.frame.rescaled(matrix, offset))
 
-    def centre_contrast(self, rows: torch.Tensor) -> float:
-        """Take the mean log contrast of ``rows`` out of all rows; the factor that the map is to have instead."""
+    def centre_contrast(self, rows: torch.Tensor, weight: torch.Tensor) -> float:
+        """Take the mean log contrast of ``rows`` out of all rows; the factor that the map is to have instead.
+
+        ``weight`` (b,) is that of each in the mean.
+        """
         if self.prior is None or self.prior.log_contrast == 0:
             return 1.0
-        mean = self.units[rows, 5].mean()
+        mean = (weight @ self.units[rows, 5]) / weight.sum()
         self.units[:, 5] -= mean
         self.held[:, 5] -= mean
         return math.exp(float(mean) * self.prior.log_contrast)

@@ -42,8 +42,20 @@ class WidthEvidence:
         """Of no image."""
         return cls(*torch.zeros((4, NUM_VIEW_PARAMETERS), dtype=torch.float64, device=device))
 
-    def add(self, units: torch.Tensor, gradient: torch.Tensor, information: torch.Tensor) -> None:
-        """Count b images: the likelihood's ``gradient`` (b, 6) at ``units`` (b, 6), and their information (b, 6, 6)."""
+    def add(
+        self, units: torch.Tensor, gradient: torch.Tensor, information: torch.Tensor, probability: torch.Tensor
+    ) -> None:
+        """Count b images, each as far as it shows a particle.
+
+        Parameters
+        ----------
+        units
+            (b, 6) view parameters.
+        gradient, information
+            (b, 6) and (b, 6, 6) of the likelihood there.
+        probability
+            (b,) that they are particles.
+        """
         known = information.double()
         eye = torch.eye(NUM_VIEW_PARAMETERS, dtype=torch.float64, device=known.device)
         covariance = torch.linalg.inv_ex(known + 1e-3 * eye).inverse
@@ -51,7 +63,7 @@ class WidthEvidence:
         variance = covariance.diagonal(dim1=1, dim2=2)
         longest = OUTLIER * (variance + 1).sqrt()
         estimate = (covariance @ at_zero[..., None])[..., 0].clamp(-longest, longest)
-        weight = (variance + 1).reciprocal().square()
+        weight = (variance + 1).reciprocal().square() * probability[:, None]
         self.excess += (weight * (estimate.square() - variance)).sum(0)
         self.weight += weight.sum(0)
         self.total += (weight * estimate).sum(0)

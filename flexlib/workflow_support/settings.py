@@ -198,6 +198,11 @@ class TrainSettings:
         "Refine the contrast of each particle in the same way, as a factor of its image; it starts from the input's "
         "scale, where that has one.",
     )
+    find_junk: bool = setting(
+        True,
+        "Learn which images show no particle of the map, such as noise, and particles in a wrong pose: each counts as "
+        "far as it is likely to show one. false takes all for particles.",
+    )
     validation_fraction: float = setting(
         0.05, "Share of the particles held out of training to score it.", minimum=0, exclusiveMaximum=1
     )
