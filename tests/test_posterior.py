@@ -13,7 +13,7 @@ from flexlib.model.moving_map import MovingMap
 from flexlib.train.fields import BASIS_UNIT_A, displacement_basis
 from flexlib.train.latents import UNIT_PRIOR, LatentPrior, infer_latents
 from flexlib.train.modes import Modes, find_modes, latent_centres
-from flexlib.train.posterior import draw_posterior, standard_points
+from flexlib.train.posterior import draw_posterior, laplace_log_evidence, standard_points
 from flexlib.train.step import POSTERIOR_PART, posterior_noise
 
 BOX, NUM = 32, 24
@@ -37,7 +37,7 @@ def weak_images(setup, model, truth, strength):
 
 
 def grid_posterior(model, batch, axes):
-    """Means (b, K) and covariances (b, K, K) from the objective at every point of a grid."""
+    """Means (b, K), covariances (b, K, K) and log evidence (b,) from the objective at every point of a grid."""
     points = torch.cartesian_prod(*axes).view(-1, len(axes))
     with torch.no_grad():
         objective = torch.stack(
@@ -46,7 +46,9 @@ def grid_posterior(model, batch, axes):
     share = torch.softmax(-objective.double(), 1)
     mean = share @ points.double()
     away = points.double() - mean[:, None]
-    return mean, torch.einsum("bs,bsi,bsj->bij", share, away, away)
+    point_volume = np.prod([float(axis[1] - axis[0]) / np.sqrt(2 * np.pi) for axis in axes])
+    evidence = torch.logsumexp(-objective.double(), 1) + np.log(point_volume)
+    return mean, torch.einsum("bs,bsi,bsj->bij", share, away, away), evidence
 
 
 def test_points_have_the_moments_of_the_unit_normal():
@@ -66,9 +68,12 @@ def test_means_and_errors_are_those_of_the_integral(setup, fields):
     batch = weak_images(setup, model, truth, 0.35)
     centres = torch.as_tensor(latent_centres(np.random.default_rng(0).normal(size=(500, 2)), 0))
     modes = find_modes(model, batch, WEIGHT, torch.zeros(NUM, 2), 8, centres)
-    mean, precision = draw_posterior(model, batch, WEIGHT, modes, UNIT_PRIOR).summary(modes.best)
+    draws = draw_posterior(model, batch, WEIGHT, modes, UNIT_PRIOR)
+    mean, precision = draws.summary(modes.best)
     axis = torch.linspace(-4, 4, 41)
-    expected, covariance = grid_posterior(model, batch, [axis, axis])
+    expected, covariance, evidence = grid_posterior(model, batch, [axis, axis])
+    assert (draws.log_evidence - evidence).square().mean().sqrt() < 0.1
+    assert (laplace_log_evidence(modes.best, UNIT_PRIOR) - evidence).square().mean().sqrt() < 0.3
     spread = covariance.diagonal(dim1=1, dim2=2).sqrt()
     assert 0.1 < float(spread.mean()) < 0.9  # weak, not blind
     off, mode_off = ((z.double() - expected) / spread for z in (mean, modes.best.latents))
@@ -95,7 +100,8 @@ def test_a_particle_with_two_modes_says_so(setup, fields):
     far = truth[:, 0].abs() > 1.0
     assert (draws.num_modes[far] == 2).all()
     mean, precision = draws.summary(modes.best)
-    expected, covariance = grid_posterior(model, batch, [torch.linspace(-4, 4, 801)])
+    expected, covariance, evidence = grid_posterior(model, batch, [torch.linspace(-4, 4, 801)])
+    assert (draws.log_evidence - evidence)[far].abs().max() < 0.3
     spread = covariance[:, 0, 0].sqrt()
     assert ((mean[:, 0] - expected[:, 0])[far].abs() < 0.25 * spread[far]).all()
     assert ((precision[far, 0, 0].double() ** -0.5 / spread[far]).log().abs() < 0.2).all()
@@ -115,6 +121,16 @@ def test_known_parameters_stay_as_they_are(setup, fields):
     draws = draw_posterior(model, batch, WEIGHT, Modes.one_each(best), UNIT_PRIOR, fixed=1)
     assert (draws.parameters[:, :, 0] == truth[:, 0]).all()
     assert draws.parameters[:, :, 1].std(0).min() > 0
+    axis = torch.linspace(-4, 4, 161)
+    for row in range(4):  # the evidence is that of what is not known
+        known = [truth[row, :1], axis]
+        points = torch.cartesian_prod(*known)
+        with torch.no_grad():
+            one = batch.take(torch.tensor([row]))
+            objective = torch.stack([model.loss(one, WEIGHT, z[None])[0] + 0.5 * z[1] ** 2 for z in points])
+        expected = torch.logsumexp(-objective, 0) + np.log(float(axis[1] - axis[0]) / np.sqrt(2 * np.pi))
+        assert float(draws.log_evidence[row] - expected) == pytest.approx(0, abs=0.1)
+        assert float(laplace_log_evidence(best, UNIT_PRIOR, 1)[row] - expected) == pytest.approx(0, abs=0.3)
 
 
 def test_frozen_latents_are_seen_with_the_injected_noise_alone():

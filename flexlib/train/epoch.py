@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
+from flexlib.train.junk import nats_of_search
 from flexlib.train.latents import LatentScale, posterior_scale
 from flexlib.train.learn_views import learn_views, measure_widths
 from flexlib.train.local_minima import leave_wrong_minima, search_centres
@@ -54,7 +55,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     if epoch == BAND_EPOCHS:
         leave_wrong_minima(setup, state)
     if setup.settings.find_junk:
-        state.junk.learn_share(setup.rows_on_device(setup.training_rows))
+        learn_junk(setup, state)
     learn_views(setup, state, annealing=anneal < 1)
     if anneal < 1 and (epoch == 0 or setup.schedule.anneal(epoch - 1, state.anneal_from) == 1):
         measure_widths(setup, state)
@@ -127,6 +128,14 @@ def standardise(setup: Setup, state: State) -> LatentScale | None:
     return scale
 
 
+def learn_junk(setup: Setup, state: State) -> None:
+    """Learn from what the training rows' images have shown how many are junk."""
+    rows, dims = setup.rows_on_device(setup.training_rows), setup.settings.latent_dims
+    poses = state.information[rows][:, dims:, dims:]
+    state.junk.search_nats = nats_of_search(state.views.prior, poses, setup.source.particles)
+    state.junk.learn_share(rows)
+
+
 @torch.no_grad()
 def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool = False) -> HeldOutScore:
     """The held-out score as things stand (``score.py``).
@@ -144,7 +153,7 @@ def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool 
     """
     frozen = setup.settings.freeze_latents
     return score_held_out(
-        setup.held_out(state.views.num, state.junk.share),
+        setup.held_out(state.views.num, state.junk.log_odds),
         state.moving_map(setup.operator, setup.coarse),
         rigid_model(setup, state.rigid_values, state.rigid_views.prior),
         state.held_parameters(),

@@ -11,7 +11,7 @@ import torch
 
 from flexlib.images.batch import read_ahead, split_batches
 from flexlib.projection.op import gather_volume, scatter_volume
-from flexlib.train.epoch import score_now, standardise
+from flexlib.train.epoch import learn_junk, score_now, standardise
 from flexlib.train.initial_latents import standard_scale
 from flexlib.train.junk import noise_loss
 from flexlib.train.latents import infer_latents, latent_precision
@@ -107,7 +107,7 @@ def _infer_own_share(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Te
     for rows_of_all in (state.latents, state.views.units, precision, state.information, num_modes, advantage):
         rows_of_all.copy_(setup.ranks.gather(rows_of_all[mine], num))
     if setup.settings.find_junk:
-        state.junk.learn_share(setup.rows_on_device(setup.training_rows))
+        learn_junk(setup, state)
         state.junk.log_share()
     return precision, num_modes
 

@@ -12,9 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from flexlib.images.batch import ImageBatch
+from flexlib.model.views import ROTATION, SHIFT, ViewPrior
+from flexlib.particles.table import Particles
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +35,28 @@ class Junk:
 
     advantage: torch.Tensor  # (n,) nats by which each image is likelier as a particle of the model than as noise
     share: float = 0.0  # of junk; 0: every image counts in full
+    search_nats: float = 0.0  # that noise wins, too, where its pose was searched for (``nats_of_search``)
 
     @classmethod
     def none(cls, num: int, device: torch.device) -> Junk:
         """Of ``num`` rows that nothing is known of."""
         return cls(torch.zeros(num, device=device))
 
-    def copy(self) -> Junk:
-        """The same values, to be changed independently."""
-        return Junk(self.advantage.clone(), self.share)
+    @property
+    def log_odds(self) -> float:
+        """Of a particle against junk, before its image has been seen, less what the search for its pose wins."""
+        return math.inf if self.share == 0.0 else math.log1p(-self.share) - math.log(self.share) - self.search_nats
 
     def probability(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """(b,) that the images of ``rows`` are particles of the model."""
-        return particle_probability(self.advantage[rows], self.share)
+        return torch.sigmoid(self.advantage[rows] + self.log_odds)
 
     def learn_share(self, rows: torch.Tensor) -> None:
-        """Set the share to that which makes the images of ``rows`` likeliest (EM); 0 where none is hardly less likely.
-
-        Parameters
-        ----------
-        rows
-            That are learnt from.
-        """
-        advantage, share = self.advantage[rows].double(), FIRST_SHARE
+        """Set the share to that which makes the images of ``rows`` likeliest (EM); 0 where none are hardly less so."""
+        advantage, share = self.advantage[rows].double() - self.search_nats, FIRST_SHARE
         for _ in range(_ITERATIONS):
-            share = float((1.0 - particle_probability(advantage, share)).mean().clamp(LEAST_SHARE, MOST_SHARE))
+            junk = torch.sigmoid(math.log(share) - math.log1p(-share) - advantage)
+            share = float(junk.mean().clamp(LEAST_SHARE, MOST_SHARE))
         of_particles = torch.full_like(advantage, math.log1p(-share))
         gain = float(torch.logaddexp(of_particles, math.log(share) - advantage).sum())
         self.share = share if gain > LEAST_GAIN_NATS else 0.0
@@ -73,18 +73,11 @@ class Junk:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only."""
-        return {"advantage": self.advantage, "share": self.share}
+        return {"advantage": self.advantage, "share": self.share, "search_nats": self.search_nats}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
-        self.advantage, self.share = saved["advantage"], saved["share"]
-
-
-def particle_probability(advantage: torch.Tensor, share: float) -> torch.Tensor:
-    """Of being a particle, for images that are likelier as one by ``advantage`` nats, where ``share`` are junk."""
-    if share == 0.0:
-        return torch.ones_like(advantage)
-    return torch.sigmoid(advantage + math.log1p(-share) - math.log(share))
+        self.advantage, self.share, self.search_nats = saved["advantage"], saved["share"], saved["search_nats"]
 
 
 def noise_loss(batch: ImageBatch, weight: torch.Tensor) -> torch.Tensor:
@@ -93,3 +86,34 @@ def noise_loss(batch: ImageBatch, weight: torch.Tensor) -> torch.Tensor:
     ``weight`` (box, box//2+1), ``plane_weight`` of the band in use.
     """
     return 0.5 * (torch.view_as_real(batch.images).square().sum(-1) * weight).sum((1, 2))
+
+
+def nats_of_search(prior: ViewPrior | None, information: torch.Tensor, particles: Particles) -> float:
+    """Nats that an image has won for any model because its pose was searched for among all poses.
+
+    Where poses were fitted to these very images, noise has been given the pose in which it looks most like a particle.
+    What an image says for a particle is its likelihood averaged over all poses, and not that at the best one, with
+    a prior that holds it there: the latter is more by the volume of all rotations and of the shifts that occur, over
+    that which the image leaves its pose.
+
+    Parameters
+    ----------
+    prior
+        Of poses and contrasts.
+    information
+        (n, 6, 6) of the view parameters, in units of the prior's widths.
+    particles
+        Whose shifts, and rows of one image, tell the volume.
+    """
+    if prior is None or not prior.fitted or not prior.refines_poses:
+        return 0.0
+    copies = len(particles.image_index) / len(np.unique(particles.image_index))
+    rotations = 8 * math.pi**2 / copies
+    shifts = 2 * math.pi * float(np.mean((particles.origin_A - particles.origin_A.mean(0)) ** 2))
+    units = (prior.rotation_rad**3, prior.shift_A**2)
+    poses = information[:, ROTATION.start : SHIFT.stop, ROTATION.start : SHIFT.stop].double()
+    poses = poses + 1e-6 * torch.eye(poses.shape[1], dtype=poses.dtype, device=poses.device)
+    held = poses + torch.eye(poses.shape[1], dtype=poses.dtype, device=poses.device)
+    narrower = 0.5 * float((torch.logdet(poses) - torch.logdet(held)).median())
+    volumes = rotations / (2 * math.pi) ** 1.5 / units[0], shifts / (2 * math.pi) / units[1]
+    return max(math.log(volumes[0] * volumes[1]) + narrower, 0.0)

@@ -38,7 +38,7 @@ class HeldOut:
     seed: int  # of the halves of Fourier pixels
     fixed: int  # of the parameters, the first ones, stay as they are
     prior: LatentPrior  # of latents and views
-    junk_share: float  # of the images
+    particle_log_odds: float  # against junk, before an image is seen; infinite where there is none
     batch_size: int
     ranks: Ranks = ALONE
 
@@ -132,7 +132,7 @@ def score_held_out(
     ranks, device = held_out.ranks, model.values.device
     weight = plane_weight(held_out.source.box, held_out.band).to(device)
     seen, unseen = (weight * half.to(device) for half in friedel_halves(held_out.source.box, held_out.seed))
-    scoring = _Scoring(seen, unseen, steps, held_out.prior, held_out.junk_share, integrate=final)
+    scoring = _Scoring(seen, unseen, steps, held_out.prior, held_out.particle_log_odds, integrate=final)
     rigid_only = model.views is not None and not final
     gains, inferred, rigid_views = [], [start[:0]], [rigid_start[:0]]
     copies = int(np.unique(held_out.particle, return_counts=True)[1].max(initial=1))  # of a particle, one after another
@@ -162,7 +162,7 @@ class _Scoring:
     unseen: torch.Tensor
     steps: int
     prior: LatentPrior
-    junk_share: float
+    particle_log_odds: float
     integrate: bool  # over the posterior; else at the most likely parameters
 
     def of(
@@ -172,7 +172,7 @@ class _Scoring:
         model, start, fixed = candidate.model, candidate.start, candidate.fixed
         free_views = model.views is not None and model.views.has_width
         if centres is None and (self.steps == 0 or (fixed == model.latent_dims(start) and not free_views)):
-            evidence = -model.loss(batch, self.seen, start) if self.junk_share else torch.zeros(len(start))
+            evidence = -model.loss(batch, self.seen, start)
             return start, self._or_junk(batch, evidence, model.loss(batch, self.unseen, start))
         if centres is not None:
             modes = find_modes(model, batch, self.seen, start, self.steps, centres, self.prior)
@@ -191,10 +191,9 @@ class _Scoring:
 
         ``log_evidence`` (b,) is the seen halves'.
         """
-        if self.junk_share == 0.0:
+        if math.isinf(self.particle_log_odds):
             return predicted
-        particle = math.log1p(-self.junk_share) + log_evidence
-        noise = math.log(self.junk_share) - noise_loss(batch, self.seen)
+        particle, noise = self.particle_log_odds + log_evidence, -noise_loss(batch, self.seen)
         both = torch.logaddexp(particle - predicted, noise - noise_loss(batch, self.unseen))
         return torch.logaddexp(particle, noise) - both
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,8 +98,8 @@ class Setup:
         """Rows as an index on the run's device."""
         return torch.as_tensor(rows, device=self.device)
 
-    def held_out(self, num_views: int = 0, junk_share: float = 0.0) -> HeldOut:
-        """The held-out rows, and how they are scored: with ``num_views`` view parameters each, and a share of junk."""
+    def held_out(self, num_views: int = 0, particle_log_odds: float = math.inf) -> HeldOut:
+        """The held-out rows, and how they are scored: with ``num_views`` view parameters, particles at these odds."""
         return HeldOut(
             source=self.source,
             rows=self.validation_rows,
@@ -107,7 +108,7 @@ class Setup:
             seed=derived_seed(self.settings.seed, 7),
             fixed=self.settings.latent_dims if self.settings.freeze_latents else 0,
             prior=self.prior(num_views),
-            junk_share=junk_share,
+            particle_log_odds=particle_log_odds,
             batch_size=self.batch_size,
             ranks=self.ranks,
         )
