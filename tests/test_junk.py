@@ -15,6 +15,7 @@ from training_sets import bent_flow, latents_of, masked_consensus, neighbour_r2,
 from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.moving_map import MovingMap
+from flexlib.model.views import ViewPrior
 from flexlib.prepare.run import prepare_particles
 from flexlib.train.fields import displacement_basis
 from flexlib.train.junk import Junk, nats_of_search, noise_loss
