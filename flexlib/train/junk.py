@@ -21,7 +21,8 @@ from flexlib.particles.table import Particles
 
 logger = logging.getLogger(__name__)
 
-FIRST_SHARE = 0.1  # of junk, where the iteration for its share starts
+UNSEEN_NATS = 100.0  # for a particle
+FIRST_SHARE = 0.1  # of junk, before anything is known
 LEAST_GAIN_NATS = 10.0  # by which junk must make all images together likelier; else there is none
 LEAST_SHARE, MOST_SHARE = 1e-6, 0.95  # that are learnt: a run where nothing matches goes on, and says so
 SUSPICIOUS_SHARE = 0.5
@@ -39,8 +40,8 @@ class Junk:
 
     @classmethod
     def none(cls, num: int, device: torch.device) -> Junk:
-        """Of ``num`` rows that nothing is known of."""
-        return cls(torch.zeros(num, device=device))
+        """Of ``num`` rows that nothing is known of: they are particles until their images have been seen."""
+        return cls(torch.full((num,), UNSEEN_NATS, device=device))
 
     @property
     def log_odds(self) -> float:

@@ -13,7 +13,7 @@ from flexlib.model.forward import log_likelihood_loss
 from flexlib.model.moving_map import MovingMap
 from flexlib.model.views import NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
 from flexlib.train.canonical import CanonicalMap
-from flexlib.train.junk import LEAST_WEIGHT, Junk, nats_of_search, noise_loss
+from flexlib.train.junk import FIRST_SHARE, LEAST_WEIGHT, Junk, nats_of_search, noise_loss
 from flexlib.train.latents import LatentPrior, Posterior, infer_latents, newton_latents
 from flexlib.train.map_pass import MOST_STEP, map_pass
 from flexlib.train.posterior import laplace_log_evidence
@@ -52,6 +52,8 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
         views = Views.at_input(num, num_held, prior, setup.device)
     information = torch.zeros((num, NUM_VIEW_PARAMETERS, NUM_VIEW_PARAMETERS), device=setup.device)
     junk, steps = Junk.none(num, setup.device), list(RIGID_STEPS)
+    if setup.settings.find_junk:
+        junk.share = FIRST_SHARE
     for number, newton_steps in enumerate(steps):
         order = np.random.default_rng((setup.settings.seed, 2, number)).permutation(setup.training_rows)
         rate = newton_steps * setup.batch_size / len(order)
@@ -119,9 +121,10 @@ def _refining_pass(
             loss, by_units = loss.detach(), by_units / counted[:, None]
             units, model = units.detach(), rigid_model(setup, rigid.values, views.prior)
             known = model.information(batch, weight, units)
-            evidence.add(units, by_units, known, probability)
             here = Posterior(units, known + prior.curvature(units), loss + prior.energy(units))
             advantage = noise_loss(batch, weight) + laplace_log_evidence(here, prior)
+            junk.advantage[mine] = advantage
+            evidence.add(units, by_units, known, junk.probability(mine))
             moved, summed = newton_latents(prior, units, units, by_units, known), loss.sum()
             moved, known, advantage = (setup.ranks.embed(own, len(rows)) for own in (moved, known, advantage))
             setup.ranks.add(by_map, summed, moved, known, advantage)
