@@ -27,7 +27,9 @@ LEAST_GAIN_NATS = 10.0  # by which junk must make all images together likelier; 
 LEAST_SHARE, MOST_SHARE = 1e-6, 0.95  # that are learnt: a run where nothing matches goes on, and says so
 SUSPICIOUS_SHARE = 0.5
 LEAST_WEIGHT = 1e-3  # of an image: its own latents and pose are still looked for, it may turn out to be a particle
+NUM_POSE_PARAMETERS = SHIFT.stop - ROTATION.start
 _ITERATIONS = 200
+_LEAST_CORRELATION = 0.1  # of an image with its prediction, in units of a typical particle's
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Junk:
     advantage: torch.Tensor  # (n,) nats by which each image is likelier as a particle of the model than as noise
     share: float = 0.0  # of junk; 0: every image counts in full
     search_nats: float = 0.0  # that noise wins, too, where its pose was searched for (``nats_of_search``)
+    particles_win: float = 0.0  # nats: the mean advantage of particles
 
     @classmethod
     def none(cls, num: int, device: torch.device) -> Junk:
@@ -50,17 +53,30 @@ class Junk:
 
     def probability(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """(b,) that the images of ``rows`` are particles of the model."""
-        return torch.sigmoid(self.advantage[rows] + self.log_odds)
+        return torch.sigmoid(self.advantage[rows] + self._wider(self.advantage[rows]) + self.log_odds)
+
+    def _wider(self, advantage: torch.Tensor) -> torch.Tensor:
+        """(b,) nats that images have to pay less for a search than a typical particle: a weaker peak is a wider one.
+
+        The curvature of the log-likelihood by the pose goes with the correlation of image and prediction: the
+        advantage, and half of the prediction's power, which is also what particles win on average.
+        """
+        if self.search_nats == 0.0 or self.particles_win <= 0.0:
+            return torch.zeros_like(advantage)
+        correlation = (advantage + self.particles_win) / (2.0 * self.particles_win)
+        return -0.5 * NUM_POSE_PARAMETERS * correlation.clamp(_LEAST_CORRELATION, 1.0).log()
 
     def learn_share(self, rows: torch.Tensor) -> None:
         """Set the share to that which makes the images of ``rows`` likeliest (EM); 0 where none are hardly less so."""
-        advantage, share = self.advantage[rows].double() - self.search_nats, FIRST_SHARE
+        advantage, self.share = self.advantage[rows].double(), FIRST_SHARE
         for _ in range(_ITERATIONS):
-            junk = torch.sigmoid(math.log(share) - math.log1p(-share) - advantage)
-            share = float(junk.mean().clamp(LEAST_SHARE, MOST_SHARE))
-        of_particles = torch.full_like(advantage, math.log1p(-share))
-        gain = float(torch.logaddexp(of_particles, math.log(share) - advantage).sum())
-        self.share = share if gain > LEAST_GAIN_NATS else 0.0
+            probability = torch.sigmoid(advantage + self._wider(advantage) + self.log_odds)
+            self.particles_win = float((probability @ advantage) / probability.sum().clamp(min=1e-30))
+            self.share = float((1.0 - probability).mean().clamp(LEAST_SHARE, MOST_SHARE))
+        of_particles = torch.full_like(advantage, math.log1p(-self.share))
+        of_junk = math.log(self.share) - (advantage + self._wider(advantage) - self.search_nats)
+        if float(torch.logaddexp(of_particles, of_junk).sum()) < LEAST_GAIN_NATS:
+            self.share = 0.0
 
     def log_share(self) -> None:
         """Say how much junk there is, if any."""
@@ -70,15 +86,23 @@ class Junk:
                 100 * self.share,
             )
         elif self.share > 0:
-            logger.info("%.1f %% of the images are junk: noise, or particles in a wrong pose", 100 * self.share)
+            logger.info(
+                "%.1f %% of the images are junk, noise or particles in a wrong pose: particles win %.1f nats on average, "
+                "and %.1f are charged for the search of their poses",
+                100 * self.share,
+                self.particles_win,
+                self.search_nats,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only."""
-        return {"advantage": self.advantage, "share": self.share, "search_nats": self.search_nats}
+        own = {"advantage": self.advantage, "share": self.share, "search_nats": self.search_nats}
+        return own | {"particles_win": self.particles_win}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
-        self.advantage, self.share, self.search_nats = saved["advantage"], saved["share"], saved["search_nats"]
+        self.advantage, self.share = saved["advantage"], saved["share"]
+        self.search_nats, self.particles_win = saved["search_nats"], saved["particles_win"]
 
 
 def noise_loss(batch: ImageBatch, weight: torch.Tensor) -> torch.Tensor:
