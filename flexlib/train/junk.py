@@ -87,8 +87,8 @@ class Junk:
             )
         elif self.share > 0:
             logger.info(
-                "%.1f %% of the images are junk, noise or particles in a wrong pose: particles win %.1f nats on average, "
-                "and %.1f are charged for the search of their poses",
+                "%.1f %% of the images are junk, noise or particles in a wrong pose (particles win %.1f nats on average, "
+                "and are charged %.1f for the search of their poses)",
                 100 * self.share,
                 self.particles_win,
                 self.search_nats,
@@ -117,9 +117,9 @@ def nats_of_search(prior: ViewPrior | None, information: torch.Tensor, particles
     """Nats that an image has won for any model because its pose was searched for among all poses.
 
     Where poses were fitted to these very images, noise has been given the pose in which it looks most like a particle.
-    What an image says for a particle is its likelihood averaged over all poses, and not that at the best one, with
-    a prior that holds it there: the latter is more by the volume of all rotations and of the shifts that occur, over
-    that which the image leaves its pose.
+    What an image says for a particle is its likelihood averaged over all poses. A prior about the pose that was found
+    makes it more, by the volume of all rotations and of the shifts that occur over that which the image leaves its
+    pose, less half a nat a parameter: as much it costs, on average, that the best pose is not the one that was found.
 
     Parameters
     ----------
@@ -141,4 +141,4 @@ def nats_of_search(prior: ViewPrior | None, information: torch.Tensor, particles
     held = poses + torch.eye(poses.shape[1], dtype=poses.dtype, device=poses.device)
     narrower = 0.5 * float((torch.logdet(poses) - torch.logdet(held)).median())
     volumes = rotations / (2 * math.pi) ** 1.5 / units[0], shifts / (2 * math.pi) / units[1]
-    return max(math.log(volumes[0] * volumes[1]) + narrower, 0.0)
+    return max(math.log(volumes[0] * volumes[1]) + narrower - 0.5 * NUM_POSE_PARAMETERS, 0.0)
