@@ -87,7 +87,7 @@ class Junk:
             )
         elif self.share > 0:
             logger.info(
-                "%.1f %% of the images are junk, noise or particles in a wrong pose (particles win %.1f nats on average, "
+                "%.1f %% of the images are junk: noise, or particles in a wrong pose (particles win %.1f nats, "
                 "and are charged %.1f for the search of their poses)",
                 100 * self.share,
                 self.particles_win,
