@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from flexlib.images.batch import ImageBatch, read_ahead, split_batches
-from flexlib.model.forward import Operator, log_likelihood_loss
+from flexlib.images.batch import read_ahead, split_batches
+from flexlib.model.moving_map import MovingMap
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.setup import Setup
 
 MOST_STEP = 0.3  # of a Newton step in one mini-batch
 
-Displacements = Callable[[np.ndarray], torch.Tensor]
-"""rows (b,) -> (b, nv, 3) displacements in Angstrom."""
+Parameters = Callable[[np.ndarray], torch.Tensor]
+"""rows (b,) -> (b, P) parameters of a ``MovingMap``."""
 
 
 def map_pass(
     setup: Setup,
     canonical: CanonicalMap,
-    operator: Operator,
+    model: MovingMap,
     order: np.ndarray,
     rate: float,
-    displacements_A: Displacements | None = None,
-    seen: Callable[[ImageBatch], ImageBatch] | None = None,
+    parameters: Parameters | None = None,
 ) -> float:
     """Improve a map by one pass over the rows ``order`` (n,), in mini-batches.
 
@@ -35,16 +35,14 @@ def map_pass(
         The run.
     canonical
         The map, changed in place.
-    operator
-        That projects it.
+    model
+        That predicts images from it: its flow, views and parts; its own values are not looked at.
     order
         (n,) rows, in the order in which they are looked at.
     rate
         Newton steps in one mini-batch; ``MOST_STEP`` at most.
-    displacements_A
-        How each row's mesh is moved; None for at rest.
-    seen
-        Gives a batch its poses and contrasts; None leaves the input's.
+    parameters
+        Of the rows; None for a map at rest in the input's poses.
 
     Returns
     -------
@@ -56,13 +54,14 @@ def map_pass(
     batches = split_batches(order, setup.batch_size)
     shares = [setup.ranks.share(rows) for rows in batches]
     for rows, batch in zip(batches, read_ahead(setup.source, shares, setup.device), strict=True):
-        with torch.no_grad():
-            moved_A = None if displacements_A is None else displacements_A(batch.rows)
-            if seen is not None:
-                batch = seen(batch)
+        moved_A = None
+        if parameters is not None:
+            with torch.no_grad():
+                own = parameters(batch.rows)
+                moved_A, batch = model.displacements_A(own), model.seen(batch, own)
         values = canonical.values.clone().requires_grad_()
         with torch.enable_grad():
-            loss = log_likelihood_loss(operator, values, batch, moved_A, weight).sum()
+            loss = replace(model, values=values).loss_at(batch, moved_A, weight).sum()
             (gradient,) = torch.autograd.grad(loss, values)
         setup.ranks.add(gradient, loss)
         total += loss.detach()

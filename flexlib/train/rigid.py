@@ -53,7 +53,7 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
         order = np.random.default_rng((setup.settings.seed, 2, number)).permutation(setup.training_rows)
         rate = newton_steps * setup.batch_size / len(order)
         if views.prior is None:
-            total = map_pass(setup, rigid, setup.rigid, order, rate)
+            total = map_pass(setup, rigid, rigid_model(setup, rigid.values, None), order, rate)
         else:
             total, evidence = _refining_pass(setup, rigid, views, information, order, rate)
             views = _with_new_widths(setup, views, information, evidence, last=number == len(RIGID_STEPS) - 2)

@@ -168,17 +168,17 @@ class _Scoring:
         model, start, fixed = candidate.model, candidate.start, candidate.fixed
         free_views = model.views is not None and model.views.has_width
         if centres is None and (self.steps == 0 or (fixed == model.latent_dims(start) and not free_views)):
-            return start, model.loss(batch, self.unseen, start)
+            return start, model.prediction_loss(batch, self.seen, self.unseen, start)
         if centres is not None:
             modes = find_modes(model, batch, self.seen, start, self.steps, centres, self.prior)
         else:
             modes = Modes.one_each(infer_latents(model, batch, self.seen, start, self.steps, self.prior, fixed=fixed))
         likely = modes.best.latents
         if not self.integrate:
-            return likely, model.loss(batch, self.unseen, likely)
+            return likely, model.prediction_loss(batch, self.seen, self.unseen, likely)
         draws = draw_posterior(model, batch, self.seen, modes, self.prior, fixed)
-        losses = torch.stack([model.loss(batch, self.unseen, one) for one in draws.parameters])
-        return likely, -draws.log_mean_exp(-losses)
+        losses = [model.prediction_loss(batch, self.seen, self.unseen, one) for one in draws.parameters]
+        return likely, -draws.log_mean_exp(-torch.stack(losses))
 
 
 def _of_all_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,17 +41,18 @@ def settle_shape(setup: Setup, state: State) -> None:
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)
-    flow, model = state.flow.assembled(), state.moving_map(setup.operator, None)
-    for number, newton_steps in enumerate(SETTLING_STEPS):
+    refine_map(setup, state, SETTLING_STEPS)
+
+
+@torch.no_grad()
+def refine_map(setup: Setup, state: State, newton_steps: Sequence[float]) -> None:
+    """Refine the map with flow, latents and views as they stand, in as many passes over the training rows."""
+    model = state.moving_map(setup.operator, None)
+    for number, steps in enumerate(newton_steps):
         order = np.random.default_rng((setup.settings.seed, 9, number)).permutation(setup.training_rows)
+        rate = steps / setup.schedule.num_batches
         map_pass(
-            setup,
-            state.canonical,
-            setup.operator,
-            order,
-            newton_steps / setup.schedule.num_batches,
-            lambda rows: flow(state.latents[setup.rows_on_device(rows)]),
-            lambda batch: model.seen(batch, state.parameters(setup.rows_on_device(batch.rows))),
+            setup, state.canonical, model, order, rate, lambda rows: state.parameters(setup.rows_on_device(rows))
         )
 
 
