@@ -18,6 +18,7 @@ from flexlib.particles.pose_change import PoseChange
 from flexlib.tetra.tetmesh import TetraMesh
 
 FORMAT_VERSION = 1
+_OF_PARTS = ("parts", "occupancy", "occupancy_share")  # fields that older files lack
 
 
 @dataclass
@@ -36,6 +37,10 @@ class FlexModel:
     # the rigid map of the same particles; None where they were not refined
     pose: PoseChange | None = None
     rigid_pose: PoseChange | None = None
+    # parts of the molecule that some particles lack; None where there are none
+    parts: np.ndarray | None = None  # (box, box, box) uint8: 0 what all particles have, 1 to S the parts
+    occupancy: np.ndarray | None = None  # (n, S) float32 posterior probability that a particle has each part
+    occupancy_share: np.ndarray | None = None  # (S,) float32 share of the particles that have each part
 
     @property
     def latent_dims(self) -> int:
@@ -69,6 +74,7 @@ class FlexModel:
             "epoch": self.epoch,
             "pose": _packed(self.pose),
             "rigid_pose": _packed(self.rigid_pose),
+            **{name: _tensor(getattr(self, name)) for name in _OF_PARTS},
         }
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
@@ -107,6 +113,7 @@ class FlexModel:
             epoch=content["epoch"],
             pose=_unpacked(content.get("pose")),
             rigid_pose=_unpacked(content.get("rigid_pose")),
+            **{name: _array(content.get(name)) for name in _OF_PARTS},
         )
 
 
@@ -118,3 +125,11 @@ def _packed(change: PoseChange | None) -> dict[str, torch.Tensor] | None:
 
 def _unpacked(saved: dict[str, torch.Tensor] | None) -> PoseChange | None:
     return None if saved is None else PoseChange(**{name: values.numpy() for name, values in saved.items()})
+
+
+def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _array(saved: torch.Tensor | None) -> np.ndarray | None:
+    return None if saved is None else saved.numpy()

@@ -102,9 +102,7 @@ class MovingMap:
         seen = self.seen(batch, parameters)
         return quadratic(*self.both_slices(seen, self.displacements_A(parameters)), seen, weight)
 
-    def both_slices(
-        self, seen: ImageBatch, displacements_A: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def both_slices(self, seen: ImageBatch, displacements_A: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, box, box//2+1) of the whole map and (b, S, box, box//2+1) of its parts, without contrast."""
         assert self.parts is not None
         vertices_px = self.operator.vertices_px(seen, displacements_A)
@@ -166,9 +164,7 @@ def fisher_information(
     return whole
 
 
-def _slices(
-    model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, lacks: torch.Tensor | None
-) -> torch.Tensor:
+def _slices(model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, lacks: torch.Tensor | None) -> torch.Tensor:
     """(b, box, box//2+1) transforms of the views, contrast included, without the part (b, S) of each part."""
     seen = model.seen(batch, parameters)
     if lacks is None:

@@ -70,15 +70,14 @@ class Parts:
     @property
     def log_prior(self) -> torch.Tensor:
         """(2^S,) of the states, in the order of ``absent_states``."""
-        absent = absent_states(len(self.share), self.share.device)
-        return (absent * torch.log1p(-self.share) + (1 - absent) * self.share.log()).sum(1)
+        return log_prior(self.share)
 
     def cut(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The values of each part's voxels, of a map's (nvox,)."""
         return tuple(values[own] for own in self.chosen)
 
     def coarse_values(self, values: torch.Tensor, coarse_map: CoarseMap) -> tuple[torch.Tensor, ...]:
-        """The values of each part at the coarse voxels, of the fine map's (nvox,): each part's own spectrum, cropped."""
+        """The values of each part at the coarse voxels, of the fine map's (nvox,): its own spectrum, cropped."""
         assert self.coarse is not None
         found = []
         for own, there in zip(self.chosen, self.coarse.chosen, strict=True):
@@ -98,6 +97,12 @@ def absent_states(num_parts: int, device: torch.device | None = None) -> torch.T
     return torch.tensor(list(itertools.product((0.0, 1.0), repeat=num_parts)), device=device)
 
 
+def log_prior(share: torch.Tensor) -> torch.Tensor:
+    """(2^S,) log prior probability of each state, from the shares (S,) of particles that have each part."""
+    absent = absent_states(len(share), share.device).to(share)
+    return absent @ torch.log1p(-share) + (1 - absent) @ share.log()
+
+
 @dataclass(frozen=True)
 class Quadratic:
     """The loss of b particles as a function of the parts that they lack: ``square + a . cross + a . gram a / 2``."""
@@ -110,9 +115,15 @@ class Quadratic:
     def of_residual(cls, residual: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor) -> Quadratic:
         """Of residuals (b, box, box//2+1) with all parts, and the parts' images (b, S, box, box//2+1)."""
         lone, many = _flat(residual[:, None], weight), _flat(parts, weight)
-        return cls(
-            0.5 * lone.square().sum((1, 2)), (many @ lone.transpose(1, 2))[..., 0], many @ many.transpose(1, 2)
-        )
+        return cls(0.5 * lone.square().sum((1, 2)), (many @ lone.transpose(1, 2))[..., 0], many @ many.transpose(1, 2))
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All fields."""
+        return self.square, self.cross, self.gram
+
+    def of(self, rows: torch.Tensor) -> Quadratic:
+        """Of some of the particles."""
+        return Quadratic(self.square[rows], self.cross[rows], self.gram[rows])
 
     def losses(self) -> torch.Tensor:
         """(b, 2^S) nats of each state."""
@@ -153,7 +164,8 @@ def marginal_loss(
     log_prior
         (2^S,) of the states.
     """
-    return _Marginal.apply(slices, parts, batch, weight, batch.contrast, log_prior)
+    marginal: Any = _Marginal
+    return marginal.apply(slices, parts, batch, weight, batch.contrast, log_prior)
 
 
 def quadratic(slices: torch.Tensor, parts: torch.Tensor, batch: ImageBatch, weight: torch.Tensor) -> Quadratic:

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
+from flexlib.train.follow_parts import follow_parts
 from flexlib.train.latents import LatentScale, posterior_scale
 from flexlib.train.learn_views import learn_views, measure_widths
 from flexlib.train.local_minima import leave_wrong_minima, search_centres
@@ -58,6 +59,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         measure_widths(setup, state)
     standardise(setup, state)
     state.follow_first(setup.ranks)
+    follow_parts(setup, state)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
     state.hold(score.parameters, score.rigid_views)
     state.epoch, state.step, state.totals = epoch + 1, 0, None
@@ -143,7 +145,9 @@ def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool 
     return score_held_out(
         setup.held_out(state.views.num),
         state.moving_map(setup.operator, setup.coarse),
-        rigid_model(setup, state.rigid_values, state.rigid_views.prior),
+        rigid_model(
+            setup, state.rigid_values, state.rigid_views.prior, state.occupancy.on(setup.rigid, setup.rigid_coarse)
+        ),
         state.held_parameters(),
         state.rigid_views.held,
         steps=steps,

@@ -10,6 +10,7 @@ import torch
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
 from flexlib.model.moving_map import MovingMap
+from flexlib.model.occupancy import Parts
 from flexlib.model.views import NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentPrior, infer_latents, newton_latents
@@ -65,9 +66,9 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
     return rigid, views
 
 
-def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None) -> MovingMap:
+def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None, parts: Parts | None = None) -> MovingMap:
     """What predicts images from their views alone."""
-    return MovingMap(setup.rigid, None, values, setup.rigid_coarse, views=prior)
+    return MovingMap(setup.rigid, None, values, setup.rigid_coarse, views=prior, parts=parts)
 
 
 def _refining_pass(

@@ -41,7 +41,19 @@ def settle_shape(setup: Setup, state: State) -> None:
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)
+    _carry_parts(setup, state, inside, removed_A)
     refine_map(setup, state, SETTLING_STEPS)
+
+
+def _carry_parts(setup: Setup, state: State, inside: np.ndarray, moved_A: torch.Tensor) -> None:
+    """Carry the parts along with the map."""
+    occupancy, pixel_size_A, field_A = state.occupancy, setup.source.pixel_size_A, moved_A.cpu().numpy()
+    labels = torch.zeros_like(occupancy.labels)
+    for number in range(1, len(occupancy) + 1):
+        own = (occupancy.labels == number).cpu().numpy() * inside
+        carried = deform_volume(own, pixel_size_A, inside, setup.mesh, field_A) > 0.5
+        labels[torch.as_tensor(carried, device=setup.device)] = number
+    occupancy.take(labels, occupancy.share)
 
 
 @torch.no_grad()
@@ -51,9 +63,7 @@ def refine_map(setup: Setup, state: State, newton_steps: Sequence[float]) -> Non
     for number, steps in enumerate(newton_steps):
         order = np.random.default_rng((setup.settings.seed, 9, number)).permutation(setup.training_rows)
         rate = steps / setup.schedule.num_batches
-        map_pass(
-            setup, state.canonical, model, order, rate, lambda rows: state.parameters(setup.rows_on_device(rows))
-        )
+        map_pass(setup, state.canonical, model, order, rate, lambda rows: state.parameters(setup.rows_on_device(rows)))
 
 
 def _take_out_mean_shape(setup: Setup, state: State) -> torch.Tensor:

@@ -215,7 +215,7 @@ def mean_information(
     sampling
         Of the views.
     contrast, amplitudes
-        Further fields; ``amplitudes`` (a, nvox) are factors of the density, of which the contrast is that of 1 throughout.
+        Further fields; ``amplitudes`` (a, nvox) are factors of the density. The contrast is that of 1 throughout.
     """
     box, voxels = operator.voxels.box, operator.voxels
     factors = [] if amplitudes is None else list(amplitudes)

@@ -21,6 +21,7 @@ from flexlib.projection.op import gather_volume
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
 from flexlib.train.initial_latents import InitialLatents, initial_latents, read_own_latents, standard_scale
+from flexlib.train.parts import Occupancy
 from flexlib.train.rigid import rigid_start
 from flexlib.train.schedule import FLOW_RATE
 from flexlib.train.setup import Setup, canonical_map, derived_seed
@@ -197,6 +198,7 @@ def new_state(
         rigid_values=rigid_values,
         rigid_views=rigid_views,
         spectrum=spectrum,
+        occupancy=Occupancy.none(setup.source.box, setup.device),
         given_latents=None if initial.given is None else initial.given.to(setup.device),
         log=[],
     )

@@ -14,6 +14,7 @@ from flexlib.model.moving_map import MovingMap, Ratios
 from flexlib.model.views import PoseFrame, ViewPrior
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentScale
+from flexlib.train.parts import Occupancy
 from flexlib.train.spectral import SpectralStart
 from flexlib.train.views import Views
 
@@ -33,6 +34,7 @@ class State:
     rigid_values: torch.Tensor  # (nvox of the rigid operator,)
     rigid_views: Views  # under the rigid map
     spectrum: SpectralStart
+    occupancy: Occupancy  # parts that particles may lack
     given_latents: torch.Tensor | None  # (n, K) in the user's own scale, where they are frozen
     log: list[dict[str, float]]
     information_ratios: Ratios = (1.0, 1.0, 1.0, 1.0)  # of the full box to the coarse map
@@ -63,10 +65,17 @@ class State:
         """Take the first rank's flow, map and latents: what ranks compute alike may differ in the last bit."""
         ranks.follow_first(*self.flow.state_dict().values(), self.canonical.values, self.latents, self.views.units)
 
-    def moving_map(self, operator: Operator, coarse: CoarseMap | None, flow: AssembledFlow | None = None) -> MovingMap:
-        """Flow and map as they stand (``flow`` if it is assembled already)."""
+    def moving_map(
+        self,
+        operator: Operator,
+        coarse: CoarseMap | None,
+        flow: AssembledFlow | None = None,
+        parts: Occupancy | None = None,
+    ) -> MovingMap:
+        """Flow and map as they stand (``flow`` if it is assembled already), with the parts that it has or others."""
         flow = self.flow.assembled() if flow is None else flow
-        return MovingMap(operator, flow, self.canonical.values, coarse, self.information_ratios, self.views.prior)
+        own = (self.occupancy if parts is None else parts).on(operator, coarse)
+        return MovingMap(operator, flow, self.canonical.values, coarse, self.information_ratios, self.views.prior, own)
 
     def parameters(self, rows: torch.Tensor) -> torch.Tensor:
         """(b, K + V) latents and views of ``rows``."""
