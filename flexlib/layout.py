@@ -118,6 +118,11 @@ class TrainFolder(Folder):
         return self.path / "canonical.mrc"
 
     @property
+    def parts(self) -> Path:
+        """The parts that some particles lack, as labels from 1."""
+        return self.path / "occupancy_parts.mrc"
+
+    @property
     def latents(self) -> Path:
         """The input particles with their latents."""
         return self.path / "latents.star"

@@ -125,3 +125,11 @@ def _packed(change: PoseChange | None) -> dict[str, torch.Tensor] | None:
 
 def _unpacked(saved: dict[str, torch.Tensor] | None) -> PoseChange | None:
     return None if saved is None else PoseChange(**{name: values.numpy() for name, values in saved.items()})
+
+
+def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _array(saved: torch.Tensor | None) -> np.ndarray | None:
+    return None if saved is None else saved.numpy()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from flexlib.images.batch import ImageBatch
 from flexlib.model.forward import CoarseMap, Operator, log_likelihood_loss
+from flexlib.model.occupancy import Parts, Quadratic, marginal_loss, quadratic
 from flexlib.model.views import NUM_VIEW_PARAMETERS, ViewPrior, shift_slopes
 
 Flow = Callable[[torch.Tensor], torch.Tensor]
@@ -34,12 +35,24 @@ class MovingMap:
     coarse_map: CoarseMap | None = None  # where there is one, the search and the information use it
     information_ratios: Ratios = (1.0, 1.0, 1.0, 1.0)  # what finer shells add is nearly common to all
     views: ViewPrior | None = None
+    parts: Parts | None = None  # that a particle may lack
+    own_part_values: tuple[torch.Tensor, ...] | None = None  # of each part's voxels, where they are not the map's
 
     @cached_property
     def coarse(self) -> MovingMap:
         """The same in the coarse box."""
         assert self.coarse_map is not None
-        return MovingMap(self.coarse_map.operator, self.flow, self.coarse_map.values(self.values), views=self.views)
+        smaller = MovingMap(self.coarse_map.operator, self.flow, self.coarse_map.values(self.values), views=self.views)
+        if self.parts is None:
+            return smaller
+        cut = self.parts.coarse_values(self.values, self.coarse_map)
+        return replace(smaller, parts=self.parts.coarse, own_part_values=cut)
+
+    @cached_property
+    def part_values(self) -> tuple[torch.Tensor, ...]:
+        """Of each part's voxels."""
+        assert self.parts is not None
+        return self.parts.cut(self.values) if self.own_part_values is None else self.own_part_values
 
     def latent_dims(self, parameters: torch.Tensor) -> int:
         """K of parameters (b, P)."""
@@ -57,9 +70,43 @@ class MovingMap:
         return None if self.flow is None else self.flow(parameters[:, : self.latent_dims(parameters)])
 
     def loss(self, batch: ImageBatch, weight: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-        """(b,) nats at parameters (b, P): see ``log_likelihood_loss``."""
+        """(b,) nats at parameters (b, P): see ``loss_at``."""
+        return self.loss_at(self.seen(batch, parameters), self.displacements_A(parameters), weight)
+
+    def loss_at(self, seen: ImageBatch, displacements_A: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        """(b,) nats at the poses and contrasts of ``seen`` and displacements (b, nv, 3).
+
+        ``log_likelihood_loss``; where the map has parts that particles may lack, ``marginal_loss`` over them.
+        """
+        if self.parts is None:
+            return log_likelihood_loss(self.operator, self.values, seen, displacements_A, weight)
+        return marginal_loss(*self.both_slices(seen, displacements_A), seen, weight, self.parts.log_prior)
+
+    def prediction_loss(
+        self, batch: ImageBatch, known: torch.Tensor, unknown: torch.Tensor, parameters: torch.Tensor
+    ) -> torch.Tensor:
+        """(b,) nats with which Fourier pixels of the weight ``unknown`` are predicted at parameters (b, P).
+
+        What those of the weight ``known`` say of the parts is used.
+        """
+        if self.parts is None:
+            return self.loss(batch, unknown, parameters)
         seen = self.seen(batch, parameters)
-        return log_likelihood_loss(self.operator, self.values, seen, self.displacements_A(parameters), weight)
+        slices = self.both_slices(seen, self.displacements_A(parameters))
+        prior = quadratic(*slices, seen, known).log_joint(self.parts.log_prior)
+        both = prior - quadratic(*slices, seen, unknown).losses()
+        return torch.logsumexp(prior, 1) - torch.logsumexp(both, 1)
+
+    def quadratic(self, batch: ImageBatch, weight: torch.Tensor, parameters: torch.Tensor) -> Quadratic:
+        """How the loss of b particles depends on the parts that they have, at parameters (b, P)."""
+        seen = self.seen(batch, parameters)
+        return quadratic(*self.both_slices(seen, self.displacements_A(parameters)), seen, weight)
+
+    def both_slices(self, seen: ImageBatch, displacements_A: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, box, box//2+1) of the whole map and (b, S, box, box//2+1) of its parts, without contrast."""
+        assert self.parts is not None
+        vertices_px = self.operator.vertices_px(seen, displacements_A)
+        return self.operator.project(self.values, vertices_px), self.parts.slices(self.part_values, vertices_px)
 
     def information(
         self, batch: ImageBatch, weight: torch.Tensor, parameters: torch.Tensor, fixed: int = 0
@@ -92,16 +139,21 @@ def fisher_information(
     """(b, P, P) information of the images on their parameters (b, P).
 
     Latents (by steps of ``probe``) and rotations by forward differences, shifts and contrasts by the slices
-    themselves. The first ``fixed`` parameters are left out: zeros.
+    themselves. The first ``fixed`` parameters are left out: zeros. A part that the particle may lack counts with its
+    posterior probability at ``parameters``, as if it were there in part: an approximation, exact where the images say
+    whether it is there.
     """
-    dims, base = model.latent_dims(parameters), _slices(model, batch, parameters)
+    lacks = None
+    if model.parts is not None:
+        lacks = 1 - model.quadratic(batch, weight, parameters).present(model.parts.log_prior)
+    dims, base = model.latent_dims(parameters), _slices(model, batch, parameters, lacks)
     slopes = []
     for axis in range(fixed, dims):
         moved = parameters.clone()
         moved[:, axis] += probe
-        slopes.append((_slices(model, batch, moved) - base) / probe)
+        slopes.append((_slices(model, batch, moved, lacks) - base) / probe)
     if model.views is not None:
-        slopes += _view_slopes(model, batch, parameters, base)
+        slopes += _view_slopes(model, batch, parameters, base, lacks)
     scaled = batch.transfer * weight.sqrt()
     tangent = torch.view_as_real(torch.stack(slopes, 1) * scaled[:, None]).flatten(2)
     known = tangent @ tangent.transpose(1, 2)
@@ -112,15 +164,19 @@ def fisher_information(
     return whole
 
 
-def _slices(model: MovingMap, batch: ImageBatch, parameters: torch.Tensor) -> torch.Tensor:
-    """(b, box, box//2+1) transforms of the views, contrast included."""
+def _slices(model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, lacks: torch.Tensor | None) -> torch.Tensor:
+    """(b, box, box//2+1) transforms of the views, contrast included, without the part (b, S) of each part."""
     seen = model.seen(batch, parameters)
-    slices = model.operator.slices(model.values, seen, model.displacements_A(parameters))
+    if lacks is None:
+        slices = model.operator.slices(model.values, seen, model.displacements_A(parameters))
+    else:
+        slices, parts = model.both_slices(seen, model.displacements_A(parameters))
+        slices = slices - (lacks[:, :, None, None] * parts).sum(1)
     return slices if seen.contrast is None else slices * seen.contrast[:, None, None]
 
 
 def _view_slopes(
-    model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, base: torch.Tensor
+    model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, base: torch.Tensor, lacks: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """Six derivatives of the slices (b, box, box//2+1) by the view's parameters."""
     assert model.views is not None
@@ -132,7 +188,7 @@ def _view_slopes(
         for axis in range(3):
             moved = parameters.clone()
             moved[:, dims + axis] += probe
-            slopes[axis] = (_slices(model, batch, moved) - base) / probe
+            slopes[axis] = (_slices(model, batch, moved, lacks) - base) / probe
     if views.shift_A > 0:
         slopes[3:5] = (views.shift_A * shift_slopes(base, operator.pixel_size_A)).unbind(1)
     if views.log_contrast > 0:

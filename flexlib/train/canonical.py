@@ -86,6 +86,16 @@ class CanonicalMap:
         change = torch.fft.irfftn(change, s=(box,) * 3)
         self.values = self.values - rate * self.mask_values * gather_volume(change, self.voxels)
 
+    def newton_change(self, force: torch.Tensor, band: float) -> torch.Tensor:
+        """(box, box, box) what a force (nvox,), minus a summed gradient of all rows, makes of an empty map.
+
+        Shells above ``band`` are left out.
+        """
+        box = self.voxels.box
+        spectrum = torch.fft.rfftn(scatter_volume(force * self.mask_values / box**3, self.voxels))
+        change = torch.fft.irfftn(spectrum * self.newton * (self.shells <= band), s=(box,) * 3)
+        return change * scatter_volume(self.mask_values, self.voxels)
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What changes."""
         return {"values": self.values}

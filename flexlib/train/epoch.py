@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
+from flexlib.train.follow_parts import follow_parts
 from flexlib.train.junk import nats_of_search
 from flexlib.train.latents import LatentScale, posterior_scale
 from flexlib.train.learn_views import learn_views, measure_widths
@@ -61,6 +62,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         measure_widths(setup, state)
     standardise(setup, state)
     state.follow_first(setup.ranks)
+    follow_parts(setup, state)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
     state.hold(score.parameters, score.rigid_views)
     state.epoch, state.step, state.totals = epoch + 1, 0, None
@@ -155,7 +157,9 @@ def score_now(setup: Setup, state: State, steps: int, search: bool, final: bool 
     return score_held_out(
         setup.held_out(state.views.num, state.junk.log_odds),
         state.moving_map(setup.operator, setup.coarse),
-        rigid_model(setup, state.rigid_values, state.rigid_views.prior),
+        rigid_model(
+            setup, state.rigid_values, state.rigid_views.prior, state.occupancy.on(setup.rigid, setup.rigid_coarse)
+        ),
         state.held_parameters(),
         state.rigid_views.held,
         steps=steps,

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from flexlib.images.batch import ImageBatch, read_ahead, split_batches
+from flexlib.images.batch import read_ahead, split_batches
+from flexlib.model.moving_map import MovingMap
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.junk import noise_loss
 from flexlib.train.setup import Setup
 
 MOST_STEP = 0.3  # of a Newton step in one mini-batch
 
-Losses = Callable[[torch.Tensor, ImageBatch, torch.Tensor], torch.Tensor]
-"""The map's values (nvox,), a batch and the weight of its Fourier pixels -> (b,) nats."""
+Parameters = Callable[[np.ndarray], torch.Tensor]
+"""rows (b,) -> (b, P) parameters of a ``MovingMap``."""
 
 
 def map_pass(
-    setup: Setup, canonical: CanonicalMap, order: np.ndarray, rate: float, losses: Losses, probability: torch.Tensor
+    setup: Setup,
+    canonical: CanonicalMap,
+    model: MovingMap,
+    order: np.ndarray,
+    rate: float,
+    probability: torch.Tensor,
+    parameters: Parameters | None = None,
 ) -> tuple[float, torch.Tensor]:
     """Improve a map by one pass over the rows ``order`` (n,), in mini-batches.
 
@@ -29,14 +37,16 @@ def map_pass(
         The run.
     canonical
         The map, changed in place.
+    model
+        That predicts images from it: its flow, views and parts; its own values are not looked at.
     order
         (m,) rows, in the order in which they are looked at.
     rate
         Newton steps in one mini-batch; ``MOST_STEP`` at most.
-    losses
-        What is to be lowered.
     probability
         (n,) of all rows, that they are particles: each counts as much.
+    parameters
+        Of the rows; None for a map at rest in the input's poses.
 
     Returns
     -------
@@ -51,9 +61,14 @@ def map_pass(
     shares = [setup.ranks.share(rows) for rows in batches]
     advantages = []
     for rows, batch in zip(batches, read_ahead(setup.source, shares, setup.device), strict=True):
+        moved_A, seen = None, batch
+        if parameters is not None:
+            with torch.no_grad():
+                own = parameters(batch.rows)
+                moved_A, seen = model.displacements_A(own), model.seen(batch, own)
         values = canonical.values.clone().requires_grad_()
         with torch.enable_grad():
-            loss = losses(values, batch, weight)
+            loss = replace(model, values=values).loss_at(seen, moved_A, weight)
             weighted = loss * probability[setup.rows_on_device(batch.rows)]
             (gradient,) = torch.autograd.grad(weighted.sum(), values)
         loss = loss.detach()

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from flexlib.images.batch import ImageBatch
-from flexlib.model.forward import log_likelihood_loss
 from flexlib.model.moving_map import MovingMap
 from flexlib.train.latents import UNIT_PRIOR, LatentPrior, Posterior, infer_latents, latent_precision
 
@@ -98,7 +97,7 @@ def _best_centre_away(
     for centre in centres:
         trial = torch.cat([centre.expand(len(current), -1), current[:, dims:]], 1)
         displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
-        loss = log_likelihood_loss(model.operator, model.values, model.seen(batch, trial), displacements_A, weight)
+        loss = model.loss_at(model.seen(batch, trial), displacements_A, weight)
         tried = torch.where(_apart(hessian, centre - current[:, :dims]), loss + prior.energy(trial), torch.inf)
         start = torch.where((tried < best)[:, None], trial, start)
         best = torch.minimum(tried, best)

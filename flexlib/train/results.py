@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flexlib.files import atomic_path
-from flexlib.imaging.maps import write_map
+from flexlib.imaging.maps import write_label_map, write_map
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.views import ROTATION, SHIFT, ViewPrior, pose_change
@@ -24,6 +24,7 @@ from flexlib.particles.pose_change import PoseChange
 from flexlib.particles.refined_write import refined_particles, write_refined_cs, write_refined_star
 from flexlib.records import ValidationRecord
 from flexlib.runtime import describe_device
+from flexlib.train.describe_parts import PartResults
 from flexlib.train.entanglement import entanglement
 from flexlib.train.finish import Inferred
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
@@ -35,14 +36,16 @@ from flexlib.train.views import Views
 
 logger = logging.getLogger(__name__)
 
+NO_PARTS = PartResults()
+
 
 def write_results(
     out: TrainFolder,
     setup: Setup,
     state: State,
     found: Inferred,
-    score: HeldOutScore,
-    rejected: HeldOutScore | None,
+    scores: tuple[HeldOutScore, HeldOutScore | None],
+    parts: PartResults,
 ) -> None:
     """Write everything of a finished run.
 
@@ -54,9 +57,12 @@ def write_results(
         The run.
     found
         What ``finish.infer_all`` gives.
-    score, rejected
+    scores
         As ``finish.final_score`` gives them.
+    parts
+        What ``describe_parts`` gives.
     """
+    score = scores[0]
     write_log(out.log, state.log)
     _write_spectrum(out.spectrum, state.spectrum)
     _write_held_out(out.held_out, score)
@@ -69,14 +75,17 @@ def write_results(
     extra["flexLatentModes"] = found.num_modes.cpu().numpy()
     if setup.settings.find_junk:
         extra["flexParticleProbability"] = state.junk.probability().cpu().numpy()
+    if parts.probability is not None:
+        extra |= {f"flexOccupancy{k + 1}": column for k, column in enumerate(parts.probability.T)}
+    _write_parts(out.parts, setup, parts)
     latents = state.latents.cpu().numpy()
     write_latents_star(setup.particles.path, latents, out.latents, extra=extra)
     write_latents_cs(setup.particles.path, latents, out.latents_cs)
     change, errors = refined_views(setup, state.views, state.latents), found.view_std_err.cpu()
     turn_error, shift_error = (errors[:, kind].square().sum(1).sqrt().numpy() for kind in (ROTATION, SHIFT))
     write_refined(out, setup.particles.path, change, turn_error, shift_error)
-    validation_record(setup, state, motion_share, score, rejected).write(out.validation)
-    write_model(out.model, setup, state)
+    validation_record(setup, state, motion_share, scores, parts).write(out.validation)
+    write_model(out.model, setup, state, parts)
     logger.info(
         "done: held-out gain %.2f +- %.2f nats per particle, %.0f s", score.gain, score.standard_error, state.wall_s
     )
@@ -115,9 +124,14 @@ def write_refined(
 
 
 def validation_record(
-    setup: Setup, state: State, motion_share: np.ndarray, score: HeldOutScore, rejected: HeldOutScore | None
+    setup: Setup,
+    state: State,
+    motion_share: np.ndarray,
+    scores: tuple[HeldOutScore, HeldOutScore | None],
+    parts: PartResults,
 ) -> ValidationRecord:
-    """What the run came to; ``motion_share`` (K,) of ``motion_coordinates_A``."""
+    """What the run came to; ``motion_share`` (K,) of ``motion_coordinates_A``, the rest as for ``write_results``."""
+    score, rejected = scores
     images, probability = setup.source.particles.image_index, state.junk.probability()[:, None]
     latents = torch.where(probability >= 0.5, state.latents, torch.nan).cpu().numpy()  # of junk they say nothing
     told = entanglement(
@@ -142,11 +156,12 @@ def validation_record(
         num_voxels=len(setup.operator.voxels.index),
         num_vertices=len(setup.mesh.vertices_A),
         num_cells=len(setup.mesh.cells),
-        **_widths(state.views.prior),
-        junk_share=round(state.junk.share, 5) if setup.settings.find_junk else None,
         wall_s=round(state.wall_s, 2),
         device=describe_device(setup.device),
         entanglement=[asdict(one) for one in told],
+        occupancy=parts.records,
+        **_widths(state.views.prior),
+        junk_share=round(state.junk.share, 5) if setup.settings.find_junk else None,
     )
 
 
@@ -159,8 +174,16 @@ def _widths(prior: ViewPrior | None) -> dict[str, float | None]:
     return {name: round(value, 5) for name, value in zip(names, values, strict=True)}
 
 
-def write_model(path: Path, setup: Setup, state: State) -> None:
-    """Write the model as it stands."""
+def _write_parts(path: Path, setup: Setup, parts: PartResults) -> None:
+    """Write the parts as a label map; remove what an earlier training left where there are none."""
+    if parts.labels is None:
+        path.unlink(missing_ok=True)
+        return
+    write_label_map(path, parts.labels, setup.source.pixel_size_A, like=setup.consensus)
+
+
+def write_model(path: Path, setup: Setup, state: State, parts: PartResults = NO_PARTS) -> None:
+    """Write the model as it stands; ``parts`` are known at the end."""
     plain = json.loads(json.dumps(asdict(setup.settings), default=str))
     FlexModel(
         mesh=setup.mesh,
@@ -174,6 +197,9 @@ def write_model(path: Path, setup: Setup, state: State) -> None:
         pose=refined_views(setup, state.views, state.latents),
         rigid_pose=refined_views(setup, state.rigid_views, state.latents[:, :0]),
         probability=state.junk.probability().cpu().numpy(),
+        parts=parts.labels,
+        occupancy=parts.probability,
+        occupancy_share=parts.share,
     ).save(path)
 
 

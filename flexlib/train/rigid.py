@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from flexlib.images.batch import ImageBatch, read_ahead, split_batches
-from flexlib.model.forward import log_likelihood_loss
+from flexlib.images.batch import read_ahead, split_batches
 from flexlib.model.moving_map import MovingMap
+from flexlib.model.occupancy import Parts
 from flexlib.model.views import NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.junk import FIRST_SHARE, LEAST_WEIGHT, Junk, nats_of_search, noise_loss
@@ -74,18 +74,15 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
     return rigid, views, junk
 
 
-def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None) -> MovingMap:
+def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None, parts: Parts | None = None) -> MovingMap:
     """What predicts images from their views alone."""
-    return MovingMap(setup.rigid, None, values, setup.rigid_coarse, views=prior)
+    return MovingMap(setup.rigid, None, values, setup.rigid_coarse, views=prior, parts=parts)
 
 
 def _plain_pass(setup: Setup, rigid: CanonicalMap, junk: Junk, order: np.ndarray, rate: float) -> float:
     """One pass over the rows ``order`` in which the map alone moves; the loss in nats, summed."""
-
-    def losses(values: torch.Tensor, batch: ImageBatch, weight: torch.Tensor) -> torch.Tensor:
-        return log_likelihood_loss(setup.rigid, values, batch, None, weight)
-
-    total, advantage = map_pass(setup, rigid, order, rate, losses, junk.probability())
+    model = rigid_model(setup, rigid.values, None)
+    total, advantage = map_pass(setup, rigid, model, order, rate, junk.probability())
     junk.advantage[setup.rows_on_device(order)] = advantage
     return total
 

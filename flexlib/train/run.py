@@ -20,6 +20,8 @@ from flexlib.files import atomic_path
 from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
 from flexlib.model.forward import TRAINING, Accuracy
 from flexlib.runtime import tune_process
+from flexlib.train.confirm_parts import confirm_parts
+from flexlib.train.describe_parts import describe_parts
 from flexlib.train.epoch import run_epoch
 from flexlib.train.finish import final_score, infer_all
 from flexlib.train.results import write_log, write_model, write_results
@@ -109,15 +111,17 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
     state = start_or_resume(setup, job.out.checkpoint, identity, job.discard_other_checkpoint)
     clock = _Clock(began, state.wall_s)
     _run_epochs(setup, state, job.out, identity, clock)
+    evidence = confirm_parts(setup, state)
     found = infer_all(setup, state)
     score, rejected = final_score(setup, state)
     if rejected is None:
         settle_shape(setup, state)
+    parts = describe_parts(setup, state, evidence)
     if state.rigid_views.refines_poses:
         take_out_mean_pose(setup, state.rigid_views, state.latents[:, :0], state.all_particles())
     if ranks.leads:
         state.wall_s = clock.wall_s()
-        write_results(job.out, setup, state, found, score, rejected)
+        write_results(job.out, setup, state, found, (score, rejected), parts)
 
 
 @dataclass(frozen=True)

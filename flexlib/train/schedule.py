@@ -75,6 +75,16 @@ class Schedule:
         """Whether the latents' Fisher information is measured anew in this epoch."""
         return epoch < 2 or epoch % 4 == 0
 
+    def looks_for_parts(self, epoch: int, anneal_from: int | None) -> bool:
+        """Whether parts that particles may lack are looked for after this epoch.
+
+        That is some epochs after the full band has come into use, and once more as annealing starts.
+        """
+        last = self.planned_epochs(anneal_from)
+        anneals = [number for number in range(last) if self.anneal(number, anneal_from) < 1]
+        first = min(anneals, default=last)
+        return epoch in (min(BAND_EPOCHS + 2, max(first - 1, 0)), first)
+
     def has_learnt(self, gains: Sequence[float], error: float) -> bool:
         """Whether the last epochs have brought no better held-out score: then annealing starts, with epochs: auto.
 

@@ -173,7 +173,8 @@ class _Scoring:
         free_views = model.views is not None and model.views.has_width
         if centres is None and (self.steps == 0 or (fixed == model.latent_dims(start) and not free_views)):
             evidence = -model.loss(batch, self.seen, start)
-            return start, self._or_junk(batch, evidence, model.loss(batch, self.unseen, start))
+            predicted = model.prediction_loss(batch, self.seen, self.unseen, start)
+            return start, self._or_junk(batch, evidence, predicted)
         if centres is not None:
             modes = find_modes(model, batch, self.seen, start, self.steps, centres, self.prior)
         else:
@@ -181,10 +182,11 @@ class _Scoring:
         likely = modes.best.latents
         if not self.integrate:
             evidence = laplace_log_evidence(modes.best, self.prior, fixed)
-            return likely, self._or_junk(batch, evidence, model.loss(batch, self.unseen, likely))
+            predicted = model.prediction_loss(batch, self.seen, self.unseen, likely)
+            return likely, self._or_junk(batch, evidence, predicted)
         draws = draw_posterior(model, batch, self.seen, modes, self.prior, fixed)
-        losses = torch.stack([model.loss(batch, self.unseen, one) for one in draws.parameters])
-        return likely, self._or_junk(batch, draws.log_evidence, -draws.log_mean_exp(-losses))
+        losses = [model.prediction_loss(batch, self.seen, self.unseen, one) for one in draws.parameters]
+        return likely, self._or_junk(batch, draws.log_evidence, -draws.log_mean_exp(-torch.stack(losses)))
 
     def _or_junk(self, batch: ImageBatch, log_evidence: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
         """(b,) nats of the unseen halves, ``predicted`` (b,) those of particles, where images may be junk, too.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy import sparse
 
-from flexlib.images.batch import ImageBatch
 from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
 from flexlib.model.views import ROTATION, SHIFT, PoseFrame, mean_rigid_motion, rotation_matrices
 from flexlib.projection.op import gather_volume
@@ -41,14 +41,33 @@ def settle_shape(setup: Setup, state: State) -> None:
     pixel_size_A = setup.source.pixel_size_A
     moved = deform_volume(state.canonical.volume(), pixel_size_A, inside, setup.mesh, removed_A.cpu().numpy())
     state.canonical.values = gather_volume(torch.as_tensor(moved, device=setup.device), setup.operator.voxels)
+    _carry_parts(setup, state, inside, removed_A)
+    refine_map(setup, state, SETTLING_STEPS)
+
+
+def _carry_parts(setup: Setup, state: State, inside: np.ndarray, moved_A: torch.Tensor) -> None:
+    """Carry the parts along with the map."""
+    occupancy, pixel_size_A, field_A = state.occupancy, setup.source.pixel_size_A, moved_A.cpu().numpy()
+    labels = torch.zeros_like(occupancy.labels)
+    for number in range(1, len(occupancy) + 1):
+        own = (occupancy.labels == number).cpu().numpy() * inside
+        carried = deform_volume(own, pixel_size_A, inside, setup.mesh, field_A) > 0.5
+        labels[torch.as_tensor(carried, device=setup.device)] = number
+    occupancy.take(labels, occupancy.share)
+
+
+@torch.no_grad()
+def refine_map(setup: Setup, state: State, newton_steps: Sequence[float]) -> None:
+    """Refine the map with flow, latents and views as they stand, in as many passes over the training rows."""
     model, probability = state.moving_map(setup.operator, None), state.junk.probability()
 
-    def losses(values: torch.Tensor, batch: ImageBatch, weight: torch.Tensor) -> torch.Tensor:
-        return replace(model, values=values).loss(batch, weight, state.parameters(setup.rows_on_device(batch.rows)))
+    def parameters(rows: np.ndarray) -> torch.Tensor:
+        return state.parameters(setup.rows_on_device(rows))
 
-    for number, newton_steps in enumerate(SETTLING_STEPS):
+    for number, steps in enumerate(newton_steps):
         order = np.random.default_rng((setup.settings.seed, 9, number)).permutation(setup.training_rows)
-        map_pass(setup, state.canonical, order, newton_steps / setup.schedule.num_batches, losses, probability)
+        rate = steps / setup.schedule.num_batches
+        map_pass(setup, state.canonical, model, order, rate, probability, parameters)
 
 
 def _take_out_mean_shape(setup: Setup, state: State) -> torch.Tensor:

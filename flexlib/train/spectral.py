@@ -208,11 +208,17 @@ class FourierSampling:
 
 
 def mean_information(
-    operator: Operator, values: torch.Tensor, basis_A: torch.Tensor, sampling: FourierSampling, contrast: bool = False
+    operator: Operator,
+    values: torch.Tensor,
+    basis_A: torch.Tensor,
+    sampling: FourierSampling,
+    contrast: bool = False,
+    amplitudes: torch.Tensor | None = None,
 ) -> np.ndarray:
     """(m, m) float64 mean Fisher information of the coefficients of m displacement fields at rest.
 
-    With ``contrast`` (m + 1, m + 1), that of the contrast's logarithm at the end.
+    With ``amplitudes`` (m + a, m + a), that of the density's relative changes; with ``contrast`` that of the contrast's
+    logarithm at the end.
 
     A voxel that moves by u changes the transform of the map by ``-2 pi i (k . u) V exp(-2 pi i k . x)``: three 3D FFTs
     per field, no image. By the projection theorem the mean over particles of the squared change of their images is
@@ -226,15 +232,19 @@ def mean_information(
         (m, nv, 3) displacement fields in Angstrom.
     sampling
         Of the views.
+    contrast, amplitudes
+        Further fields; ``amplitudes`` (a, nvox) are factors of the density. The contrast is that of 1 throughout.
     """
     box, voxels = operator.voxels.box, operator.voxels
+    factors = [] if amplitudes is None else list(amplitudes)
+    factors += [torch.ones_like(values)] if contrast else []
     seen = sampling.mean().to(values.device)
     where = torch.nonzero(seen.flatten() > 0)[:, 0]
     root = seen.flatten()[where].sqrt().float()
     axes = [torch.from_numpy(wavenumbers(box))] * 2 + [torch.arange(box // 2 + 1, dtype=torch.float32)]
     grid = torch.meshgrid(*[axis.to(values.device) for axis in axes], indexing="ij")
     frequency = [part.flatten()[where] for part in reversed(grid)]  # x, y, z
-    changes = torch.empty((len(basis_A) + contrast, len(where), 2), device=values.device)
+    changes = torch.empty((len(basis_A) + len(factors), len(where), 2), device=values.device)
     corners = voxels.cells.long()[voxels.cell.long()]
     for number, field in enumerate(basis_A):
         moved = (field[corners] * voxels.bary[..., None]).sum(1) / operator.pixel_size_A  # (nvox, 3) pixels
@@ -243,9 +253,9 @@ def mean_information(
             spectrum = torch.fft.rfftn(scatter_volume(values * moved[:, axis], voxels))
             change += frequency[axis] * spectrum.flatten()[where]
         changes[number] = torch.view_as_real(change * root * (2 * np.pi / box))
-    if contrast:  # all are multiplied with i
-        spectrum = torch.fft.rfftn(scatter_volume(values, voxels)).flatten()[where]
-        changes[-1] = torch.view_as_real(1j * spectrum * root)
+    for number, factor in enumerate(factors, len(basis_A)):  # all are multiplied with i
+        spectrum = torch.fft.rfftn(scatter_volume(values * factor, voxels)).flatten()[where]
+        changes[number] = torch.view_as_real(1j * spectrum * root)
     information = torch.zeros((len(changes),) * 2, dtype=torch.float64, device=values.device)
     for part in changes.flatten(1).split(_CHUNK, 1):
         part = part.double()

@@ -22,6 +22,7 @@ from flexlib.train.canonical import CanonicalMap
 from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
 from flexlib.train.initial_latents import InitialLatents, initial_latents, read_own_latents, standard_scale
 from flexlib.train.junk import Junk
+from flexlib.train.parts import Occupancy
 from flexlib.train.rigid import rigid_start
 from flexlib.train.schedule import FLOW_RATE
 from flexlib.train.setup import Setup, canonical_map, derived_seed
@@ -199,6 +200,7 @@ def new_state(
         rigid_views=rigid_views,
         junk=junk,
         spectrum=spectrum,
+        occupancy=Occupancy.none(setup.source.box, setup.device),
         given_latents=None if initial.given is None else initial.given.to(setup.device),
         log=[],
     )

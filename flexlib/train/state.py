@@ -15,6 +15,7 @@ from flexlib.model.views import PoseFrame, ViewPrior
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.junk import Junk
 from flexlib.train.latents import LatentScale
+from flexlib.train.parts import Occupancy
 from flexlib.train.spectral import SpectralStart
 from flexlib.train.views import Views
 
@@ -35,6 +36,7 @@ class State:
     rigid_views: Views  # under the rigid map
     junk: Junk  # which rows show no particle
     spectrum: SpectralStart
+    occupancy: Occupancy  # parts that particles may lack
     given_latents: torch.Tensor | None  # (n, K) in the user's own scale, where they are frozen
     log: list[dict[str, float]]
     information_ratios: Ratios = (1.0, 1.0, 1.0, 1.0)  # of the full box to the coarse map
@@ -75,10 +77,17 @@ class State:
         """Of all rows."""
         return self.particles_of(torch.arange(len(self.latents), device=self.latents.device))
 
-    def moving_map(self, operator: Operator, coarse: CoarseMap | None, flow: AssembledFlow | None = None) -> MovingMap:
-        """Flow and map as they stand (``flow`` if it is assembled already)."""
+    def moving_map(
+        self,
+        operator: Operator,
+        coarse: CoarseMap | None,
+        flow: AssembledFlow | None = None,
+        parts: Occupancy | None = None,
+    ) -> MovingMap:
+        """Flow and map as they stand (``flow`` if it is assembled already), with the parts that it has or others."""
         flow = self.flow.assembled() if flow is None else flow
-        return MovingMap(operator, flow, self.canonical.values, coarse, self.information_ratios, self.views.prior)
+        own = (self.occupancy if parts is None else parts).on(operator, coarse)
+        return MovingMap(operator, flow, self.canonical.values, coarse, self.information_ratios, self.views.prior, own)
 
     def parameters(self, rows: torch.Tensor) -> torch.Tensor:
         """(b, K + V) latents and views of ``rows``."""

@@ -9,7 +9,6 @@ import torch
 
 from flexlib.distributed import Ranks
 from flexlib.images.batch import ImageBatch, to_device
-from flexlib.model.forward import log_likelihood_loss
 from flexlib.model.moving_map import MovingMap, Ratios, fisher_information
 from flexlib.model.views import CONTRAST, ROTATION, SHIFT
 from flexlib.tetra.rigidity import mesh_rigidity
@@ -118,7 +117,7 @@ def find_step(
     values = model.values.clone().requires_grad_()
     displacements = model.flow(noisy[:, :dims])
     seen = model.seen(batch.images, noisy)
-    loss = log_likelihood_loss(setup.operator, values, seen, displacements, batch.weight)
+    loss = replace(model, values=values).loss_at(seen, displacements, batch.weight)
     sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, ranks.size)]
     sampled = to_device(ranks.share(sample), setup.device)
     strains = mesh_rigidity(setup.rigidity, setup.operator.vertices_A + model.flow(parameters[sampled, :dims]))

@@ -203,6 +203,15 @@ class TrainSettings:
         "Learn which images show no particle of the map, such as noise, and particles in a wrong pose: each counts as "
         "far as it is likely to show one. false takes all for particles.",
     )
+    occupancy: Literal["none", "auto"] | tuple[int, ...] = setting(
+        "auto",
+        "Parts of the molecule that some particles lack. auto looks for them, none takes every particle for complete, "
+        "a list of the mesh's segments such as [3] names the parts, at most 4. Only what the particles confirm is "
+        "kept.",
+        minimum=0,
+        minItems=1,
+        uniqueItems=True,
+    )
     validation_fraction: float = setting(
         0.05, "Share of the particles held out of training to score it.", minimum=0, exclusiveMaximum=1
     )
