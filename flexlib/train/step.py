@@ -9,7 +9,7 @@ import torch
 
 from flexlib.distributed import Ranks
 from flexlib.images.batch import ImageBatch, to_device
-from flexlib.model.moving_map import MovingMap, Ratios, fisher_information
+from flexlib.model.moving_map import Flow, MovingMap, Ratios, fisher_information
 from flexlib.model.views import CONTRAST, ROTATION, SHIFT
 from flexlib.tetra.rigidity import mesh_rigidity
 from flexlib.train.gauge import GAUGE_RATE, hold_gauge
@@ -118,10 +118,7 @@ def find_step(
     displacements = model.flow(noisy[:, :dims])
     seen = model.seen(batch.images, noisy)
     loss = replace(model, values=values).loss_at(seen, displacements, batch.weight)
-    sample = torch.randperm(num)[: max(RIGIDITY_SAMPLES, ranks.size)]
-    sampled = to_device(ranks.share(sample), setup.device)
-    strains = mesh_rigidity(setup.rigidity, setup.operator.vertices_A + model.flow(parameters[sampled, :dims]))
-    strain = (strains * probability[sampled]).sum() / len(sample)
+    strain = _mean_strain(setup, model.flow, parameters[:, :dims], probability)
     counted = ranks.share(probability).clamp(min=LEAST_WEIGHT)
     ((counted * loss).sum() / num + setup.rigidity_nats * strain).backward()
     assert values.grad is not None and noisy.grad is not None
@@ -149,6 +146,14 @@ def find_step(
         advantage=ranks.embed(advantage, num),
         information_ratios=model.information_ratios,
     )
+
+
+def _mean_strain(setup: Setup, flow: Flow, latents: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+    """() this rank's part of the mean squared strain at a random few of the latents (b, K)."""
+    sample = torch.randperm(len(latents))[: max(RIGIDITY_SAMPLES, setup.ranks.size)]
+    mine = to_device(setup.ranks.share(sample), setup.device)
+    strains = mesh_rigidity(setup.rigidity, setup.operator.vertices_A + flow(latents[mine]))
+    return (strains * probability[mine]).sum() / len(sample)
 
 
 def _log_evidence(
