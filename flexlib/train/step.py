@@ -132,9 +132,7 @@ def find_step(
                     model = with_measured_ratio(model, batch.images, batch.weight, own, ranks)
                 own_information = model.information(batch.images, batch.weight, own, fixed)
             own = newton_latents(prior, own, noisy.detach(), by_parameters, own_information, fixed)
-    advantage = noise_loss(batch.images, batch.weight) + _log_evidence(
-        prior, noisy.detach(), loss, ranks.share(information), fixed
-    )
+    evidence = _log_evidence(prior, noisy.detach(), loss, ranks.share(information), fixed)
     share = ranks.share(probability) / probability.sum()
     return StepResult(
         loss=loss.sum(),
@@ -143,7 +141,7 @@ def find_step(
         mean_A=torch.einsum("b,bvd->vd", share, displacements.detach()),
         parameters=ranks.embed(own, num),
         information=ranks.embed(own_information, num),
-        advantage=ranks.embed(advantage, num),
+        advantage=ranks.embed(noise_loss(batch.images, batch.weight) + evidence, num),
         information_ratios=model.information_ratios,
     )
 
