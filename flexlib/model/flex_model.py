@@ -18,6 +18,7 @@ from flexlib.particles.pose_change import PoseChange
 from flexlib.tetra.tetmesh import TetraMesh
 
 FORMAT_VERSION = 1
+_ARRAYS = ("probability", "parts", "occupancy", "occupancy_share")  # that a model may lack
 
 
 @dataclass
@@ -36,6 +37,11 @@ class FlexModel:
     # the rigid map of the same particles; None where they were not refined
     pose: PoseChange | None = None
     rigid_pose: PoseChange | None = None
+    # rows as those of the latents; None where training did not ask
+    probability: np.ndarray | None = None  # (n,) float32, posterior probability that the image shows a particle
+    parts: np.ndarray | None = None  # (box, box, box) uint8, 0 what is always there, 1 to S parts that may be missing
+    occupancy: np.ndarray | None = None  # (n, S) float32, posterior probability that the part is there
+    occupancy_share: np.ndarray | None = None  # (S,) float32, the share of particles that have it
 
     @property
     def latent_dims(self) -> int:
@@ -69,7 +75,7 @@ class FlexModel:
             "epoch": self.epoch,
             "pose": _packed(self.pose),
             "rigid_pose": _packed(self.rigid_pose),
-        }
+        } | {name: None if (a := getattr(self, name)) is None else torch.from_numpy(a) for name in _ARRAYS}
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
 
@@ -107,6 +113,7 @@ class FlexModel:
             epoch=content["epoch"],
             pose=_unpacked(content.get("pose")),
             rigid_pose=_unpacked(content.get("rigid_pose")),
+            **{name: None if content.get(name) is None else content[name].numpy() for name in _ARRAYS},
         )
 
 
