@@ -141,6 +141,7 @@ class ValidationRecord(Record):
     pose_rotation_deg: float | None = None
     pose_shift_A: float | None = None
     contrast_sd: float | None = None
+    junk_share: float | None = None  # learnt share of images that show no particle; None where none was looked for
     # what view, defocus, shift and pose say of each latent: the fields of ``train.entanglement.Entanglement``
     entanglement: list[dict[str, Any]] = field(default_factory=list)
 
