@@ -223,6 +223,10 @@ class ReconstructSettings:
         "Poses and contrasts of the particles, refined (where training refined them; the rigid map takes those refined "
         "under a rigid map) or input (those of the input file, for both maps).",
     )
+    weigh_particles: bool = setting(
+        True,
+        "Let each image count as the probability that it shows a particle, where training has found these.",
+    )
     all_in_ram: bool = setting(
         False,
         "Hold the CTFs and moved mesh vertices of a half-set in memory instead of computing them in every iteration.",
