@@ -18,6 +18,7 @@ from flexlib.workflow_support.setting import Auto, setting
 from flexlib.workflow_support.simulate_settings import SimulateSettings
 
 Align = Literal["density", "rigid_core"]
+Presence = Literal["present", "absent"]
 PointChoice = dict[str, int | float]  # some or all of the swept keys, with a value each
 Settings = TypeVar("Settings")
 
@@ -203,6 +204,14 @@ class GenerateSettings:
         "rigid body stays exactly where it lies in the map that is deformed) or density (the density's mean position "
         "and orientation, the frame of the particles' poses; take it for maps that are to be projected or compared "
         "with images).",
+    )
+    occupancy: Presence | list[int] = setting(
+        "present",
+        "Parts that particles may lack in the map that is deformed, present (all are there), absent (none is), or a "
+        "list of the numbers of those that are there.",
+        minimum=1,
+        minItems=1,
+        uniqueItems=True,
     )
     lowpass_A: float | None = setting(
         None, "Low-pass filter on the map that is deformed, Angstrom.", exclusiveMinimum=0
