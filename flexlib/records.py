@@ -144,6 +144,9 @@ class ValidationRecord(Record):
     junk_share: float | None = None  # learnt share of images that show no particle; None where none was looked for
     # what view, defocus, shift and pose say of each latent: the fields of ``train.entanglement.Entanglement``
     entanglement: list[dict[str, Any]] = field(default_factory=list)
+    # of each part that some particles lack: share of the particles that have it, gain in nats per particle over its
+    # being there in all, centre (x, y, z) from the box centre, share of the mass, the mesh's segment where it was named
+    occupancy: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def gain(self) -> float:

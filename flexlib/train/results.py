@@ -143,6 +143,7 @@ def validation_record(
         wall_s=round(state.wall_s, 2),
         device=describe_device(setup.device),
         entanglement=[asdict(one) for one in told],
+        occupancy=[],
     )
 
 
