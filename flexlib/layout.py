@@ -342,6 +342,11 @@ class SimulationFolder(Folder):
         """The mean map over all particles, without noise."""
         return self.path / "truth_mean.mrc"
 
+    @property
+    def truth_part(self) -> Path:
+        """Labels of the molecule at rest: 1, and 2 where the part is that some particles lack."""
+        return self.path / "truth_part.mrc"
+
     def truth_state(self, number: int) -> Path:
         """The map of a state, without noise."""
         return self.path / f"truth_state_{number}.mrc"

@@ -216,6 +216,7 @@ class ResolutionRecord(Record):
     converged: dict[str, bool]  # by model and half: "flex_half1"
     device: str = ""  # that computed it, as ``runtime.describe_device`` says
     poses: dict[str, str] = field(default_factory=dict)  # by model: "refined" or "input"
+    effective_particles: float | None = None  # sum of the probabilities that rows were weighed by; None: not weighed
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:

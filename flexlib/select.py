@@ -21,12 +21,13 @@ from flexlib.errors import InputError
 from flexlib.particles.clusters import cluster_latents
 from flexlib.particles.cs import matching_rows, unique_uids
 from flexlib.particles.cs_file import read_cs_file, write_group
-from flexlib.particles.latents_table import LatentTable, read_latent_table
+from flexlib.particles.latents_table import OCCUPANCY, PROBABILITY, LatentTable, read_latent_table
 from flexlib.particles.latents_write import components
 from flexlib.particles.star_text import read_star_text
 
 log = logging.getLogger(__name__)
 
+_REGIONS = ("--box", "--polygon", "--nearest", "--cluster", "--rows")
 _ROW_COLUMNS = ("flexInputRow", "flexUid", "rlnImageName")  # by what a list of particles may name them
 
 
@@ -128,6 +129,37 @@ def in_list(latents: LatentTable, path: str | Path) -> np.ndarray:
     return inside
 
 
+def with_states(latents: LatentTable, options: argparse.Namespace) -> np.ndarray:
+    """Rows that show a particle, and have or lack a part, as the options ask; the log counts those of each state.
+
+    Raises InputError where the training did not look, or options do not fit.
+    """
+    inside = np.isfinite(latents.latents).all(1)
+    least, part = options.min_probability, options.part
+    if least is not None:
+        if not 0 <= least <= 1:
+            raise InputError(f"--min-probability: {least:g} is not in [0, 1]")
+        shown = inside & (_judged(latents, PROBABILITY, "--min-probability") >= least)
+        log.info("probability at least %g: %d rows, below: %d", least, shown.sum(), (inside & ~shown).sum())
+        inside = shown
+    if (part is None) != (options.state is None):
+        raise InputError("--part: takes --present or --absent with it, and these take --part")
+    if part is not None:
+        present = _judged(latents, f"{OCCUPANCY}{part}", "--part") >= 0.5
+        counts = [int((inside & one).sum()) for one in (present, ~present)]
+        log.info("part %d: present in %d rows, absent in %d", part, *counts)
+        inside &= present if options.state == "present" else ~present
+    return inside
+
+
+def _judged(latents: LatentTable, column: str, option: str) -> np.ndarray:
+    """(m,) of a column that only some trainings write."""
+    if column not in latents.table.labels:
+        found = [name for name in latents.table.labels if re.fullmatch(rf"{PROBABILITY}|{OCCUPANCY}\d+", name)]
+        raise InputError(f"{option}: {latents.text.path} has no column {column} ({', '.join(found) or 'nor any such'})")
+    return latents.dimension(column)
+
+
 def _number(text: str, option: str) -> float:
     try:
         value = float(text)
@@ -219,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, help="a training folder (train/cells~C/...) or a latents.star")
     parser.add_argument("--out", type=Path, required=True, help="file to write: .star, or .cs where the input is a .cs")
-    region = parser.add_mutually_exclusive_group(required=True)
+    region = parser.add_mutually_exclusive_group()
     region.add_argument("--box", nargs="+", metavar="DIM=MIN:MAX", help="limits, such as 1=-0.5:0.5 2=0:")
     region.add_argument("--polygon", metavar="'DIM,DIM: x,y ...'", help="an outline in two dimensions")
     region.add_argument("--nearest", metavar="K:z1,z2,...", help="the K particles nearest to a point")
@@ -227,6 +259,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     region.add_argument(
         "--rows", type=Path, metavar="CSV", help=f"particles listed by {', '.join(_ROW_COLUMNS)} or uid"
     )
+    parser.add_argument("--min-probability", type=float, metavar="P", help="only images that so likely show a particle")
+    parser.add_argument("--part", type=int, metavar="N", help="with --present or --absent: by whether part N is there")
+    state = parser.add_mutually_exclusive_group()
+    for name, meaning in (("present", "has part N"), ("absent", "lacks it")):
+        state.add_argument(f"--{name}", dest="state", action="store_const", const=name, help=f"what rather {meaning}")
     parser.add_argument("--invert", action="store_true", help="write the particles outside the region instead")
     parser.add_argument("--latents", action="store_true", help="write the latent coordinates too")
     parser.add_argument("--input", type=Path, help="the particle file that was trained on, where it has moved")
@@ -236,8 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         latents = read_latent_table(options.source, options.input, options.passthrough)
         inside = _inside(latents, options)
-        if options.invert:
-            inside = ~inside & np.isfinite(latents.latents).all(1)
+        inside = with_states(latents, options) & (~inside if options.invert else inside)
         count = write_subset(latents, inside, options.out, options.latents)
     except InputError as error:
         print(f"flex-select: {error}", file=sys.stderr)
@@ -253,7 +289,13 @@ def _inside(latents: LatentTable, options: argparse.Namespace) -> np.ndarray:
         return in_polygon(latents, options.polygon)
     if options.nearest:
         return nearest(latents, options.nearest)
-    return in_cluster(latents, options.cluster) if options.cluster else in_list(latents, options.rows)
+    if options.cluster:
+        return in_cluster(latents, options.cluster)
+    if options.rows:
+        return in_list(latents, options.rows)
+    if options.invert or (options.min_probability is None and options.part is None):
+        raise InputError(f"which particles? One of {', '.join(_REGIONS)}, or --min-probability or --part")
+    return np.ones(len(latents.latents), bool)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,44 @@ def test_filters_act_on_the_map(train, tmp_path):
     np.testing.assert_allclose(sharpen_map(wave, PIXEL_SIZE_A, -300.0), gain * wave, atol=1e-5)
 
 
+def test_parts_are_present_or_absent(mesh, latents, tmp_path, capsys):
+    """At any box, moved with the rest; the density of the others stays as it is."""
+    left, right = ball(BOX, 4, (-6, 0, 0)), ball(BOX, 3, (6, 0, 0))
+    canonical = (ball(BOX, 3) | left | right).astype(np.float32)
+    parts = np.zeros((BOX,) * 3, np.uint8)
+    parts[:, :, : BOX // 2 - 2], parts[:, :, BOX // 2 + 3 :] = 1, 2
+    replace(linear_model(mesh, canonical, latents), parts=parts).save(tmp_path / "model.pt")
+    write_map(tmp_path / "canonical.mrc", canonical, PIXEL_SIZE_A)
+    fine = np.kron(canonical, np.ones((2, 2, 2))).astype(np.float32)
+    fine = np.roll(fine, (-1, -1, -1), (0, 1, 2))  # voxel 2 i lies where voxel i does: the block's corner is its middle
+    write_map(tmp_path / "fine.mrc", fine, PIXEL_SIZE_A / 2)
+    at = np.array([[0.0, 0.0], [2 * PIXEL_SIZE_A, 0.0]])
+    mass = [float((canonical * (parts == part)).sum()) for part in range(3)]
+    for occupancy, shown in (("present", (0, 1, 2)), ("absent", (0,)), ([2], (0, 2))):
+        expected = canonical * np.isin(parts, shown)
+        generate_series(tmp_path, tmp_path / "out", GenerateSettings(occupancy=occupancy), points=at)
+        for frame, shift in ((0, 0), (1, 2)):
+            found = read_map(tmp_path / f"out/at/frame_{frame:03d}.mrc").data
+            np.testing.assert_allclose(found, np.roll(expected, shift, 2), atol=1e-4)
+        generate_series(
+            tmp_path, tmp_path / "out", GenerateSettings(occupancy=occupancy, volume=tmp_path / "fine.mrc"), points=at
+        )
+        found = read_map(tmp_path / "out/at/frame_000.mrc").data.sum() / 8
+        assert found == pytest.approx(sum(mass[part] for part in shown), rel=0.1)
+    arguments = [str(tmp_path), str(tmp_path / "by_hand"), "--at", "0,0", "--align", "density", "--occupancy"]
+    assert main([*arguments, "1,2"]) == 0
+    np.testing.assert_allclose(read_map(tmp_path / "by_hand/at/frame_000.mrc").data, canonical, atol=1e-4)
+    assert main([*arguments, "3"]) == main([*arguments, "some"]) == 1
+    messages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ERROR")]
+    assert messages[0].endswith("model.pt: no part 3: there are 1 to 2")
+    assert messages[1] == "ERROR --occupancy: 'some' is not present, absent or numbers of parts such as 1,2"
+
+
+def test_a_model_without_parts_has_none_to_leave_out(train, tmp_path):
+    with pytest.raises(InputError, match=r"model.pt: no part of this model can be absent"):
+        generate_series(train, tmp_path / "out", GenerateSettings(occupancy="absent"))
+
+
 def test_series_from_a_file_and_its_mistakes(train, tmp_path):
     path = tmp_path / "loop.csv"
     path.write_text("# z1,z2\n0,3\n3,0\n")

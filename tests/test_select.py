@@ -130,6 +130,40 @@ def test_listed_particles(trained_cs, tmp_path, column):
     assert np.load(tmp_path / "a.cs").tobytes() == np.load(tmp_path / "in.cs")[[2, 9]].tobytes()
 
 
+@pytest.fixture
+def judged(trained_star) -> Path:
+    """As ``trained_star``, of a training that judged the images and two parts."""
+    probability = np.array([0.99, 0.4, 0.5, 0.9, 0.02, 0.8, 0.7])
+    first = np.array([0.9, 0.1, 0.2, 0.5, 0.9, 0.0, 1.0])
+    extra = {"flexParticleProbability": probability, "flexOccupancy1": first, "flexOccupancy2": 1 - first}
+    particles = trained_star.parents[4] / "particles"
+    write_latents_star(particles, LATENTS, trained_star / "latents.star", extra)
+    return trained_star
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "told"),
+    [
+        (["--min-probability", "0.5"], [0, 3, 5, 9, 11], ["probability at least 0.5: 5 rows, below: 2"]),
+        (["--part", "1", "--present"], [0, 5, 6, 11], ["part 1: present in 4 rows, absent in 3"]),
+        (["--part", "2", "--absent"], [0, 6, 11], ["part 2: present in 4 rows, absent in 3"]),
+        (
+            ["--min-probability", "0.5", "--part", "1", "--absent"],
+            [3, 9],
+            ["probability at least 0.5: 5 rows, below: 2", "part 1: present in 3 rows, absent in 2"],
+        ),
+        (["--box", "1=0:", "--min-probability", "0.5"], [9, 11], ["probability at least 0.5: 5 rows, below: 2"]),
+        (["--box", "1=0:", "--invert", "--part", "1", "--present"], [0, 5], ["part 1: present in 4 rows, absent in 3"]),
+    ],
+)
+def test_particles_by_what_they_are(judged, tmp_path, caplog, arguments, rows, told):
+    caplog.set_level("INFO")
+    assert main([str(judged), "--out", str(tmp_path / "a.star"), *arguments]) == 0
+    chosen = (tmp_path / "a.star").read_text()
+    assert [row for row, line in enumerate(star_rows()) if line in chosen] == rows
+    assert caplog.messages == [*told, f"{tmp_path}/a.star: {len(rows)} of 12 particles"]
+
+
 def test_input_that_has_moved(trained_cs, tmp_path):
     """Given anew, and its rows shuffled: particles are found by uid."""
     shuffled = np.load(tmp_path / "in.cs")[::-1]
@@ -165,6 +199,13 @@ def test_input_that_has_moved(trained_cs, tmp_path):
         (["--rows", "plain.csv"], "plain.csv: the first line must name a column"),
         (["--rows", "beyond.csv"], "beyond.csv: line 3, column flexInputRow: no particle '12'"),
         (["--rows", "uid.csv"], "column flexUid, which .*latents.star does not have"),
+        ([], "which particles"),
+        (["--min-probability", "0.5", "--invert"], "which particles"),
+        (["--min-probability", "0.5"], r"latents.star has no column flexParticleProbability \(nor any such\)"),
+        (["--min-probability", "50"], r"50 is not in \[0, 1\]"),
+        (["--part", "1"], "--part: takes --present or --absent"),
+        (["--box", "1=0:", "--absent"], "--part: takes --present or --absent"),
+        (["--part", "1", "--absent"], "has no column flexOccupancy1"),
         (["--box", "1=0:", "--out", "a.cs"], "a.cs: the input is not a .cs file"),
         (["--box", "1=0:", "--out", "a.txt"], "written as .star or .cs"),
         (["--box", "1=0:", "--out", "in.star"], "in.star: is the file that particles are chosen from"),

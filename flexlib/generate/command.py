@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.generate.run import generate_series
 from flexlib.workflow_support.series import SPELLINGS, parse_latents
-from flexlib.workflow_support.settings import Align, GenerateSettings
+from flexlib.workflow_support.settings import Align, GenerateSettings, Presence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=defaults.align,
         help="what is at rest: the largest rigid body, or the density as the particles' poses see it (%(default)s)",
     )
+    parser.add_argument(
+        "--occupancy",
+        default=defaults.occupancy,
+        metavar="present|absent|1,2",
+        help="parts that particles may lack: all there, none, or the numbers of those that are (%(default)s)",
+    )
     parser.add_argument("--lowpass", type=float, metavar="A", help="low-pass filter on the map, Angstrom")
     parser.add_argument("--bfactor", type=float, metavar="A2", help="B-factor on the map; negative sharpens")
     parser.add_argument("--particles", type=Path, help="the folder that prepare wrote, if not beside the training")
@@ -61,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             series=given.series or defaults.series,
             volume=given.volume,
             align=given.align,
+            occupancy=_occupancy(given.occupancy),
             lowpass_A=given.lowpass,
             bfactor_A2=given.bfactor,
         )
@@ -69,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ERROR {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _occupancy(text: str) -> Presence | list[int]:
+    """``present``, ``absent``, or the numbers of the parts that are there."""
+    for word in get_args(Presence):
+        if text == word:
+            return cast(Presence, word)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise InputError(f"--occupancy: {text!r} is not present, absent or numbers of parts such as 1,2")
+    return [int(number) for number in text.split(",")]
 
 
 def _joined_values(arguments: Sequence[str]) -> list[str]:

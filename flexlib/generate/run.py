@@ -27,12 +27,13 @@ from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.layout import CHECKPOINTS, GenerateFolder, ParticlesFolder, TrainFolder, find_run
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.frame import MotionFrame
+from flexlib.model.part_labels import labels_at
 from flexlib.render.film import FrameNote, SeriesMovie
 from flexlib.render.surface import display_level
 from flexlib.runtime import share_threads_with_numba
 from flexlib.tetra.deform import VolumeDeformer, moving_mask
 from flexlib.tetra.io import write_displacement
-from flexlib.workflow_support.settings import GenerateSettings
+from flexlib.workflow_support.settings import GenerateSettings, Presence
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ def generate_series(
     if not len(known):
         raise InputError(f"{model_path}: no particle has latents yet")
     particles = _find_particles(model_path, particles_dir)
-    volume = _filtered(_volume(model, model_path, particles, settings), settings)
+    volume = _volume(model, model_path, particles, settings)
+    volume = _filtered(_with_parts(volume, model, model_path, settings.occupancy), settings)
     if points is not None:
         wanted = [("at", fitting_latents(np.asarray(points, np.float64), model, "--at"))]
     else:
@@ -173,6 +175,22 @@ def _volume(model: FlexModel, model_path: Path, particles: ParticlesFolder | Non
     beside = [TrainFolder(model_path.parent).canonical, *([particles.consensus] if particles else [])]
     like = next((read_map(path) for path in beside if path.is_file()), Map(model.canonical, model.pixel_size_A))
     return dataclasses.replace(like, data=model.canonical, pixel_size_A=model.pixel_size_A)
+
+
+def _with_parts(volume: Map, model: FlexModel, model_path: Path, present: Presence | list[int]) -> Map:
+    """The map without the density of the parts that are to be absent; see ``generate.occupancy``."""
+    if present == "present":
+        return volume
+    if model.parts is None:
+        raise InputError(f"generate.occupancy: {model_path}: no part of this model can be absent: it was trained whole")
+    parts = range(1, int(model.parts.max()) + 1)
+    kept = [] if isinstance(present, str) else present
+    if unknown := sorted(set(kept) - set(parts)):
+        raise InputError(f"generate.occupancy: {model_path}: no part {unknown[0]}: there are 1 to {len(parts)}")
+    absent = [part for part in parts if part not in kept]
+    logger.info("absent from the maps: part %s", ", ".join(map(str, absent)) or "none")
+    gone = np.isin(labels_at(model, volume.box, volume.pixel_size_A), absent)
+    return dataclasses.replace(volume, data=np.where(gone, np.float32(0), volume.data))
 
 
 def _filtered(volume: Map, settings: GenerateSettings) -> Map:

@@ -14,6 +14,9 @@ from flexlib.particles.input_rows import latent_columns
 from flexlib.particles.star_text import StarText, TextTable, read_star_text
 from flexlib.records import PreparedRecord
 
+PROBABILITY = "flexParticleProbability"  # posterior probability that the image shows a particle
+OCCUPANCY = "flexOccupancy"  # and the number of a part, from 1: posterior probability that it is there
+
 
 @dataclass(frozen=True)
 class LatentTable:

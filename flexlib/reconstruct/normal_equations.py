@@ -17,7 +17,7 @@ mask's edge links to the data would grow in the corners and leak back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from flexlib.imaging.fourier import shell_counts, shell_number, stored_means
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import Operator
 from flexlib.projection.op import scatter_volume
+from flexlib.reconstruct.weighing import OccupancyOperator
 
 RIDGE = 3e-3  # least prior, of the data's mean weight inside the sphere |k| < N/2
 LEAST_SNR = 0.25  # assumed of a shell: noise models are not so exact that less could be distinguished from none
@@ -43,6 +44,7 @@ class BatchViews:
 
     weight: torch.Tensor  # (b, N, N//2+1) float32, |transfer|^2
     vertices_px: torch.Tensor  # (b, nv, 2), where the mesh is seen
+    present: torch.Tensor | None = None  # (b, G, 1, 1) of an ``OccupancyOperator``
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,21 @@ class Views:
         vertices_px = self.operator.vertices_px(batch, moved_A).contiguous()
         transfer = batch.transfer
         weight = transfer.real**2 + transfer.imag**2 if transfer.is_complex() else transfer**2
-        return BatchViews(weight, vertices_px)
+        present = self.operator.of_rows(batch.rows) if isinstance(self.operator, OccupancyOperator) else None
+        return BatchViews(weight, vertices_px, present)
+
+    def adjoint(self, spectra: torch.Tensor, views: BatchViews) -> torch.Tensor:
+        """(nvox,) adjoint of what particles are expected to show, from (b, N, N//2+1) spectra."""
+        if isinstance(self.operator, OccupancyOperator) and views.present is not None:
+            return self.operator.expected_adjoint(spectra, views.vertices_px, views.present)
+        return self.operator.project_adjoint(spectra, views.vertices_px)
+
+    def normal(self, values: torch.Tensor, views: BatchViews) -> torch.Tensor:
+        """(nvox,) what the Hessian of one batch's squared residuals makes of ``values`` (nvox,)."""
+        if isinstance(self.operator, OccupancyOperator) and views.present is not None:
+            return self.operator.expected_normal(values, views.weight, views.vertices_px, views.present)
+        spectra = self.operator.project(values, views.vertices_px)
+        return self.operator.project_adjoint(spectra.mul_(views.weight), views.vertices_px)
 
     def __iter__(self) -> Iterator[BatchViews]:
         """A batch at a time."""
@@ -108,7 +124,7 @@ class NormalEquations:
     """``hessian(x) = data`` of the least-squares problem (see the module's head); each rank holds them whole."""
 
     operator: Operator
-    mask_values: torch.Tensor  # (nvox,)
+    mask_values: torch.Tensor  # (nvox,) density of a unit of x: the mask, over a part's root mean square presence
     views: Views  # of this rank
     data: torch.Tensor  # (nvox,) float64
     energy: float  # the objective of an empty map, in nats
@@ -125,8 +141,7 @@ class NormalEquations:
         values = x.to(self.mask_values.dtype) * self.mask_values
         result = torch.zeros_like(self.data)
         for views in self.views:
-            spectra = self.operator.project(values, views.vertices_px)
-            result += _masked_adjoint(self.operator, self.mask_values, spectra.mul_(views.weight), views)
+            result += (self.mask_values * self.views.normal(values, views)).double()
         self.ranks.add(result)
         return result + self._filtered(x, self.filters.prior)
 
@@ -159,7 +174,11 @@ def accumulate_normal_equations(
     box, device, dtype = operator.voxels.box, operator.vertices_A.device, operator.vertices_A.dtype
     mask = torch.ones(len(operator.voxels.index)) if mask_values is None else torch.as_tensor(mask_values)
     mask = mask.to(device, dtype)
-    batches = split_batches(ranks.share(rows), batch_size or default_batch_size(box, operator.accuracy.oversampling))
+    unknowns, groups = mask, 1
+    if isinstance(operator, OccupancyOperator):
+        unknowns, groups = mask * operator.unknowns_scale(rows), len(operator.groups)
+    batch_size = batch_size or default_batch_size(box, operator.accuracy.oversampling, groups)
+    batches = split_batches(ranks.share(rows), batch_size)
     views = Views(source, batches, operator, displacements)
     kept: list[BatchViews] = []
     data = torch.zeros(len(mask), dtype=torch.float64, device=device)
@@ -172,7 +191,7 @@ def accumulate_normal_equations(
     for batch in read_ahead(source, batches, device):
         energy += 0.5 * float((plane * batch.images.abs() ** 2).sum(dtype=torch.float64))
         of_batch = views.of(batch)
-        data += _masked_adjoint(operator, mask, batch.images * batch.transfer.conj(), of_batch)
+        data += (unknowns * views.adjoint(batch.images * batch.transfer.conj(), of_batch)).double()
         power.index_add_(0, shell.flatten(), (plane * of_batch.weight).sum(0).flatten().double())
         if keep_views:
             kept.append(of_batch)
@@ -182,8 +201,8 @@ def accumulate_normal_equations(
     signal_to_noise = _signal_to_noise(scatter_volume(data.to(dtype), operator.voxels), hessian, mask)
     return NormalEquations(
         operator=operator,
-        mask_values=mask,
-        views=Views(source, batches, operator, displacements, kept) if keep_views else views,
+        mask_values=unknowns,
+        views=replace(views, kept=kept) if keep_views else views,
         data=data,
         energy=float(energy),
         signal_to_noise=signal_to_noise,
@@ -192,17 +211,13 @@ def accumulate_normal_equations(
     )
 
 
-def default_batch_size(box: int, oversampling: int) -> int:
-    """Images per batch so that a batch and its oversampled temporaries stay within ``BATCH_BYTES``."""
-    per_image = 4 * box**2 * (3 + 4 * oversampling**2)
+def default_batch_size(box: int, oversampling: int, groups: int = 1) -> int:
+    """Images per batch so that a batch and its oversampled temporaries stay within ``BATCH_BYTES``.
+
+    Of voxels in groups each group's projections are held.
+    """
+    per_image = 4 * box**2 * (3 + 4 * oversampling**2 + 2 * (groups - 1))
     return int(np.clip(BATCH_BYTES // per_image, 1, 128))
-
-
-def _masked_adjoint(
-    operator: Operator, mask_values: torch.Tensor, spectra: torch.Tensor, views: BatchViews
-) -> torch.Tensor:
-    """(nvox,) float64 adjoint of a masked map's projection."""
-    return (mask_values * operator.project_adjoint(spectra, views.vertices_px)).double()
 
 
 def _hessian_per_shell(power: torch.Tensor) -> torch.Tensor:

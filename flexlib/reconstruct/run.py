@@ -24,17 +24,19 @@ from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.images.batch import ImageSource
 from flexlib.images.cache import cached_images
-from flexlib.images.sources import open_full_images
+from flexlib.images.sources import PreparedImages, open_full_images
 from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.layout import ParticlesFolder, ReconstructFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import EXACT, Operator
+from flexlib.model.part_labels import labels_at
 from flexlib.particles.pose_change import PoseChange
 from flexlib.reconstruct.fsc_table import fsc_table
 from flexlib.reconstruct.map_solver import Convergence, SolverSettings, solve_map
 from flexlib.reconstruct.normal_equations import Displacements
 from flexlib.reconstruct.postprocess import guinier_b_factor, local_resolution, moving_region, sharpened_map
+from flexlib.reconstruct.weighing import OccupancyOperator, WeighedImages
 from flexlib.records import ResolutionRecord
 from flexlib.runtime import describe_device, resolve_device, tune_process
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh, single_cell_mesh
@@ -55,6 +57,21 @@ class _Kind:
     voxels: MeshVoxels
     displacements: Displacements | None  # None: at rest
     pose: PoseChange | None  # None: as in the input
+    probability: np.ndarray | None  # (n,) that the image shows a particle; None: all count alike
+    occupancy: np.ndarray | None = None  # (n, S) that the particle has the part; None: all have all
+    labels: np.ndarray | None = None  # (nvox,) of the parts, where there is an occupancy
+
+    def seen(self, images: PreparedImages) -> ImageSource:
+        """The images with their poses and weights."""
+        posed = images if self.pose is None else images.posed(self.pose)
+        return posed if self.probability is None else WeighedImages(posed, self.probability)
+
+    def operator(self, device: torch.device) -> Operator:
+        """What projects the map."""
+        operator = Operator.of_voxels(self.mesh, self.voxels, device, EXACT)
+        if self.occupancy is None or self.labels is None:
+            return operator
+        return OccupancyOperator.of_labels(operator, self.labels, self.occupancy)
 
 
 def reconstruct(
@@ -111,7 +128,7 @@ def _reconstruct(
     source = open_full_images(particles.path)
     mask = read_map(particles.full_mask)
     model = FlexModel.load(train.path, chosen)
-    _check_input(source, mask, model, particles, train)
+    _check_input(source, mask, model, particles, train, settings.weigh_particles)
 
     inside = inside_mask(mask.data, FULL_FLOOR)
     kinds = _kinds(model, inside, source, settings)
@@ -120,9 +137,8 @@ def _reconstruct(
     own_rows = np.concatenate([ranks.share(np.flatnonzero(source.half_set == half)) for half in (0, 1)])
     with cached_images(source, settings.cache_dir, own_rows) as images:
         for kind in kinds:
-            operator = Operator.of_voxels(kind.mesh, kind.voxels, chosen, EXACT)
-            seen = images if kind.pose is None else images.posed(kind.pose)
-            halves[kind.name], courses[kind.name] = _solve_halves(seen, kind, operator, mask, settings, ranks)
+            solution = _solve_halves(kind.seen(images), kind, kind.operator(chosen), mask, settings, ranks)
+            halves[kind.name], courses[kind.name] = solution
             if ranks.leads:
                 _write_half_maps(out, kind.name, halves[kind.name], source.pixel_size_A, mask)
     if not ranks.leads:
@@ -145,6 +161,7 @@ def _reconstruct(
         },
         device=describe_device(chosen),
         poses={kind.name: "input" if kind.pose is None else "refined" for kind in kinds},
+        effective_particles=None if kinds[0].probability is None else float(kinds[0].probability.sum()),
     ).write(out.resolution)
 
 
@@ -152,19 +169,35 @@ def _kinds(model: FlexModel, inside: np.ndarray, source: ImageSource, settings: 
     """The flexible way to see the particles, and the rigid one if it is wanted; each with the poses found under it."""
     refined = settings.poses == "refined"
     voxels = voxelise(model.mesh, inside, source.pixel_size_A)
-    kinds = [_Kind("flex", model.mesh, voxels, flow_displacements(model), model.pose if refined else None)]
+    weight = model.probability if settings.weigh_particles else None
+    if weight is not None:
+        logger.info("%d images weighed by their probability count as %.1f particles", len(weight), weight.sum())
+    labels = labels_at(model, source.box, source.pixel_size_A).reshape(-1)[voxels.index]
+    flow, pose = flow_displacements(model), model.pose if refined else None
+    kinds = [_Kind("flex", model.mesh, voxels, flow, pose, weight, model.occupancy, labels)]
     if settings.rigid_baseline:
         mesh = single_cell_mesh(source.box * source.pixel_size_A)
         voxels = voxelise(mesh, inside, source.pixel_size_A)
-        kinds.append(_Kind("rigid", mesh, voxels, None, model.rigid_pose if refined else None))
+        kinds.append(_Kind("rigid", mesh, voxels, None, model.rigid_pose if refined else None, weight))
     return kinds
 
 
 def _check_input(
-    source: ImageSource, mask: Map, model: FlexModel, particles: ParticlesFolder, train: TrainFolder
+    source: ImageSource,
+    mask: Map,
+    model: FlexModel,
+    particles: ParticlesFolder,
+    train: TrainFolder,
+    weigh_particles: bool,
 ) -> None:
     """Raise ``InputError`` where images, mask and model do not belong together."""
-    found = {"latents": model.latents, "poses": model.pose, "poses under the rigid map": model.rigid_pose}
+    found = {
+        "latents": model.latents,
+        "poses": model.pose,
+        "poses under the rigid map": model.rigid_pose,
+        "probabilities": model.probability,
+        "occupancies": model.occupancy,
+    }
     for what, values in found.items():
         if values is not None and len(values) != len(source):
             raise InputError(
@@ -174,8 +207,14 @@ def _check_input(
     if mask.box != source.box:
         raise InputError(f"{particles.full_mask}: its box is {mask.box}, the images' {source.box}")
     for half in (0, 1):
-        if not (source.half_set == half).any():
+        rows = source.half_set == half
+        if not rows.any():
             raise InputError(f"{particles.particles}: half-set {half + 1} is empty")
+        if weigh_particles and model.probability is not None and model.probability[rows].sum() < 1:
+            raise InputError(
+                f"{train.path}: hardly an image of half-set {half + 1} shows a particle (their probabilities add up to "
+                f"{model.probability[rows].sum():.2g}): reconstruct.weigh_particles: false counts all alike"
+            )
 
 
 def flow_displacements(model: FlexModel) -> Displacements:

@@ -103,7 +103,12 @@ def column_label(name: str) -> str:
     """What a reader calls a column of ``Results.latents``."""
     if name[0] == "z" and name[1:].isdigit():
         return f"latent {name[1:]}"
-    for prefix, words, unit in (("flexLatentStdErr", "standard error of latent", ""), ("flexMotion", "motion", " (Å)")):
+    for prefix, words, unit in (
+        ("flexLatentStdErr", "standard error of latent", ""),
+        ("flexMotion", "motion", " (Å)"),
+        ("flexOccupancy", "occupancy of part", ""),
+        ("flexParticleProbability", "probability of a particle", ""),
+    ):
         if name.startswith(prefix):
-            return f"{words} {name.removeprefix(prefix).removesuffix('Angst')}{unit}"
+            return f"{words} {name.removeprefix(prefix).removesuffix('Angst')}".strip() + unit
     return name

@@ -198,7 +198,7 @@
       let region = "--rows " + listName();
       if (!all && outline && axes[0] && axes[1]) { // particles that are not drawn lie inside too
         region = `--polygon '${axes.join(",")}: ` +
-          outline.map((corner) => corner.map((value) => Number(value.toPrecision(6))).join(",")).join(" ") + "'";
+          outline.map((corner) => corner.map((value) => Number(value.toPrecision(6))).join(",")).join(" ") + "'" + panel.dataset.further;
       }
       byId("latent-command").textContent =
         `flex-select '${panel.dataset.folder}' ${region} --out subset${panel.dataset.suffix}`;

@@ -22,6 +22,8 @@ _SECTIONS = {
     "mesh": "Mesh",
     "sweep": "Sweep",
     "training": "Training",
+    "junk": "Are they all particles?",
+    "occupancy": "Is every part there?",
     "latents": "Latent space",
     "motion": "Motion",
     "resolution": "Resolution",
@@ -39,6 +41,8 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         "mesh": sections.mesh_section(results),
         "sweep": sections.sweep_section(results),
         "training": sections.training_section(results),
+        "junk": sections.junk_section(results),
+        "occupancy": sections.occupancy_section(results),
         "motion": sections.motion_section(results, gallery),
         "resolution": sections.resolution_section(results, gallery),
         "settings": sections.settings_section(results),
@@ -51,7 +55,9 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         name=results.name,
         verdict=sentences.verdict(results),
         tiles=summary_tiles(results),
-        sections=[{"key": key, "title": title, "content": built[key]} for key, title in _SECTIONS.items()],
+        sections=[
+            {"key": key, "title": title, "content": built[key]} for key, title in _SECTIONS.items() if built[key]
+        ],
         style=own_file("page.css"),
         script=own_file("page.js"),
         plotly=Markup(plotly_js),

@@ -18,6 +18,7 @@ from flexlib.files import read_json
 from flexlib.imaging.maps import Map, read_map
 from flexlib.layout import POINT_PATTERN, GenerateFolder, MeshFolder, ReconstructFolder, RunFolder, TrainFolder
 from flexlib.particles.input_rows import latent_columns
+from flexlib.particles.latents_table import PROBABILITY
 from flexlib.particles.star import StarTables, read_tables
 from flexlib.records import ChecksumsRecord, ChoiceRecord, PreparedRecord, Record, ResolutionRecord, ValidationRecord
 from flexlib.tetra.tetmesh import TetraMesh
@@ -26,6 +27,7 @@ from flexlib.workflow_support.settings import Align, GenerateSettings
 
 logger = logging.getLogger(__name__)
 
+LEAST_PROBABILITY = 0.5  # of an image that is taken for a particle
 _NO_POINT = "no-sweep-point"  # a folder that no run has
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -184,12 +186,12 @@ class Results:
 
         Beside them whatever can colour a plot: ``True angle 1 (deg)``... with truth, ``Half-set``, ``Defocus (µm)``,
         ``View tilt (deg)``, and every numeric column of latents.star that varies, under its name there (without
-        ``rln``).
+        ``rln``). Images that more likely show no particle are left out.
         """
-        table = self._all_latents
+        table = self.all_latents
         if table is None or "z1" not in table:
             return None
-        known = np.isfinite(table["z1"]).to_numpy()
+        known = np.isfinite(table["z1"]).to_numpy() & ~self._junk
         own = [name for name in table if name in ("row", "copy") or re.fullmatch(r"z\d+", name)]
         latents = self._add_truth(table[own])[known].reset_index(drop=True)
         further = table.loc[known].drop(columns=own)
@@ -201,10 +203,28 @@ class Results:
         """Particles of the user's file, kept or not, if known."""
         if self.prepared is not None:
             return self.prepared.num_input
-        return None if self._all_latents is None else int(self._all_latents["row"].nunique())
+        return None if self.all_latents is None else int(self.all_latents["row"].nunique())
+
+    @property
+    def num_junk(self) -> int:
+        """Rows that ``latents`` leaves out because they more likely show no particle."""
+        table = self.all_latents
+        return (
+            0 if table is None or "z1" not in table else int((np.isfinite(table["z1"]).to_numpy() & self._junk).sum())
+        )
+
+    @property
+    def _junk(self) -> np.ndarray:
+        """(m,) bool over ``all_latents``."""
+        table = self.all_latents
+        assert table is not None
+        if PROBABILITY not in table:
+            return np.zeros(len(table), bool)
+        return (table[PROBABILITY] < LEAST_PROBABILITY).to_numpy()
 
     @cached_property
-    def _all_latents(self) -> pd.DataFrame | None:
+    def all_latents(self) -> pd.DataFrame | None:
+        """Every row of latents.star: ``z1``..K, ``row``, ``copy`` and its further columns of numbers."""
         path = self.train_folder.latents
         return _read_latents(path) if path.exists() else None
 

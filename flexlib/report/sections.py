@@ -10,10 +10,21 @@ import yaml
 from markupsafe import Markup
 
 from flexlib import __version__
-from flexlib.report import facts, morph, pictures, plots, scenes, sentences, sweep_plots, tables
+from flexlib.report import (
+    facts,
+    judged,
+    judged_pictures,
+    morph,
+    pictures,
+    plots,
+    scenes,
+    sentences,
+    sweep_plots,
+    tables,
+)
 from flexlib.report.markup import render
 from flexlib.report.packing import DENSITY, PackedParticles, pack_particles
-from flexlib.report.results import Results
+from flexlib.report.results import LEAST_PROBABILITY, Results
 from flexlib.runtime import package_versions
 
 LATENT_ROOM_BYTES = 6e6  # of the page, for what is drawn of the particles
@@ -91,6 +102,51 @@ def training_section(results: Results) -> Markup:
     )
 
 
+def junk_section(results: Results) -> Markup:
+    """Which images show no particle; empty where the training did not look."""
+    found = judged.judged_images(results)
+    if found is None:
+        return Markup("")
+    return render(
+        "junk",
+        sentence=judged.junk_sentence(results, found),
+        histogram=judged_pictures.probability_histogram(
+            found["probability"].to_numpy(), "probability that the image shows a particle", "images"
+        ),
+        images=judged_pictures.image_rows(results, found),
+        folder=results.train_folder.path.as_posix(),
+        least=f"{LEAST_PROBABILITY:g}",
+        suffix=_input_suffix(results),
+    )
+
+
+def occupancy_section(results: Results) -> Markup:
+    """Parts that some particles lack; empty where there are none."""
+    shares = judged.part_shares(results)
+    if not shares:
+        return Markup("")
+    views = judged_pictures.part_pictures(results)
+    parts = [
+        {
+            "number": part.number,
+            "sentence": judged.part_sentence(part),
+            "picture": views.get(part.number),
+            "histogram": judged_pictures.probability_histogram(
+                part.present, f"probability that part {part.number} is there", "particles"
+            ),
+        }
+        for part in shares
+    ]
+    folder, suffix = results.train_folder.path.as_posix(), _input_suffix(results)
+    return render("occupancy", parts=parts, folder=folder, suffix=suffix)
+
+
+def _input_suffix(results: Results) -> str:
+    """Of the user's particle file."""
+    prepared = results.prepared
+    return ".cs" if prepared is not None and prepared.particles.endswith(".cs") else ".star"
+
+
 def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> Markup:
     """Particles in latent space; no more of them than fit into ``room_bytes`` of the page."""
     latents = results.latents
@@ -103,7 +159,6 @@ def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> M
     has_paths = path is not None and {"series", "frame", "latent_1", "beyond_data"} <= set(path) and several
     if path is not None and has_paths:
         plots.add_series_paths(scatter, path)
-    prepared = results.prepared
     return render(
         "latents",
         packed=packed,
@@ -121,7 +176,9 @@ def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> M
         density=plots.latent_density() if several else plots.latent_histogram(),
         folder=results.train_folder.path.as_posix(),
         name=results.name,
-        suffix=".cs" if prepared is not None and prepared.particles.endswith(".cs") else ".star",
+        suffix=_input_suffix(results),
+        least=f"{LEAST_PROBABILITY:g}",
+        num_junk=results.num_junk,
     )
 
 

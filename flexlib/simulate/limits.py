@@ -9,6 +9,7 @@ from scipy import fft
 
 from flexlib.images.stack import read_stack_header
 from flexlib.imaging.fourier import friedel_weight
+from flexlib.simulate.nuisances import PARTICLE
 from flexlib.simulate.particle_set import ParticleSet, batches
 
 _LIMIT_PARTICLES = 512  # whose information on the hinge angles is averaged
@@ -33,9 +34,10 @@ def information_limit_r2(particles: ParticleSet, density_scale: float) -> np.nda
     """
     angles_rad = particles.metadata.angles_rad
     weight = _plane_weight(particles.settings.box)
-    bounds = []
-    for rows in batches(min(len(particles), _LIMIT_PARTICLES)):
-        slopes = []
+    seen = _seen_whole(particles)
+    bounds = [np.full((0 if len(seen) else 1, angles_rad.shape[1]), np.nan)]
+    for batch in batches(len(seen)):
+        rows, slopes = seen[batch], []
         for axis in range(angles_rad.shape[1]):
             ends = []
             for sign in (0.5, -0.5):
@@ -64,21 +66,28 @@ def posterior_limit_r2(particles: ParticleSet, density_scale: float, stack: Path
     """
     (hinge,) = particles.phantom.hinges
     angles_rad = particles.metadata.angles_rad
-    count = min(len(particles), _LIMIT_PARTICLES)
+    seen = _seen_whole(particles)
     angles = (hinge.range_rad + 4.0 * hinge.state_sd_rad) * np.linspace(-1.0, 1.0, _LIMIT_ANGLES)
     weight = _plane_weight(particles.settings.box)
-    log_posterior = np.tile(hinge.log_prior(angles), (count, 1))
+    log_posterior = np.tile(hinge.log_prior(angles), (len(seen), 1))
     noisy = read_stack_header(stack)
-    for rows in batches(count):
-        images = fft.rfft2(fft.ifftshift(noisy.read(np.arange(count)[rows]).astype(np.float64), axes=(1, 2)))
+    for batch in batches(len(seen)):
+        rows = seen[batch]
+        images = fft.rfft2(fft.ifftshift(noisy.read(rows).astype(np.float64), axes=(1, 2)))
         for number, angle in enumerate(angles):
             turned = particles.with_angles(np.full_like(angles_rad, angle))
             clean = density_scale * turned.transforms(rows)
-            log_posterior[rows, number] -= 0.5 * (np.abs(images - clean) ** 2 * weight).sum((1, 2))
+            log_posterior[batch, number] -= 0.5 * (np.abs(images - clean) ** 2 * weight).sum((1, 2))
     posterior = np.exp(log_posterior - log_posterior.max(1, keepdims=True))
     mean = posterior @ angles / posterior.sum(1)
-    truth = angles_rad[:count, 0]
+    truth = angles_rad[seen, 0]
     return float(1.0 - ((mean - truth) ** 2).mean() / truth.var())
+
+
+def _seen_whole(particles: ParticleSet) -> np.ndarray:
+    """Rows of the first particles, at most ``_LIMIT_PARTICLES``, that are no junk and lack no part."""
+    kinds = particles.metadata.kinds
+    return np.flatnonzero((kinds.kind == PARTICLE) & ~kinds.absent)[:_LIMIT_PARTICLES]
 
 
 def _plane_weight(box: int) -> np.ndarray:

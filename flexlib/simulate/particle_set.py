@@ -9,6 +9,7 @@ import numpy as np
 from scipy import fft
 from scipy.spatial.transform import Rotation
 
+from flexlib.simulate.nuisances import NOISE, Kinds, draw_kinds, missing_part
 from flexlib.simulate.phantoms import Phantom
 from flexlib.simulate.settings import Simulation
 from flexlib.simulate.signal import atoms_to_map, project_atoms, simulated_ctf
@@ -20,7 +21,7 @@ _POSE_DIGITS = 5  # decimals of angles in degrees and origins in Angstrom
 
 @dataclass(frozen=True)
 class Metadata:
-    """Per-particle parameters, all but the last two as written to the files; n rows."""
+    """Per-particle parameters, all but the last three as written to the files; n rows."""
 
     euler_deg: np.ndarray  # (n, 3) rot, tilt, psi
     origin_A: np.ndarray  # (n, 2)
@@ -29,7 +30,8 @@ class Metadata:
     defocus_angle_deg: np.ndarray  # (n,)
     half_set: np.ndarray  # (n,) int8
     angles_rad: np.ndarray  # (n, d)
-    contrast: np.ndarray  # (n,) factor of the signal
+    contrast: np.ndarray  # (n,) factor of the signal, 0 where there is no particle
+    kinds: Kinds
 
     @property
     def rotation(self) -> np.ndarray:
@@ -54,7 +56,7 @@ def draw_metadata(phantom: Phantom, settings: Simulation, generator: np.random.G
     euler = np.stack([rot, np.rad2deg(np.arccos(cosine[:count])), psi], 1)
     mean_defocus = generator.uniform(*settings.defocus_range_A, count)
     astigmatism = generator.normal(0, settings.astigmatism_sd_A, count)
-    half_set = np.arange(count) % 2
+    half_set, kinds = np.arange(count) % 2, draw_kinds(settings)
     generator.shuffle(half_set)
     return Metadata(
         euler_deg=euler.round(_POSE_DIGITS),
@@ -64,16 +66,19 @@ def draw_metadata(phantom: Phantom, settings: Simulation, generator: np.random.G
         defocus_angle_deg=generator.uniform(0, 180, count).round(3),
         half_set=half_set.astype(np.int8),
         angles_rad=phantom.sample_angles(count, generator),
-        contrast=_contrast(settings),
+        contrast=np.where(kinds.kind == NOISE, 0.0, _contrast(settings)),
+        kinds=kinds,
     )
 
 
 def perturbed(metadata: Metadata, settings: Simulation) -> Metadata:
-    """``metadata`` with the random errors of rotations and shifts that the settings ask for, independent and normal.
+    """``metadata`` as it is written: junk in another's pose, and the random errors that the settings ask for.
 
-    A rotation R becomes ``exp([w]) R``; each component of w, in the frame of the view, has a standard deviation of
-    ``pose_error_deg / sqrt(3)``, so that the rms angle is ``pose_error_deg``.
+    Errors are independent and normal. A rotation R becomes ``exp([w]) R``; each component of w, in the frame of the
+    view, has a standard deviation of ``pose_error_deg / sqrt(3)``, so that the rms angle is ``pose_error_deg``.
     """
+    posed_as = metadata.kinds.posed_as
+    metadata = replace(metadata, euler_deg=metadata.euler_deg[posed_as], origin_A=metadata.origin_A[posed_as])
     if settings.pose_error_deg == 0 and settings.shift_error_A == 0:
         return metadata
     error = _standard_normals(settings)
@@ -112,6 +117,18 @@ class ParticleSet:
         """The same with other parameters."""
         return replace(self, metadata=metadata)
 
+    def complete(self) -> ParticleSet:
+        """The same particles with every part, at a contrast of 1."""
+        whole = replace(self.metadata.kinds, absent=np.zeros(len(self), bool))
+        return self.with_metadata(replace(self.metadata, contrast=np.ones(len(self)), kinds=whole))
+
+    def mass(self, rows: slice | np.ndarray) -> np.ndarray:
+        """(b, na) of the atoms of ``rows``: 0 where the part that they belong to is missing; (na,) if all are there."""
+        absent, mass = self.metadata.kinds.absent[rows], self.phantom.mass
+        if not absent.any():
+            return mass
+        return mass * ~(absent[:, None] & missing_part(self.phantom, self.settings))
+
     def ctf(self, rows: slice | np.ndarray, box: int) -> np.ndarray:
         """(b, box, box//2+1) CTFs of ``rows``; the box may be a padded one at the same pixel size."""
         settings, metadata = self.settings, self.metadata
@@ -126,16 +143,16 @@ class ParticleSet:
             settings.amplitude_contrast,
         )
 
-    def transforms(self, rows: slice) -> np.ndarray:
+    def transforms(self, rows: slice | np.ndarray) -> np.ndarray:
         """(b, box, box//2+1) transforms, phase origin at the box centre; CTF, shift and contrast applied."""
         metadata, pixel_size_A = self.metadata, self.settings.pixel_size_A
         atoms_A = self.phantom.positions_A(metadata.angles_rad[rows])
         view_A = atoms_A @ metadata.rotation[rows, :2].transpose(0, 2, 1) - metadata.origin_A[rows, None]
         box, sigma_px = self.settings.box, self.settings.gaussian_sigma_A / pixel_size_A
         strength = metadata.contrast[rows, None, None].astype(np.float32) * self.ctf(rows, box)
-        return project_atoms(view_A / pixel_size_A, self.phantom.mass, box, sigma_px) * strength
+        return project_atoms(view_A / pixel_size_A, self.mass(rows), box, sigma_px) * strength
 
-    def images(self, rows: slice) -> np.ndarray:
+    def images(self, rows: slice | np.ndarray) -> np.ndarray:
         """(b, box, box) float32 images."""
         box = self.settings.box
         return fft.fftshift(fft.irfft2(self.transforms(rows), s=(box, box)), axes=(1, 2)).astype(np.float32)

@@ -73,6 +73,7 @@ class Phantom:
     atoms_A: np.ndarray  # (na, 3) float64, (x, y, z)
     mass: np.ndarray  # (na,) float64
     hinges: tuple[Hinge, ...]
+    chain: np.ndarray  # (na,) int64, numbers from 0: domains and linkers as built, or a PDB's chains
 
     def positions_A(self, angles_rad: np.ndarray) -> np.ndarray:
         """Atoms of b states: ``angles_rad`` (b, d), or (d,) for one -> (b, na, 3)."""
@@ -226,11 +227,12 @@ class _Assembly:
         atoms, weights = np.concatenate(self.atoms), np.concatenate(self.weights)
         centre = atoms.mean(0)
         mass = np.full(len(atoms), _ATOMS_PER_RESIDUE / 2)
+        chain = np.repeat(np.arange(len(self.atoms)), [len(one) for one in self.atoms])
         made = [
             Hinge(pivot - centre, axis / np.linalg.norm(axis), weights[:, number], span, sd)
             for number, (pivot, axis, span, sd) in enumerate(hinges)
         ]
-        return Phantom(name, atoms - centre, mass, tuple(made))
+        return Phantom(name, atoms - centre, mass, tuple(made), chain)
 
 
 # --- Phantoms --------------------------------------------------------------------------------------------------------
@@ -381,4 +383,5 @@ def phantom_from_pdb(
         unit = np.asarray(axis, float) / np.linalg.norm(axis)
         made.append(Hinge(np.asarray(pivot, float) - centre, unit, moves * ramp**2 * (3 - 2 * ramp), range_rad))
     mass = np.full(len(positions), _ATOMS_PER_RESIDUE)
-    return Phantom(Path(path).stem, positions - centre, mass, tuple(made))
+    number = np.unique(chain, return_inverse=True)[1]
+    return Phantom(Path(path).stem, positions - centre, mass, tuple(made), number)

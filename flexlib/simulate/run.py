@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
@@ -20,12 +21,14 @@ from flexlib.layout import SimulationFolder
 from flexlib.simulate.backprojection import consensus_map
 from flexlib.simulate.consensus import half_sums, refine_poses
 from flexlib.simulate.limits import information_limit_r2, posterior_limit_r2
+from flexlib.simulate.nuisances import missing_part
 from flexlib.simulate.particle_set import ParticleSet, batches, draw_metadata, perturbed
 from flexlib.simulate.phantoms import PHANTOMS, Phantom, make_phantom
 from flexlib.simulate.settings import Simulation
 from flexlib.simulate.writing import write_images, write_metadata_cs, write_metadata_star
 
 _SCALE_PARTICLES = 256  # particles whose signal variance sets the density scale
+_LABEL_REACH_A = 10.0  # of an atom, in the labels of the part
 _MEAN_STATES = 48  # quantiles of each hinge angle that stand for the whole set in the mean map
 
 
@@ -56,8 +59,10 @@ def simulate_particles(
     in the density units of a reconstruction from the images) and ``truth.npz`` (angles_rad (n, d), half (n,) 1 or 2,
     states_rad (s, d), noise_sd, density_scale, for white noise information_limit_r2 (d,), with ``exact_limit``
     posterior_limit_r2, and what the images were made with: rotation (n, 3, 3), euler_deg (n, 3), origin_A (n, 2),
-    contrast (n,)). Poses in the metadata, and in ``consensus.mrc``, have the errors that the settings ask for. The
-    same arguments give the same files, whatever the thread count up to rounding.
+    contrast (n,) and, as in ``nuisances.Kinds``, kind (n,) and absent (n,)). Truth maps have every part, and
+    ``truth_part.mrc`` says where the one is that some particles lack. Poses in the metadata, and in ``consensus.mrc``,
+    have the errors that the settings ask for. The same arguments give the same files, whatever the thread count up to
+    rounding.
 
     Parameters
     ----------
@@ -119,6 +124,13 @@ def _check(settings: Simulation, phantom: Phantom) -> None:
         raise InputError(
             "simulate: errors must not be negative: pose_error_deg={}, shift_error_A={}, contrast_sd={}".format(*errors)
         )
+    if not 0 <= settings.junk_fraction < 1 or not 0 <= settings.missing_part_fraction <= 1:
+        raise InputError(
+            "simulate: junk_fraction must be in [0, 1) and missing_part_fraction in [0, 1], not "
+            f"{settings.junk_fraction} and {settings.missing_part_fraction}"
+        )
+    if settings.missing_part_fraction > 0:
+        missing_part(phantom, settings)
     if settings.exact_limit and (len(phantom.hinges) != 1 or settings.noise_power_law != 0):
         raise InputError("simulate: exact_limit needs a phantom of one hinge and white noise")
     radius_A = max(np.linalg.norm(atoms, axis=1).max() for atoms in phantom.positions_A(phantom.states_rad()))
@@ -128,8 +140,7 @@ def _check(settings: Simulation, phantom: Phantom) -> None:
 
 def _density_scale(particles: ParticleSet) -> float:
     """What the phantom's density is multiplied with to have the wanted signal-to-noise ratio at a contrast of 1."""
-    metadata = particles.metadata
-    particles = particles.with_metadata(replace(metadata, contrast=np.ones(len(particles))))
+    particles = particles.complete()
     rows = min(len(particles), _SCALE_PARTICLES)
     variance = sum(float(particles.images(batch).var(axis=(1, 2)).sum()) for batch in batches(rows))
     return float(np.sqrt(particles.settings.snr * rows / variance))
@@ -146,7 +157,19 @@ def _write_truth_maps(folder: SimulationFolder, particles: ParticleSet, density_
     for state in mean_states:
         mean_map += density_scale * particles.map_at(state) / len(mean_states)
     write_map(folder.truth_mean, mean_map, pixel_size_A)
+    if particles.metadata.kinds.absent.any():
+        write_map(folder.truth_part, _part_labels(particles), pixel_size_A)
     return paths
+
+
+def _part_labels(particles: ParticleSet) -> np.ndarray:
+    """(N, N, N) float32: 2 where the nearest atom at rest belongs to the missing part, else 1; 0 far from all."""
+    box, phantom, pixel_size_A = particles.settings.box, particles.phantom, particles.settings.pixel_size_A
+    axis_A = (np.arange(box) - box // 2) * pixel_size_A
+    z, y, x = np.meshgrid(axis_A, axis_A, axis_A, indexing="ij")
+    _, nearest = cKDTree(phantom.atoms_A).query(np.stack([x, y, z], -1), distance_upper_bound=_LABEL_REACH_A)
+    part = np.append(1 + missing_part(phantom, particles.settings), 0)  # beyond the reach the query gives na
+    return part[nearest].astype(np.float32)
 
 
 def _mean_states(angles_rad: np.ndarray) -> np.ndarray:
@@ -169,6 +192,8 @@ def _write_truth(folder: SimulationFolder, particles: ParticleSet, density_scale
         "euler_deg": metadata.euler_deg,
         "origin_A": metadata.origin_A,
         "contrast": metadata.contrast,
+        "kind": metadata.kinds.kind,
+        "absent": metadata.kinds.absent,
         "states_rad": particles.phantom.states_rad(),
         "noise_sd": 1.0,
         "density_scale": density_scale,
@@ -197,6 +222,8 @@ def main() -> int:
     parser.add_argument("--pose-error", type=float, default=default.pose_error_deg, help="rms angle, degrees")
     parser.add_argument("--shift-error", type=float, default=default.shift_error_A, help="rms along an axis, Angstrom")
     parser.add_argument("--contrast-sd", type=float, default=default.contrast_sd, help="of its logarithm")
+    parser.add_argument("--junk-fraction", type=float, default=default.junk_fraction, help="of the images")
+    parser.add_argument("--missing-part-fraction", type=float, default=0.0, help="of the particles, that lack a part")
     options = parser.parse_args()
     settings = Simulation(
         phantom=options.phantom,
@@ -211,6 +238,8 @@ def main() -> int:
         pose_error_deg=options.pose_error,
         shift_error_A=options.shift_error,
         contrast_sd=options.contrast_sd,
+        junk_fraction=options.junk_fraction,
+        missing_part_fraction=options.missing_part_fraction,
     )
     try:
         truth = simulate_particles(options.out, settings)

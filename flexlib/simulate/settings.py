@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexlib.workflow_support.settings import SimulateSettings
+from flexlib.workflow_support.simulate_settings import SimulateSettings
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def project_atoms(position_px: np.ndarray, mass: np.ndarray, box: int, sigma_px:
     position_px
         (b, na, 2) view positions (x, y) in pixels from the box centre.
     mass
-        (na,).
+        (na,), or (b, na).
     box
         N of the images.
     sigma_px

@@ -9,65 +9,18 @@ lines (``schema.py``), and a checked config (``checks.py``) becomes these datacl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from flexlib.errors import InputError
+from flexlib.workflow_support.setting import Auto, setting
+from flexlib.workflow_support.simulate_settings import SimulateSettings
 
-Auto = Literal["auto"]
 Align = Literal["density", "rigid_core"]
+Presence = Literal["present", "absent"]
 PointChoice = dict[str, int | float]  # some or all of the swept keys, with a value each
 Settings = TypeVar("Settings")
-
-
-def setting(default: Any, meaning: str, *, swept: bool = False, written: bool = False, **limits: Any) -> Any:
-    """A key of the config.
-
-    Parameters
-    ----------
-    default
-        Its value where the config says nothing; ``...`` where the config must.
-    meaning
-        For the user.
-    swept
-        Whether a list of values is allowed, each of which makes sweep points of its own.
-    written
-        Whether it is a path that a stage makes, so that nothing need be there.
-    limits
-        Of its value, in JSON schema's words (``minimum``, ``multipleOf``, ``pattern``, ...).
-    """
-    metadata = {"meaning": meaning, "swept": swept, "written": written, "limits": limits}
-    if default is ...:
-        return field(metadata=metadata)
-    if isinstance(default, (list, type)):
-        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class SimulateSettings:
-    """``simulate:`` (demo and tests only)."""
-
-    phantom: str = setting("antibody", "Which moving phantom.")
-    num_particles: int = setting(1000, "Number of particles.", minimum=10)
-    box: int = setting(64, "Box in pixels.", minimum=16, multipleOf=2)
-    pixel_size_A: float = setting(4.0, "Pixel size, Angstrom.", exclusiveMinimum=0)
-    snr: float = setting(0.08, "Signal's variance over the noise's, per pixel.", exclusiveMinimum=0)
-    seed: int = setting(0, "Seed of the random numbers.")
-    poses: Literal["perturbed", "consensus"] = setting(
-        "perturbed",
-        "Which poses are written, perturbed (the true ones with the random errors below, none by default) or consensus "
-        "(those then aligned to the rigid half-maps, as a consensus refinement leaves them).",
-    )
-    pose_error_deg: float = setting(0.0, "Random error of the written rotations, rms angle, degrees.", minimum=0)
-    shift_error_A: float = setting(0.0, "Random error of the written shifts, rms along each axis, Angstrom.", minimum=0)
-    contrast_sd: float = setting(
-        0.0,
-        "Spread of the particles' contrast, standard deviation of its logarithm; its mean is 1, and no file but the "
-        "truth tells it.",
-        minimum=0,
-    )
 
 
 @dataclass(frozen=True)
@@ -266,6 +219,14 @@ class GenerateSettings:
         "and orientation, the frame of the particles' poses; take it for maps that are to be projected or compared "
         "with images).",
     )
+    occupancy: Presence | list[int] = setting(
+        "present",
+        "Parts that particles may lack in the map that is deformed, present (all are there), absent (none is), or a "
+        "list of the numbers of those that are there.",
+        minimum=1,
+        minItems=1,
+        uniqueItems=True,
+    )
     lowpass_A: float | None = setting(
         None, "Low-pass filter on the map that is deformed, Angstrom.", exclusiveMinimum=0
     )
@@ -284,6 +245,10 @@ class ReconstructSettings:
         "refined",
         "Poses and contrasts of the particles, refined (where training refined them; the rigid map takes those refined "
         "under a rigid map) or input (those of the input file, for both maps).",
+    )
+    weigh_particles: bool = setting(
+        True,
+        "Let each image count as the probability that it shows a particle, where training has found these.",
     )
     all_in_ram: bool = setting(
         False,
