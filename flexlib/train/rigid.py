@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
 FITTED_PASSES = 2  # more, where poses turn out to have been fitted to the images: until then they have been held
 HELD_OUT_STEPS = 4
+PARTS_STEPS = (4.0, 1.2)  # when parts come or go
 
 
 def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Views]:
@@ -69,6 +70,16 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
 def rigid_model(setup: Setup, values: torch.Tensor, prior: ViewPrior | None, parts: Parts | None = None) -> MovingMap:
     """What predicts images from their views alone."""
     return MovingMap(setup.rigid, None, values, setup.rigid_coarse, views=prior, parts=parts)
+
+
+@torch.no_grad()
+def refine_rigid_map(setup: Setup, rigid: CanonicalMap, views: Views, parts: Parts | None) -> None:
+    """Refine the rigid map in the views that it has, when there are other ``parts`` that particles may lack."""
+    model = rigid_model(setup, rigid.values, views.prior, parts)
+    for number, steps in enumerate(PARTS_STEPS):
+        order = np.random.default_rng((setup.settings.seed, 12, number)).permutation(setup.training_rows)
+        rate = steps / setup.schedule.num_batches
+        map_pass(setup, rigid, model, order, rate, lambda rows: views.units[setup.rows_on_device(rows)])
 
 
 def _refining_pass(
