@@ -12,12 +12,16 @@ import torch
 from training_sets import prepared
 
 from flexlib import train as training
+from flexlib.errors import InputError
 from flexlib.imaging.image_transforms import centred_irfft2, centred_rfft2
 from flexlib.imaging.maps import read_map
 from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import EXACT
+from flexlib.model.occupancy import Quadratic
 from flexlib.projection.op import gather_volume
+from flexlib.train import epoch
+from flexlib.train.part_search import two_levels
 from flexlib.train.setup import set_up
 from flexlib.workflow_support.settings import TrainSettings
 
@@ -115,3 +119,48 @@ def test_no_part_is_invented(complete):
     assert model.parts is None and model.occupancy is None and model.occupancy_share is None
     assert json.loads((complete / "train/validation.json").read_text())["occupancy"] == []
     assert not (complete / "train/occupancy_parts.mrc").exists()
+
+
+def test_named_segment_is_given_an_occupancy_and_unknown_ones_are_refused(fading):
+    """The mesh has one segment, which is all of the molecule."""
+    folder, _, _ = fading
+    for segment, message in ((7, r"no segment 7; its segments are 0"), (0, "is all of the molecule")):
+        with pytest.raises(InputError, match=rf"train\.occupancy: .*{message}"):
+            training.train(
+                folder / "particles", folder / "mesh", folder / "refused", replace(QUICK, occupancy=(segment,))
+            )
+
+
+def test_interrupted_run_keeps_its_parts(fading, monkeypatch):
+    folder, _, _ = fading
+    take_step, done = epoch.take_step, [0]
+
+    def step_then_fail(*arguments):
+        done[0] += 1
+        if done[0] == 90:  # in the middle of the third epoch
+            raise KeyboardInterrupt
+        return take_step(*arguments)
+
+    monkeypatch.setattr(epoch, "take_step", step_then_fail)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(folder / "particles", folder / "mesh", folder / "parts", QUICK)
+    monkeypatch.setattr(epoch, "take_step", take_step)
+    training.train(folder / "particles", folder / "mesh", folder / "parts", QUICK)
+    whole, resumed = FlexModel.load(folder / "train"), FlexModel.load(folder / "parts")
+    assert np.array_equal(whole.parts, resumed.parts)
+    assert np.abs(whole.occupancy - resumed.occupancy).max() < 1e-4
+
+
+@pytest.mark.parametrize(("lower", "is_presence"), [(0.0, True), (0.8, False)])
+def test_two_levels_are_told_from_one(lower, is_presence):
+    """Amplitudes of 4,000 particles, each known to within 1 / sqrt(gram): nothing, or merely less, in a quarter."""
+    generator = torch.Generator().manual_seed(0)
+    has = torch.rand(4000, generator=generator) < 0.75
+    level = torch.where(has, 1.2, 1.2 * lower)
+    gram = 4.0 + 2.0 * torch.rand(4000, generator=generator)
+    noise = torch.randn(4000, generator=generator) * gram.sqrt()
+    cross = gram * (level - 1) + noise  # of the residual, in a map of amplitude 1
+    found = two_levels(Quadratic(torch.zeros(4000), cross[:, None], gram[:, None, None]), torch.ones(4000))
+    assert found.is_presence == is_presence
+    if is_presence:
+        assert abs(found.share - 0.75) < 0.04 and abs(found.present - 1.2) < 0.06 and abs(found.absent) < 0.15

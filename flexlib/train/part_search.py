@@ -19,6 +19,7 @@ from flexlib.train.fading import (
     cut_part,
     leading_components,
     residual_forces,
+    searched_rows,
 )
 from flexlib.train.occupancy import EM_STEPS, LEAST_SHARE, part_quadratics, row_weights
 from flexlib.train.parts import Occupancy
@@ -154,7 +155,7 @@ def _search(setup: Setup, state: State, at_rest: bool) -> list[tuple[torch.Tenso
 
 def _amplitudes(setup: Setup) -> torch.Tensor:
     """(m, nvox) smooth changes of the density's amplitude."""
-    num = int(np.clip(len(setup.training_rows) // ROWS_PER_FIELD, 10, MOST_FIELDS))
+    num = int(np.clip(len(searched_rows(setup)) // ROWS_PER_FIELD, 10, MOST_FIELDS))
     share, voxels = setup.density_share.cpu().numpy().astype(np.float64), setup.operator.voxels
     at_vertices = setup.ranks.from_first(lambda: amplitude_fields(setup.mesh, share, num))
     fields = torch.as_tensor(at_vertices, device=setup.device)
@@ -166,7 +167,7 @@ def _amplitudes(setup: Setup) -> torch.Tensor:
 def _part_of_component(
     setup: Setup, state: State, score: torch.Tensor, taken: torch.Tensor
 ) -> tuple[torch.Tensor, TwoLevels] | None:
-    """The part that goes with scores (n,) of the training rows, and who has it; None where it looks like no part."""
+    """The part that goes with scores (n,) of the searched rows, and who has it; None where it looks like no part."""
     pixel_size_A, trial = setup.source.pixel_size_A, None
     density = state.canonical.volume()
     inside = scatter_volume(state.canonical.mask_values, setup.operator.voxels).cpu().numpy() > 0.5
@@ -200,8 +201,8 @@ def _mass_share(density: np.ndarray, mask: np.ndarray) -> float:
 
 
 def _try_part(setup: Setup, state: State, mask: torch.Tensor) -> TwoLevels:
-    """How the training rows fall into some that have a part (box, box, box) bool and some that lack it."""
-    rows = setup.training_rows
+    """How the searched rows fall into some that have a part (box, box, box) bool and some that lack it."""
+    rows = searched_rows(setup)
     tried = Occupancy(mask.to(torch.uint8), torch.full((1,), 0.5, device=setup.device))
     model = state.moving_map(setup.operator, None, parts=tried)
     found = part_quadratics(setup, model, state, rows)

@@ -22,7 +22,7 @@ from flexlib.projection.op import gather_volume
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
 from flexlib.train.initial_latents import InitialLatents, initial_latents, read_own_latents, standard_scale
-from flexlib.train.part_search import find_parts
+from flexlib.train.part_search import find_parts, segment_masks
 from flexlib.train.parts import Occupancy
 from flexlib.train.rigid import refine_rigid_map, rigid_start
 from flexlib.train.schedule import FLOW_RATE
@@ -87,6 +87,8 @@ def resume(setup: Setup, saved: dict[str, Any]) -> State:
 def start(setup: Setup) -> State:
     """The state at epoch 0: rigid map, elastic modes, spectral start."""
     settings = setup.settings
+    if not isinstance(settings.occupancy, str):
+        segment_masks(setup, settings.occupancy)  # refused before anything is computed
     transfer2 = mean_transfer2(setup)
     rigid, views = rigid_start(setup, transfer2)
     basis = displacement_basis(
@@ -123,12 +125,12 @@ def start(setup: Setup) -> State:
 def _parts_at_rest(
     setup: Setup, canonical: CanonicalMap, rigid: tuple[torch.Tensor, Views], basis_A: torch.Tensor
 ) -> Occupancy:
-    """Parts that particles lack, where that changes the images more than any motion; the map takes them over.
+    """Parts that the settings name, or whose absence changes the images more than any motion; the map takes them over.
 
     Else motion would be learnt that does as if.
     """
     occupancy = Occupancy.none(setup.source.box, setup.device)
-    if setup.settings.occupancy != "auto":
+    if setup.settings.occupancy == "none":
         return occupancy
     num, dims, views = len(setup.source), setup.settings.latent_dims, rigid[1]
     flow, drawn = new_flow(setup, basis_A, (num, dims), frame=views.refines_poses)
