@@ -74,6 +74,7 @@ def confirm_parts(setup: Setup, state: State) -> list[PartEvidence]:
     dropped = [part for part, one in enumerate(evidence) if not one.confirmed]
     if dropped:
         _drop(setup, state, dropped, [_single_amplitude(found, state, part)[0] for part in dropped])
+    refine_rigid(setup, state)
     return [one for one in evidence if one.confirmed]
 
 
@@ -145,7 +146,7 @@ def _with_part_lacking(found: Quadratic, part: int, others: list[int], lacking: 
 
 
 def _drop(setup: Setup, state: State, dropped: Sequence[int], amplitudes: Sequence[float]) -> None:
-    """Give the ``dropped`` parts to all particles, with those amplitudes, and refine both maps without them."""
+    """Give the ``dropped`` parts to all particles, with those amplitudes, and refine the map without them."""
     occupancy = state.occupancy
     values, labels = state.canonical.values.clone(), torch.zeros_like(occupancy.labels)
     kept = [part for part in range(len(occupancy)) if part not in dropped]
@@ -157,7 +158,6 @@ def _drop(setup: Setup, state: State, dropped: Sequence[int], amplitudes: Sequen
     state.canonical.values = values
     state.occupancy = Occupancy(labels, occupancy.share[kept], segments)
     refine_map(setup, state, DROPPED_STEPS)
-    refine_rigid(setup, state)
 
 
 def refine_rigid(setup: Setup, state: State) -> None:
