@@ -6,9 +6,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from moving_ball import ball_mesh, linear_model
 from training_sets import bent_flow, masked_consensus, prepared, small_setup
 
 from flexlib.imaging.image_transforms import plane_weight
+from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import EXACT, log_likelihood_loss
 from flexlib.model.moving_map import MovingMap, fisher_information
 from flexlib.model.occupancy import Parts
@@ -143,3 +145,21 @@ def test_prediction_knows_what_the_other_pixels_say_of_the_parts(model, batch, p
         chain = model.loss(batch, known, parameters) + given
         torch.testing.assert_close(chain, model.loss(batch, known + unknown, parameters), rtol=1e-4, atol=1e-2)
         assert (given - model.loss(batch, unknown, parameters)).abs().max() > 0.05
+
+
+def test_model_file_holds_parts_and_older_ones_have_none(tmp_path):
+    model = linear_model(ball_mesh(), np.zeros((32,) * 3), np.zeros((5, 2)))
+    model.parts = np.zeros((32,) * 3, np.uint8)
+    model.parts[:9] = 1
+    model.occupancy, model.occupancy_share = np.full((5, 1), 0.25, np.float32), np.array([0.7], np.float32)
+    model.save(tmp_path / "model.pt")
+    loaded = FlexModel.load(tmp_path / "model.pt")
+    for name in ("parts", "occupancy", "occupancy_share"):
+        expected, found = getattr(model, name), getattr(loaded, name)
+        assert found.dtype == expected.dtype and np.array_equal(found, expected)
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    for name in ("parts", "occupancy", "occupancy_share"):
+        del content[name]
+    torch.save(content, tmp_path / "old.pt")
+    old = FlexModel.load(tmp_path / "old.pt")
+    assert old.parts is None and old.occupancy is None and old.occupancy_share is None

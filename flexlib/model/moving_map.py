@@ -194,3 +194,12 @@ def _view_slopes(
     if views.log_contrast > 0:
         slopes[5] = views.log_contrast * base
     return slopes
+
+
+@torch.no_grad()
+def completed(model: MovingMap, batch: ImageBatch, weight: torch.Tensor) -> ImageBatch:
+    """``batch`` as a map at rest sees it, with what its particles lack, by their posterior probability, added."""
+    assert model.parts is not None
+    slices, parts = model.both_slices(batch, None)
+    lacks = 1 - quadratic(slices, parts, batch, weight).present(model.parts.log_prior)
+    return replace(batch, images=batch.images + batch.transfer * (lacks[:, :, None, None] * parts).sum(1))

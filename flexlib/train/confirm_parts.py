@@ -20,7 +20,7 @@ from flexlib.train.map_pass import map_pass
 from flexlib.train.occupancy import part_quadratics
 from flexlib.train.part_search import TwoLevels, two_levels
 from flexlib.train.parts import Occupancy
-from flexlib.train.rigid import rigid_model
+from flexlib.train.rigid import refine_rigid_map
 from flexlib.train.score import mean_by_particle
 from flexlib.train.settle import refine_map
 from flexlib.train.setup import Setup, canonical_map
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # Newton steps, of all particles, of each half-set's map: six of its own, and what the other half has told is forgotten
 CROSS_STEPS = (6.0, 4.0, 2.0)
-RIGID_STEPS = (4.0, 1.2)  # of the rigid map, when parts come or go
 DROPPED_STEPS = (1.2, 0.4)  # of the map, when a part is there for all again
 _AMPLITUDE_STEPS = 20
 
@@ -75,6 +74,7 @@ def confirm_parts(setup: Setup, state: State) -> list[PartEvidence]:
     dropped = [part for part, one in enumerate(evidence) if not one.confirmed]
     if dropped:
         _drop(setup, state, dropped, [_single_amplitude(found, state, part)[0] for part in dropped])
+    refine_rigid(setup, state)
     return [one for one in evidence if one.confirmed]
 
 
@@ -146,7 +146,7 @@ def _with_part_lacking(found: Quadratic, part: int, others: list[int], lacking: 
 
 
 def _drop(setup: Setup, state: State, dropped: Sequence[int], amplitudes: Sequence[float]) -> None:
-    """Give the ``dropped`` parts to all particles, with those amplitudes, and refine both maps without them."""
+    """Give the ``dropped`` parts to all particles, with those amplitudes, and refine the map without them."""
     occupancy = state.occupancy
     values, labels = state.canonical.values.clone(), torch.zeros_like(occupancy.labels)
     kept = [part for part in range(len(occupancy)) if part not in dropped]
@@ -158,23 +158,11 @@ def _drop(setup: Setup, state: State, dropped: Sequence[int], amplitudes: Sequen
     state.canonical.values = values
     state.occupancy = Occupancy(labels, occupancy.share[kept], segments)
     refine_map(setup, state, DROPPED_STEPS)
-    refine_rigid(setup, state)
 
 
-@torch.no_grad()
 def refine_rigid(setup: Setup, state: State) -> None:
     """Refine the rigid map in the views that it has, with the parts that the map has by now."""
-    canonical = canonical_map(setup, setup.rigid, mean_transfer2(setup), inside_only=False)
-    canonical.values, views, probability = state.rigid_values, state.rigid_views, state.junk.probability()
-    model = rigid_model(setup, canonical.values, views.prior, state.occupancy.on(setup.rigid, None))
-
-    def units(rows: np.ndarray) -> torch.Tensor:
-        return views.units[setup.rows_on_device(rows)]
-
-    for number, steps in enumerate(RIGID_STEPS):
-        order = np.random.default_rng((setup.settings.seed, 12, number)).permutation(setup.training_rows)
-        rate = steps / setup.schedule.num_batches
-        map_pass(
-            setup, canonical, model, order, rate, probability, lambda rows: views.units[setup.rows_on_device(rows)]
-        )
-    state.rigid_values = canonical.values
+    rigid = canonical_map(setup, setup.rigid, mean_transfer2(setup), inside_only=False)
+    rigid.values = state.rigid_values
+    refine_rigid_map(setup, rigid, (state.rigid_views, state.junk), state.occupancy.on(setup.rigid, None))
+    state.rigid_values = rigid.values

@@ -28,6 +28,7 @@ from flexlib.train.state import State
 logger = logging.getLogger(__name__)
 
 MOST_FIELDS = 150  # of amplitude
+MOST_ROWS = 20_000  # that are searched
 ROWS_PER_FIELD = 20  # fewer fields where there are fewer particles: the noise edge stays below 1.5
 SMOOTH_A = 20.0  # resolution at which a part is cut out
 MOST_MASS = 0.25  # of the molecule, in a part: what is larger has no rest that tells it from contrast
@@ -42,6 +43,12 @@ class Component:
 
     eigenvalue: float  # in units of the noise
     score: torch.Tensor  # (n,) of the rows looked at, unit variance
+
+
+def searched_rows(setup: Setup) -> np.ndarray:
+    """The training rows that the search looks at: up to ``MOST_ROWS``, evenly spaced."""
+    rows = setup.training_rows
+    return rows[:: -(-len(rows) // MOST_ROWS)]
 
 
 def amplitude_fields(mesh: TetraMesh, density_share: np.ndarray, num: int) -> np.ndarray:
@@ -95,18 +102,39 @@ def residual_view(
     return residual * seen.transfer.conj() * (weight > 0), vertices_px, seen
 
 
+@dataclass(frozen=True)
+class ResidualForces:
+    """Forces of the searched rows on amplitudes, then motions, then rigid-body motions and the contrast."""
+
+    forces: FieldForces
+    num_amplitudes: int
+    num_motions: int
+
+    def on_amplitudes(self) -> FieldForces:
+        """Freed of what all else explains as well."""
+        return self.forces.freed_of(self.num_amplitudes)
+
+    def on_motions(self) -> FieldForces:
+        """Likewise."""
+        first, last = self.num_amplitudes, self.num_amplitudes + self.num_motions
+        order = np.r_[first:last, :first, last : self.forces.force.shape[1]]
+        forces = self.forces
+        turned = FieldForces(forces.force[:, order], forces.information[np.ix_(order, order)], forces.weight)
+        return turned.freed_of(self.num_motions)
+
+
 @torch.no_grad()
-def amplitude_forces(setup: Setup, state: State, factors: torch.Tensor) -> FieldForces:
-    """Forces of the training rows on the amplitudes ``factors`` (m, nvox), freed of poses, contrast and motion.
+def residual_forces(setup: Setup, state: State, factors: torch.Tensor) -> ResidualForces:
+    """Forces on the amplitudes ``factors`` (m, nvox), and on all that may pass for them.
 
     Motion is that along each latent, at the mean latents, and the softest elastic modes: what the flow has not learnt,
     or has not told of this particle.
     """
     model, weight = state.moving_map(setup.operator, None), setup.weight(setup.schedule.full_band)
     operator, basis_A = setup.operator, state.flow.basis_A
-    motions = [basis_A[:SPECTRAL_MODES], _tangents_A(state), rigid_fields(operator.vertices_A)]
-    fields_A = torch.cat(motions)
-    density, rows = (factors * model.values).T.contiguous(), setup.training_rows
+    motions_A = torch.cat([basis_A[:SPECTRAL_MODES], _tangents_A(state)])
+    fields_A = torch.cat([motions_A, rigid_fields(operator.vertices_A)])
+    density, rows = (factors * model.values).T.contiguous(), searched_rows(setup)
     own_rows, found = setup.ranks.share(rows), []
     sampling = FourierSampling(setup.source.box, setup.schedule.full_band)
     every, first = max(1, len(rows) // 2000), setup.ranks.part(len(rows)).start
@@ -130,7 +158,8 @@ def amplitude_forces(setup: Setup, state: State, factors: torch.Tensor) -> Field
         return whole[np.ix_(order, order)]
 
     probability = state.junk.probability(setup.rows_on_device(rows)).cpu().numpy()
-    return FieldForces(force, setup.ranks.from_first(information)).weighed(probability).freed_of(len(factors))
+    forces = FieldForces(force, setup.ranks.from_first(information)).weighed(probability)
+    return ResidualForces(forces, len(factors), len(motions_A))
 
 
 def _vertex_forces(
@@ -168,12 +197,12 @@ def leading_components(forces: FieldForces) -> tuple[list[Component], float]:
 
 @torch.no_grad()
 def component_map(setup: Setup, state: State, score: torch.Tensor) -> np.ndarray:
-    """(box, box, box) change of the density by one unit of ``score`` (n,) of the training rows: zero mean, unit size.
+    """(box, box, box) change of the density by one unit of ``score`` (n,) of the searched rows: zero mean, unit size.
 
     The score-weighted residuals, back-projected and divided by the data's weight of each shell, as the map's own steps.
     """
     model, weight = state.moving_map(setup.operator, None), setup.weight(setup.schedule.full_band)
-    canonical, rows = state.canonical, setup.training_rows
+    canonical, rows = state.canonical, searched_rows(setup)
     total, own_rows = torch.zeros_like(model.values), setup.ranks.share(rows)
     own_score = setup.ranks.share(score.to(total) * state.junk.probability(setup.rows_on_device(rows)))
     batches = split_batches(own_rows, setup.batch_size)
@@ -183,6 +212,7 @@ def component_map(setup: Setup, state: State, score: torch.Tensor) -> np.ndarray
         back, vertices_px, _ = residual_view(model, batch, weight, state.parameters(setup.rows_on_device(batch.rows)))
         total += setup.operator.project_adjoint(back * some[:, None, None], vertices_px)
     setup.ranks.add(total)
+    total *= len(setup.training_rows) / len(rows)
     return canonical.newton_change(total, setup.schedule.full_band).cpu().numpy()
 
 

@@ -15,10 +15,11 @@ from flexlib.train.fading import (
     MOST_FIELDS,
     ROWS_PER_FIELD,
     amplitude_fields,
-    amplitude_forces,
     component_map,
     cut_part,
     leading_components,
+    residual_forces,
+    searched_rows,
 )
 from flexlib.train.occupancy import EM_STEPS, LEAST_SHARE, part_quadratics
 from flexlib.train.parts import Occupancy
@@ -94,10 +95,17 @@ def _fit(
 
 
 @torch.no_grad()
-def find_parts(setup: Setup, state: State) -> None:
+def find_parts(setup: Setup, state: State, *, at_rest: bool = False) -> None:
     """Give the map the parts that the settings ask for, or those that look as if some particles lacked them.
 
-    Whether they do is for the held-out particles to say, at the end (``confirm_parts``).
+    Whether they do is for the particles to say, at the end (``confirm_parts``).
+
+    Parameters
+    ----------
+    setup, state
+        The run.
+    at_rest
+        Whether this is the start, before any motion is known.
     """
     wanted = setup.settings.occupancy
     if not isinstance(wanted, str):
@@ -105,7 +113,7 @@ def find_parts(setup: Setup, state: State) -> None:
         trials = [(mask, _try_part(setup, state, mask)) for mask in masks]
         state.occupancy.segments = list(wanted)
     else:
-        trials = _search(setup, state)
+        trials = _search(setup, state, at_rest)
     if not trials:
         return
     labels = torch.zeros_like(state.occupancy.labels)
@@ -119,10 +127,20 @@ def find_parts(setup: Setup, state: State) -> None:
     state.occupancy.take(labels, torch.tensor([trial.share for _, trial in trials], device=setup.device))
 
 
-def _search(setup: Setup, state: State) -> list[tuple[torch.Tensor, TwoLevels]]:
-    """Parts (box, box, box) bool that some particles seem to lack, the clearest first."""
-    factors = _amplitudes(setup)
-    components, edge = leading_components(amplitude_forces(setup, state, factors))
+def _search(setup: Setup, state: State, at_rest: bool) -> list[tuple[torch.Tensor, TwoLevels]]:
+    """Parts (box, box, box) bool that some particles seem to lack, the clearest first.
+
+    ``at_rest``, where motion is not known yet, those that change the images more than any motion does.
+    """
+    forces = residual_forces(setup, state, _amplitudes(setup))
+    components, edge = setup.ranks.from_first(lambda: leading_components(forces.on_amplitudes()))
+    if at_rest:
+        moving, motion_edge = setup.ranks.from_first(lambda: leading_components(forces.on_motions()))
+        strongest = max((one.eigenvalue for one in moving), default=1.0)
+        logger.info("motions at rest: leading eigenvalue %.2f, noise edge %.2f", strongest, motion_edge)
+        # excesses over the noise, in units of what noise itself may have
+        least = 1 + (edge - 1) * (strongest - 1) / (motion_edge - 1)
+        components = [one for one in components if one.eigenvalue > least]
     leading = " ".join(f"{one.eigenvalue:.2f}" for one in components[:8])
     logger.info("amplitudes of the density: eigenvalues %s above the noise edge of %.2f", leading or "none", edge)
     found: list[tuple[torch.Tensor, TwoLevels]] = []
@@ -137,7 +155,7 @@ def _search(setup: Setup, state: State) -> list[tuple[torch.Tensor, TwoLevels]]:
 
 def _amplitudes(setup: Setup) -> torch.Tensor:
     """(m, nvox) smooth changes of the density's amplitude."""
-    num = int(np.clip(len(setup.training_rows) // ROWS_PER_FIELD, 10, MOST_FIELDS))
+    num = int(np.clip(len(searched_rows(setup)) // ROWS_PER_FIELD, 10, MOST_FIELDS))
     share, voxels = setup.density_share.cpu().numpy().astype(np.float64), setup.operator.voxels
     at_vertices = setup.ranks.from_first(lambda: amplitude_fields(setup.mesh, share, num))
     fields = torch.as_tensor(at_vertices, device=setup.device)
@@ -149,7 +167,7 @@ def _amplitudes(setup: Setup) -> torch.Tensor:
 def _part_of_component(
     setup: Setup, state: State, score: torch.Tensor, taken: torch.Tensor
 ) -> tuple[torch.Tensor, TwoLevels] | None:
-    """The part that goes with scores (n,) of the training rows, and who has it; None where it looks like no part."""
+    """The part that goes with scores (n,) of the searched rows, and who has it; None where it looks like no part."""
     pixel_size_A, trial = setup.source.pixel_size_A, None
     density = state.canonical.volume()
     inside = scatter_volume(state.canonical.mask_values, setup.operator.voxels).cpu().numpy() > 0.5
@@ -183,8 +201,8 @@ def _mass_share(density: np.ndarray, mask: np.ndarray) -> float:
 
 
 def _try_part(setup: Setup, state: State, mask: torch.Tensor) -> TwoLevels:
-    """How the training rows fall into some that have a part (box, box, box) bool and some that lack it."""
-    rows = setup.training_rows
+    """How the searched rows fall into some that have a part (box, box, box) bool and some that lack it."""
+    rows = searched_rows(setup)
     tried = Occupancy(mask.to(torch.uint8), torch.full((1,), 0.5, device=setup.device))
     model = state.moving_map(setup.operator, None, parts=tried)
     found = part_quadratics(setup, model, state, rows)

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 RIGID_STEPS = (12.0, 4.0, 1.2, 0.4)  # Newton steps of the rigid map in its passes; at last as calm as the canonical
 FITTED_PASSES = 2  # more, where poses turn out to have been fitted to the images: until then they have been held
 HELD_OUT_STEPS = 4
+PARTS_STEPS = (4.0, 1.2)  # when parts come or go
 
 
 def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Views, Junk]:
@@ -85,6 +86,21 @@ def _plain_pass(setup: Setup, rigid: CanonicalMap, junk: Junk, order: np.ndarray
     total, advantage = map_pass(setup, rigid, model, order, rate, junk.probability())
     junk.advantage[setup.rows_on_device(order)] = advantage
     return total
+
+
+@torch.no_grad()
+def refine_rigid_map(setup: Setup, rigid: CanonicalMap, known: tuple[Views, Junk], parts: Parts | None) -> None:
+    """Refine the rigid map in the views that are ``known``, when there are other ``parts`` that particles may lack."""
+    views, junk = known
+    model = rigid_model(setup, rigid.values, views.prior, parts)
+
+    def units(rows: np.ndarray) -> torch.Tensor:
+        return views.units[setup.rows_on_device(rows)]
+
+    for number, steps in enumerate(PARTS_STEPS):
+        order = np.random.default_rng((setup.settings.seed, 12, number)).permutation(setup.training_rows)
+        rate = steps / setup.schedule.num_batches
+        map_pass(setup, rigid, model, order, rate, junk.probability(), units)
 
 
 def _refining_pass(

@@ -16,14 +16,16 @@ from flexlib.imaging.fourier import stored_means
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
+from flexlib.model.moving_map import MovingMap, completed
 from flexlib.model.views import CONTRAST, ROTATION, SHIFT, PoseFrame
 from flexlib.projection.op import gather_volume
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
 from flexlib.train.initial_latents import InitialLatents, initial_latents, read_own_latents, standard_scale
 from flexlib.train.junk import Junk
+from flexlib.train.part_search import find_parts, segment_masks
 from flexlib.train.parts import Occupancy
-from flexlib.train.rigid import rigid_start
+from flexlib.train.rigid import refine_rigid_map, rigid_start
 from flexlib.train.schedule import FLOW_RATE
 from flexlib.train.setup import Setup, canonical_map, derived_seed
 from flexlib.train.spectral import FieldForces, SpectralStart, measure_forces, spectral_start
@@ -86,6 +88,8 @@ def resume(setup: Setup, saved: dict[str, Any]) -> State:
 def start(setup: Setup) -> State:
     """The state at epoch 0: rigid map, elastic modes, spectral start."""
     settings = setup.settings
+    if not isinstance(settings.occupancy, str):
+        segment_masks(setup, settings.occupancy)  # refused before anything is computed
     transfer2 = mean_transfer2(setup)
     rigid, views, junk = rigid_start(setup, transfer2)
     basis = displacement_basis(
@@ -94,7 +98,10 @@ def start(setup: Setup) -> State:
     soft = spectral_fields(len(basis), rigid=not views.refines_poses)
     canonical = canonical_map(setup, setup.operator, transfer2, inside_only=True)
     canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=setup.device), setup.operator.voxels)
-    forces = _forces(setup, canonical, views, basis[soft]).weighed(junk.probability().cpu().numpy())
+    occupancy = _parts_at_rest(setup, canonical, (rigid.values, views, junk), basis)
+    if len(occupancy):
+        refine_rigid_map(setup, rigid, (views, junk), occupancy.on(setup.rigid, None))
+    forces = _forces(setup, canonical, views, basis[soft], occupancy).weighed(junk.probability().cpu().numpy())
     prior = rigidity_precision(setup.rigidity, setup.operator.vertices_A, basis[soft], setup.rigidity_nats)
     spectrum = setup.ranks.from_first(lambda: spectral_start(forces, settings.latent_dims, prior))
     logger.info(
@@ -108,14 +115,39 @@ def start(setup: Setup) -> State:
     with torch.no_grad():
         flow.linear[:, soft] = torch.as_tensor(initial.directions, device=setup.device)
     state = new_state(setup, flow, canonical, (rigid.values, views, junk), spectrum, initial)
+    state.occupancy = occupancy
     if settings.init_from is not None and settings.init_from.is_dir():
         _continue_from(setup, state, settings.init_from)
     state.follow_first(setup.ranks)
     return state
 
 
-def _forces(setup: Setup, canonical: CanonicalMap, views: Views, fields_A: torch.Tensor) -> FieldForces:
-    """Of all particles on the fields (m, nv, 3), at the first band.
+@torch.no_grad()
+def _parts_at_rest(
+    setup: Setup, canonical: CanonicalMap, rigid: tuple[torch.Tensor, Views, Junk], basis_A: torch.Tensor
+) -> Occupancy:
+    """Parts that the settings name, or whose absence changes the images more than any motion; the map takes them over.
+
+    Else motion would be learnt that does as if.
+    """
+    occupancy = Occupancy.none(setup.source.box, setup.device)
+    if setup.settings.occupancy == "none":
+        return occupancy
+    num, dims, views = len(setup.source), setup.settings.latent_dims, rigid[1]
+    flow, drawn = new_flow(setup, basis_A, (num, dims), frame=views.refines_poses)
+    nothing = np.zeros((dims, 0), np.float32)
+    spectrum = SpectralStart(np.zeros(0), 0.0, 0, np.zeros((num, 0), np.float32), nothing)
+    still = InitialLatents(torch.zeros_like(drawn), nothing)
+    state = new_state(setup, flow, canonical, rigid, spectrum, still)
+    state.views = views.copy()
+    find_parts(setup, state, at_rest=True)
+    return state.occupancy
+
+
+def _forces(
+    setup: Setup, canonical: CanonicalMap, views: Views, fields_A: torch.Tensor, occupancy: Occupancy
+) -> FieldForces:
+    """Of all particles on the fields (m, nv, 3), at the first band; parts that they lack are added to their images.
 
     What a change of poses or contrasts explains as well is no motion: where these are refined, it is taken out.
     """
@@ -128,6 +160,10 @@ def _forces(setup: Setup, canonical: CanonicalMap, views: Views, fields_A: torch
             prior.posed(batch, *_without_latents(views, setup.rows_on_device(batch.rows)), setup.source.pixel_size_A)
             for batch in batches
         )
+    parts = occupancy.on(setup.operator, None)
+    if parts is not None:
+        whole = MovingMap(setup.operator, None, canonical.values, parts=parts)
+        batches = (completed(whole, batch, setup.weight(setup.schedule.full_band)) for batch in batches)
     forces = measure_forces(
         setup.operator,
         canonical.values,
