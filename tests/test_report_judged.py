@@ -125,6 +125,17 @@ def test_what_the_records_say_is_told(root: Path, tmp_path: Path) -> None:
     assert "reconstruct.weigh_particles: false" in sections.junk_section(Results(found.root, CONFIG))
 
 
+def test_a_set_without_junk_is_said_to_have_none(root: Path) -> None:
+    found = Results(root, CONFIG)
+    table = judged.judged_images(found)
+    assert table is not None
+    clean = table.assign(probability=1.0)
+    assert judged.junk_sentence(found, clean).startswith(
+        f"None of {len(table):,} images more likely shows anything but"
+    )
+    assert judged_pictures.probability_histogram(clean["probability"].to_numpy(), "x", "y")
+
+
 def test_without_a_record_the_share_is_the_posteriors(root: Path) -> None:
     (part,) = judged.part_shares(Results(root, CONFIG))
     table = read_tables(Results(root, CONFIG).train_folder.latents).particles

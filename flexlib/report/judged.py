@@ -80,10 +80,11 @@ def junk_sentence(results: Results, judged: pd.DataFrame) -> str:
     """How many images show no particle, and what becomes of them."""
     low = judged["probability"] < LEAST_PROBABILITY
     unlikely, total = judged.loc[low, "row"].nunique(), judged["row"].nunique()
-    sentence = (
-        f"{unlikely:,} of {total:,} images ({percent(unlikely / total)}) more likely show no particle of this model: "
-        "noise, ice, carbon, another or a broken molecule, or one whose pose is wrong."
-    )
+    what = "noise, ice, carbon, another or a broken molecule, or one whose pose is wrong"
+    sentence = f"None of {total:,} images more likely shows anything but a particle of this model ({what})."
+    if unlikely:
+        share = f"{unlikely:,} of {total:,} images ({percent(unlikely / total)})"
+        sentence = f"{share} more likely show no particle of this model: {what}."
     if results.validation is not None and results.validation.junk_share is not None:
         sentence += f" The training learnt a junk share of {percent(results.validation.junk_share)}."
     if results.resolution is None:
