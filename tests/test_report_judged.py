@@ -144,6 +144,13 @@ def test_without_a_record_the_share_is_the_posteriors(root: Path) -> None:
     assert part.share == pytest.approx(table.loc[shown, "flexOccupancy1"].mean())
 
 
+def test_shares_are_rounded_to_a_digit_of_their_error() -> None:
+    assert [judged.percent(0.3123, error) for error in (0.021, 0.0033, 0.15)] == [
+        "31 ± 2\xa0%", "31.2 ± 0.3\xa0%", "31 ± 15\xa0%",
+    ]  # fmt: skip
+    assert judged.percent(0.0042) == "0.42\xa0%" and judged.percent(0.0) == "0\xa0%"
+
+
 def test_error_of_a_share_is_its_scatter() -> None:
     """Of certain particles the binomial one; of uncertain ones that of the likeliest share, over repeated draws."""
     certain = np.repeat([1.0, 0.0], [300, 100])
