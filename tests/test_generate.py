@@ -219,9 +219,11 @@ def test_parts_are_present_or_absent(mesh, latents, tmp_path, capsys):
     assert messages[1] == "ERROR --occupancy: 'some' is not present, absent or numbers of parts such as 1,2"
 
 
-def test_a_model_without_parts_has_none_to_leave_out(train, tmp_path):
-    with pytest.raises(InputError, match=r"model.pt: no part of this model can be absent"):
-        generate_series(train, tmp_path / "out", GenerateSettings(occupancy="absent"))
+def test_a_model_without_parts_has_none_to_leave_out(train, tmp_path, caplog):
+    generate_series(train, tmp_path / "out", GenerateSettings(occupancy="absent"), points=np.zeros((1, 2)))
+    assert "model.pt: generate.occupancy: this model has no parts that can be absent: maps are whole" in caplog.text
+    whole = read_map(train / "canonical.mrc").data
+    np.testing.assert_allclose(read_map(tmp_path / "out/at/frame_000.mrc").data, whole, atol=1e-5)
 
 
 def test_series_from_a_file_and_its_mistakes(train, tmp_path):

@@ -125,12 +125,30 @@ def test_what_the_records_say_is_told(root: Path, tmp_path: Path) -> None:
     assert "reconstruct.weigh_particles: false" in sections.junk_section(Results(found.root, CONFIG))
 
 
+def test_a_set_without_junk_is_said_to_have_none(root: Path) -> None:
+    found = Results(root, CONFIG)
+    table = judged.judged_images(found)
+    assert table is not None
+    clean = table.assign(probability=1.0)
+    assert judged.junk_sentence(found, clean).startswith(
+        f"None of {len(table):,} images more likely shows anything but"
+    )
+    assert judged_pictures.probability_histogram(clean["probability"].to_numpy(), "x", "y")
+
+
 def test_without_a_record_the_share_is_the_posteriors(root: Path) -> None:
     (part,) = judged.part_shares(Results(root, CONFIG))
     table = read_tables(Results(root, CONFIG).train_folder.latents).particles
     shown = table["flexParticleProbability"] >= 0.5
     assert len(part.present) == shown.sum()
     assert part.share == pytest.approx(table.loc[shown, "flexOccupancy1"].mean())
+
+
+def test_shares_are_rounded_to_a_digit_of_their_error() -> None:
+    assert [judged.percent(0.3123, error) for error in (0.021, 0.0033, 0.15)] == [
+        "31 ± 2\xa0%", "31.2 ± 0.3\xa0%", "31 ± 15\xa0%",
+    ]  # fmt: skip
+    assert judged.percent(0.0042) == "0.42\xa0%" and judged.percent(0.0) == "0\xa0%"
 
 
 def test_error_of_a_share_is_its_scatter() -> None:

@@ -181,8 +181,9 @@ def _with_parts(volume: Map, model: FlexModel, model_path: Path, present: Presen
     """The map without the density of the parts that are to be absent; see ``generate.occupancy``."""
     if present == "present":
         return volume
-    if model.parts is None:
-        raise InputError(f"generate.occupancy: {model_path}: no part of this model can be absent: it was trained whole")
+    if model.parts is None:  # of the points of a sweep some may have found parts
+        logger.warning("%s: generate.occupancy: this model has no parts that can be absent: maps are whole", model_path)
+        return volume
     parts = range(1, int(model.parts.max()) + 1)
     kept = [] if isinstance(present, str) else present
     if unknown := sorted(set(kept) - set(parts)):

@@ -71,19 +71,21 @@ def _share_error(present: np.ndarray, share: float) -> float | None:
 
 def percent(share: float, error: float | None = None) -> str:
     """A share, with its standard error: ``31 ± 2 %``."""
-    digits = 2 if error is None else max(1, 1 + int(np.floor(np.log10(max(share, error, 1e-9) / max(error, 1e-9)))))
-    value = number(100 * share, max(digits, 2))
-    return f"{value}{NBSP}%" if error is None else f"{value} ± {number(100 * error, 1)}{NBSP}%"
+    if error is None:
+        return f"{number(100 * share, 2)}{NBSP}%"
+    decimals = max(0, -int(np.floor(np.log10(max(100 * error, 0.01)))))  # one digit of the error
+    return f"{100 * share:.{decimals}f} ± {100 * error:.{decimals}f}{NBSP}%"
 
 
 def junk_sentence(results: Results, judged: pd.DataFrame) -> str:
     """How many images show no particle, and what becomes of them."""
-    low = judged["probability"] < LEAST_PROBABILITY
-    unlikely, total = judged.loc[low, "row"].nunique(), judged["row"].nunique()
-    sentence = (
-        f"{unlikely:,} of {total:,} images ({percent(unlikely / total)}) more likely show no particle of this model: "
-        "noise, ice, carbon, another or a broken molecule, or one whose pose is wrong."
-    )
+    best = judged.groupby("row")["probability"].max()  # over the symmetry copies of an image
+    unlikely, total = int((best < LEAST_PROBABILITY).sum()), len(best)
+    what = "noise, ice, carbon, another or a broken molecule, or one whose pose is wrong"
+    sentence = f"None of {total:,} images more likely shows anything but a particle of this model ({what})."
+    if unlikely:
+        share = f"{unlikely:,} of {total:,} images ({percent(unlikely / total)})"
+        sentence = f"{share} more likely show no particle of this model: {what}."
     if results.validation is not None and results.validation.junk_share is not None:
         sentence += f" The training learnt a junk share of {percent(results.validation.junk_share)}."
     if results.resolution is None:
