@@ -192,24 +192,26 @@ def leading_components(forces: FieldForces) -> tuple[list[Component], float]:
 
 
 @torch.no_grad()
-def component_map(setup: Setup, state: State, score: torch.Tensor) -> np.ndarray:
-    """(box, box, box) change of the density by one unit of ``score`` (n,) of the searched rows: zero mean, unit size.
+def component_maps(setup: Setup, state: State, scores: torch.Tensor) -> list[np.ndarray]:
+    """(box, box, box) changes of the density by one unit of each of ``scores`` (c, n) of the searched rows.
+
+    Scores have zero mean and unit size.
 
     The score-weighted residuals, back-projected and divided by the data's weight of each shell, as the map's own steps.
     """
     model, weight = state.moving_map(setup.operator, None), setup.weight(setup.schedule.full_band)
     canonical, rows = state.canonical, searched_rows(setup)
-    total, own_rows = torch.zeros_like(model.values), setup.ranks.share(rows)
-    own_score = setup.ranks.share(score.to(total))
-    batches = split_batches(own_rows, setup.batch_size)
-    for batch, some in zip(
-        read_ahead(setup.source, batches, setup.device), own_score.split([len(b) for b in batches]), strict=True
-    ):
+    total = model.values.new_zeros((len(scores), len(model.values)))
+    mine = setup.ranks.part(len(rows))
+    batches = split_batches(rows[mine], setup.batch_size)
+    parts = scores.to(total)[:, mine].split([len(batch) for batch in batches], 1)
+    for batch, some in zip(read_ahead(setup.source, batches, setup.device), parts, strict=True):
         back, vertices_px, _ = residual_view(model, batch, weight, state.parameters(setup.rows_on_device(batch.rows)))
-        total += setup.operator.project_adjoint(back * some[:, None, None], vertices_px)
+        for own, score in zip(total, some, strict=True):
+            own += setup.operator.project_adjoint(back * score[:, None, None], vertices_px)
     setup.ranks.add(total)
     total *= len(setup.training_rows) / len(rows)
-    return canonical.newton_change(total, setup.schedule.full_band).cpu().numpy()
+    return [canonical.newton_change(own, setup.schedule.full_band).cpu().numpy() for own in total]
 
 
 def cut_part(change: np.ndarray, density: np.ndarray, inside: np.ndarray, pixel_size_A: float) -> np.ndarray | None:
