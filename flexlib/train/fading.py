@@ -102,37 +102,16 @@ def residual_view(
     return residual * seen.transfer.conj() * (weight > 0), vertices_px, seen
 
 
-@dataclass(frozen=True)
-class ResidualForces:
-    """Forces of the searched rows on amplitudes, then motions, then rigid-body motions and the contrast."""
-
-    forces: FieldForces
-    num_amplitudes: int
-    num_motions: int
-
-    def on_amplitudes(self) -> FieldForces:
-        """Freed of what all else explains as well."""
-        return self.forces.freed_of(self.num_amplitudes)
-
-    def on_motions(self) -> FieldForces:
-        """Likewise."""
-        first, last = self.num_amplitudes, self.num_amplitudes + self.num_motions
-        order = np.r_[first:last, :first, last : self.forces.force.shape[1]]
-        turned = FieldForces(self.forces.force[:, order], self.forces.information[np.ix_(order, order)])
-        return turned.freed_of(self.num_motions)
-
-
 @torch.no_grad()
-def residual_forces(setup: Setup, state: State, factors: torch.Tensor) -> ResidualForces:
-    """Forces on the amplitudes ``factors`` (m, nvox), and on all that may pass for them.
+def amplitude_forces(setup: Setup, state: State, factors: torch.Tensor) -> FieldForces:
+    """Forces of the searched rows on the amplitudes ``factors`` (m, nvox), freed of poses, contrast and motion.
 
     Motion is that along each latent, at the mean latents, and the softest elastic modes: what the flow has not learnt,
     or has not told of this particle.
     """
     model, weight = state.moving_map(setup.operator, None), setup.weight(setup.schedule.full_band)
     operator, basis_A = setup.operator, state.flow.basis_A
-    motions_A = torch.cat([basis_A[:SPECTRAL_MODES], _tangents_A(state)])
-    fields_A = torch.cat([motions_A, rigid_fields(operator.vertices_A)])
+    fields_A = torch.cat([basis_A[:SPECTRAL_MODES], _tangents_A(state), rigid_fields(operator.vertices_A)])
     density, rows = (factors * model.values).T.contiguous(), searched_rows(setup)
     own_rows, found = setup.ranks.share(rows), []
     sampling = FourierSampling(setup.source.box, setup.schedule.full_band)
@@ -156,7 +135,7 @@ def residual_forces(setup: Setup, state: State, factors: torch.Tensor) -> Residu
         order = np.r_[len(fields_A) : len(whole) - 1, : len(fields_A), len(whole) - 1]
         return whole[np.ix_(order, order)]
 
-    return ResidualForces(FieldForces(force, setup.ranks.from_first(information)), len(factors), len(motions_A))
+    return FieldForces(force, setup.ranks.from_first(information)).freed_of(len(factors))
 
 
 def _vertex_forces(

@@ -16,10 +16,10 @@ from flexlib.train.fading import (
     MOST_FIELDS,
     ROWS_PER_FIELD,
     amplitude_fields,
+    amplitude_forces,
     component_maps,
     cut_part,
     leading_components,
-    residual_forces,
     searched_rows,
 )
 from flexlib.train.occupancy import EM_STEPS, LEAST_SHARE, part_quadratics, row_weights
@@ -107,17 +107,10 @@ def _fit(
 
 
 @torch.no_grad()
-def find_parts(setup: Setup, state: State, *, at_rest: bool = False) -> None:
+def find_parts(setup: Setup, state: State) -> None:
     """Give the map the parts that the settings ask for, or those that look as if some particles lacked them.
 
     Whether they do is for the particles to say, at the end (``confirm_parts``).
-
-    Parameters
-    ----------
-    setup, state
-        The run.
-    at_rest
-        Whether this is the start, before any motion is known.
     """
     wanted = setup.settings.occupancy
     if not isinstance(wanted, str):
@@ -125,7 +118,7 @@ def find_parts(setup: Setup, state: State, *, at_rest: bool = False) -> None:
         trials = [_Trial(*both) for both in zip(masks, _try_parts(setup, state, masks), strict=True)]
         state.occupancy.segments = list(wanted)
     else:
-        trials = _search(setup, state, at_rest)
+        trials = _search(setup, state)
     if not trials:
         return
     labels = torch.zeros_like(state.occupancy.labels)
@@ -139,20 +132,10 @@ def find_parts(setup: Setup, state: State, *, at_rest: bool = False) -> None:
     state.occupancy.take(labels, torch.tensor([trial.levels.share for trial in trials], device=setup.device))
 
 
-def _search(setup: Setup, state: State, at_rest: bool) -> list[_Trial]:
-    """Parts (box, box, box) bool that some particles seem to lack, the clearest first.
-
-    ``at_rest``, where motion is not known yet, those that change the images more than any motion does.
-    """
-    forces = residual_forces(setup, state, _amplitudes(setup))
-    components, edge = setup.ranks.from_first(lambda: leading_components(forces.on_amplitudes()))
-    if at_rest:
-        moving, motion_edge = setup.ranks.from_first(lambda: leading_components(forces.on_motions()))
-        strongest = max((one.eigenvalue for one in moving), default=1.0)
-        logger.info("motions at rest: leading eigenvalue %.2f, noise edge %.2f", strongest, motion_edge)
-        # excesses over the noise, in units of what noise itself may have
-        least = 1 + (edge - 1) * (strongest - 1) / (motion_edge - 1)
-        components = [one for one in components if one.eigenvalue > least]
+def _search(setup: Setup, state: State) -> list[_Trial]:
+    """Parts that some particles seem to lack, the clearest first."""
+    forces = amplitude_forces(setup, state, _amplitudes(setup))
+    components, edge = setup.ranks.from_first(lambda: leading_components(forces))
     leading = " ".join(f"{one.eigenvalue:.2f}" for one in components[:8])
     logger.info("amplitudes of the density: eigenvalues %s above the noise edge of %.2f", leading or "none", edge)
     found: list[_Trial] = []
