@@ -9,6 +9,7 @@ particle is minus the logarithm of its likelihood summed over the states, each w
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -51,11 +52,12 @@ class Parts:
         if coarse_map is not None:
             width = 2 * _COARSE_MARGIN + 1
             wide = [torch.nn.functional.max_pool3d(m[None].float(), width, 1, _COARSE_MARGIN)[0] > 0 for m in masks]
-            coarse = cls._of_masks([mask[::2, ::2, ::2] for mask in wide], share, coarse_map.operator)
-        return replace(cls._of_masks(masks, share, operator), coarse=coarse)
+            coarse = cls.of_masks([mask[::2, ::2, ::2] for mask in wide], share, coarse_map.operator)
+        return replace(cls.of_masks(masks, share, operator), coarse=coarse)
 
     @classmethod
-    def _of_masks(cls, masks: list[torch.Tensor], share: torch.Tensor, operator: Operator) -> Parts:
+    def of_masks(cls, masks: Sequence[torch.Tensor], share: torch.Tensor, operator: Operator) -> Parts:
+        """The parts at (box, box, box) bool ``masks``, without coarse ones; see ``of_labels``."""
         voxels = operator.voxels
         chosen = tuple(torch.nonzero(mask.flatten()[voxels.index])[:, 0] for mask in masks)
         operators = tuple(
@@ -124,6 +126,11 @@ class Quadratic:
     def of(self, rows: torch.Tensor) -> Quadratic:
         """Of some of the particles."""
         return Quadratic(self.square[rows], self.cross[rows], self.gram[rows])
+
+    def of_part(self, part: int) -> Quadratic:
+        """With all parts but one there."""
+        own = slice(part, part + 1)
+        return Quadratic(self.square, self.cross[:, own], self.gram[:, own, own])
 
     def losses(self) -> torch.Tensor:
         """(b, 2^S) nats of each state."""

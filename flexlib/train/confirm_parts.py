@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from flexlib.model.occupancy import Quadratic, log_prior
+from flexlib.projection.op import gather_volume, scatter_volume
 from flexlib.train.map_pass import map_pass
-from flexlib.train.occupancy import part_quadratics
-from flexlib.train.part_search import TwoLevels, two_levels
+from flexlib.train.occupancy import learn_shares, part_quadratics
+from flexlib.train.part_search import TwoLevels, find_parts, two_levels
 from flexlib.train.parts import Occupancy
 from flexlib.train.rigid import refine_rigid_map
 from flexlib.train.score import mean_by_particle
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Newton steps, of all particles, of each half-set's map: six of its own, and what the other half has told is forgotten
 CROSS_STEPS = (6.0, 4.0, 2.0)
+AT_REST_STEPS = (4.0, 1.2, 0.4)  # of the map with parts that are found at rest
 DROPPED_STEPS = (1.2, 0.4)  # of the map, when a part is there for all again
 _AMPLITUDE_STEPS = 20
 
@@ -76,6 +78,30 @@ def confirm_parts(setup: Setup, state: State) -> list[PartEvidence]:
         _drop(setup, state, dropped, [_single_amplitude(found, state, part)[0] for part in dropped])
     refine_rigid(setup, state)
     return [one for one in evidence if one.confirmed]
+
+
+@torch.no_grad()
+def parts_at_rest(setup: Setup, state: State) -> list[PartEvidence]:
+    """Parts of a model that has been set to rest, with their evidence: looked for where none has been confirmed yet.
+
+    A flow may have learnt a motion that does as if a part were missing: with that motion the part is not seen to be.
+    Flexible and rigid map, which are the same, stay so.
+    """
+    if len(state.occupancy) or setup.settings.occupancy != "auto":
+        return []
+    before = state.canonical.values
+    find_parts(setup, state)
+    if not len(state.occupancy):
+        return []
+    for steps in AT_REST_STEPS:
+        refine_map(setup, state, (steps,))
+        learn_shares(setup, state)
+    evidence = confirm_parts(setup, state)
+    if not len(state.occupancy):
+        state.canonical.values = before
+    whole = scatter_volume(state.canonical.values, setup.operator.voxels)
+    state.rigid_values = gather_volume(whole, setup.rigid.voxels)
+    return evidence
 
 
 def _cross_validated(setup: Setup, state: State) -> Quadratic:

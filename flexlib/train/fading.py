@@ -102,38 +102,16 @@ def residual_view(
     return residual * seen.transfer.conj() * (weight > 0), vertices_px, seen
 
 
-@dataclass(frozen=True)
-class ResidualForces:
-    """Forces of the searched rows on amplitudes, then motions, then rigid-body motions and the contrast."""
-
-    forces: FieldForces
-    num_amplitudes: int
-    num_motions: int
-
-    def on_amplitudes(self) -> FieldForces:
-        """Freed of what all else explains as well."""
-        return self.forces.freed_of(self.num_amplitudes)
-
-    def on_motions(self) -> FieldForces:
-        """Likewise."""
-        first, last = self.num_amplitudes, self.num_amplitudes + self.num_motions
-        order = np.r_[first:last, :first, last : self.forces.force.shape[1]]
-        forces = self.forces
-        turned = FieldForces(forces.force[:, order], forces.information[np.ix_(order, order)], forces.weight)
-        return turned.freed_of(self.num_motions)
-
-
 @torch.no_grad()
-def residual_forces(setup: Setup, state: State, factors: torch.Tensor) -> ResidualForces:
-    """Forces on the amplitudes ``factors`` (m, nvox), and on all that may pass for them.
+def amplitude_forces(setup: Setup, state: State, factors: torch.Tensor) -> FieldForces:
+    """Forces of the searched rows on the amplitudes ``factors`` (m, nvox), freed of poses, contrast and motion.
 
     Motion is that along each latent, at the mean latents, and the softest elastic modes: what the flow has not learnt,
     or has not told of this particle.
     """
     model, weight = state.moving_map(setup.operator, None), setup.weight(setup.schedule.full_band)
     operator, basis_A = setup.operator, state.flow.basis_A
-    motions_A = torch.cat([basis_A[:SPECTRAL_MODES], _tangents_A(state)])
-    fields_A = torch.cat([motions_A, rigid_fields(operator.vertices_A)])
+    fields_A = torch.cat([basis_A[:SPECTRAL_MODES], _tangents_A(state), rigid_fields(operator.vertices_A)])
     density, rows = (factors * model.values).T.contiguous(), searched_rows(setup)
     own_rows, found = setup.ranks.share(rows), []
     sampling = FourierSampling(setup.source.box, setup.schedule.full_band)
@@ -158,8 +136,7 @@ def residual_forces(setup: Setup, state: State, factors: torch.Tensor) -> Residu
         return whole[np.ix_(order, order)]
 
     probability = state.junk.probability(setup.rows_on_device(rows)).cpu().numpy()
-    forces = FieldForces(force, setup.ranks.from_first(information)).weighed(probability)
-    return ResidualForces(forces, len(factors), len(motions_A))
+    return FieldForces(force, setup.ranks.from_first(information)).weighed(probability).freed_of(len(factors))
 
 
 def _vertex_forces(
@@ -196,24 +173,27 @@ def leading_components(forces: FieldForces) -> tuple[list[Component], float]:
 
 
 @torch.no_grad()
-def component_map(setup: Setup, state: State, score: torch.Tensor) -> np.ndarray:
-    """(box, box, box) change of the density by one unit of ``score`` (n,) of the searched rows: zero mean, unit size.
+def component_maps(setup: Setup, state: State, scores: torch.Tensor) -> list[np.ndarray]:
+    """(box, box, box) changes of the density by one unit of each of ``scores`` (c, n) of the searched rows.
+
+    Scores have zero mean and unit size.
 
     The score-weighted residuals, back-projected and divided by the data's weight of each shell, as the map's own steps.
     """
     model, weight = state.moving_map(setup.operator, None), setup.weight(setup.schedule.full_band)
     canonical, rows = state.canonical, searched_rows(setup)
-    total, own_rows = torch.zeros_like(model.values), setup.ranks.share(rows)
-    own_score = setup.ranks.share(score.to(total) * state.junk.probability(setup.rows_on_device(rows)))
-    batches = split_batches(own_rows, setup.batch_size)
-    for batch, some in zip(
-        read_ahead(setup.source, batches, setup.device), own_score.split([len(b) for b in batches]), strict=True
-    ):
+    total = model.values.new_zeros((len(scores), len(model.values)))
+    mine = setup.ranks.part(len(rows))
+    batches = split_batches(rows[mine], setup.batch_size)
+    weighed = scores.to(total) * state.junk.probability(setup.rows_on_device(rows))
+    parts = weighed[:, mine].split([len(batch) for batch in batches], 1)
+    for batch, some in zip(read_ahead(setup.source, batches, setup.device), parts, strict=True):
         back, vertices_px, _ = residual_view(model, batch, weight, state.parameters(setup.rows_on_device(batch.rows)))
-        total += setup.operator.project_adjoint(back * some[:, None, None], vertices_px)
+        for own, score in zip(total, some, strict=True):
+            own += setup.operator.project_adjoint(back * score[:, None, None], vertices_px)
     setup.ranks.add(total)
     total *= len(setup.training_rows) / len(rows)
-    return canonical.newton_change(total, setup.schedule.full_band).cpu().numpy()
+    return [canonical.newton_change(own, setup.schedule.full_band).cpu().numpy() for own in total]
 
 
 def cut_part(change: np.ndarray, density: np.ndarray, inside: np.ndarray, pixel_size_A: float) -> np.ndarray | None:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from flexlib.errors import InputError
-from flexlib.model.occupancy import MOST_PARTS, Quadratic
+from flexlib.model.occupancy import MOST_PARTS, Parts, Quadratic
 from flexlib.projection.op import scatter_volume
 from flexlib.train.fading import (
     MOST_FIELDS,
     ROWS_PER_FIELD,
     amplitude_fields,
-    component_map,
+    amplitude_forces,
+    component_maps,
     cut_part,
     leading_components,
-    residual_forces,
     searched_rows,
 )
 from flexlib.train.occupancy import EM_STEPS, LEAST_SHARE, part_quadratics
-from flexlib.train.parts import Occupancy
 from flexlib.train.setup import Setup
 from flexlib.train.state import State
 from flexlib.workflow_support.scores import SIGNIFICANT_ERRORS
@@ -47,10 +47,22 @@ class TwoLevels:
     probability: torch.Tensor  # (n,) that it is there
 
     @property
+    def is_better(self) -> bool:
+        """Whether two levels fit better than one, beyond chance."""
+        return self.gain > SIGNIFICANT_ERRORS * self.gain_se
+
+    @property
     def is_presence(self) -> bool:
-        """Whether two levels fit better than one, and the lower one is nothing rather than less."""
-        better = self.gain > SIGNIFICANT_ERRORS * self.gain_se
-        return better and self.absent < NEARER_ABSENT * self.present
+        """Whether they do, and the lower one is nothing rather than less."""
+        return self.is_better and self.absent < NEARER_ABSENT * self.present
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A part, and who has it."""
+
+    mask: torch.Tensor  # (box, box, box) bool
+    levels: TwoLevels
 
 
 def two_levels(found: Quadratic, weights: torch.Tensor) -> TwoLevels:
@@ -95,61 +107,51 @@ def _fit(
 
 
 @torch.no_grad()
-def find_parts(setup: Setup, state: State, *, at_rest: bool = False) -> None:
+def find_parts(setup: Setup, state: State) -> None:
     """Give the map the parts that the settings ask for, or those that look as if some particles lacked them.
 
     Whether they do is for the particles to say, at the end (``confirm_parts``).
-
-    Parameters
-    ----------
-    setup, state
-        The run.
-    at_rest
-        Whether this is the start, before any motion is known.
     """
     wanted = setup.settings.occupancy
     if not isinstance(wanted, str):
         masks = segment_masks(setup, wanted)
-        trials = [(mask, _try_part(setup, state, mask)) for mask in masks]
+        trials = [_Trial(*both) for both in zip(masks, _try_parts(setup, state, masks), strict=True)]
         state.occupancy.segments = list(wanted)
     else:
-        trials = _search(setup, state, at_rest)
+        trials = _search(setup, state)
     if not trials:
         return
     labels = torch.zeros_like(state.occupancy.labels)
     values = state.canonical.values.clone()
-    for number, (mask, trial) in enumerate(trials, 1):
-        own = mask & (labels == 0)
+    for number, trial in enumerate(trials, 1):
+        own = trial.mask & (labels == 0)
         labels[own] = number
         # what some lack is weaker in the map of all: a head start
-        values[own.flatten()[setup.operator.voxels.index]] *= max(trial.present, 1.0)
+        values[own.flatten()[setup.operator.voxels.index]] *= max(trial.levels.present, 1.0)
     state.canonical.values = values
-    state.occupancy.take(labels, torch.tensor([trial.share for _, trial in trials], device=setup.device))
+    state.occupancy.take(labels, torch.tensor([trial.levels.share for trial in trials], device=setup.device))
 
 
-def _search(setup: Setup, state: State, at_rest: bool) -> list[tuple[torch.Tensor, TwoLevels]]:
-    """Parts (box, box, box) bool that some particles seem to lack, the clearest first.
-
-    ``at_rest``, where motion is not known yet, those that change the images more than any motion does.
-    """
-    forces = residual_forces(setup, state, _amplitudes(setup))
-    components, edge = setup.ranks.from_first(lambda: leading_components(forces.on_amplitudes()))
-    if at_rest:
-        moving, motion_edge = setup.ranks.from_first(lambda: leading_components(forces.on_motions()))
-        strongest = max((one.eigenvalue for one in moving), default=1.0)
-        logger.info("motions at rest: leading eigenvalue %.2f, noise edge %.2f", strongest, motion_edge)
-        # excesses over the noise, in units of what noise itself may have
-        least = 1 + (edge - 1) * (strongest - 1) / (motion_edge - 1)
-        components = [one for one in components if one.eigenvalue > least]
+def _search(setup: Setup, state: State) -> list[_Trial]:
+    """Parts that some particles seem to lack, the clearest first."""
+    forces = amplitude_forces(setup, state, _amplitudes(setup))
+    components, edge = setup.ranks.from_first(lambda: leading_components(forces))
     leading = " ".join(f"{one.eigenvalue:.2f}" for one in components[:8])
     logger.info("amplitudes of the density: eigenvalues %s above the noise edge of %.2f", leading or "none", edge)
-    found: list[tuple[torch.Tensor, TwoLevels]] = []
+    found: list[_Trial] = []
     taken = torch.zeros(state.occupancy.labels.shape, dtype=torch.bool, device=setup.device)
-    for component in components[:MOST_COMPONENTS]:
-        trial = _part_of_component(setup, state, component.score, taken)
-        if trial is not None and len(found) < MOST_PARTS:
+    scores = [component.score for component in components[:MOST_COMPONENTS]]
+    for first in _cut_and_try(setup, state, scores, taken) if scores else []:
+        trial: _Trial | None = first
+        for _ in range(CUTS - 1):
+            if trial is None or not trial.levels.is_better:
+                break
+            has = trial.levels.probability
+            again = _cut_and_try(setup, state, [(has - has.mean()) / has.std().clamp(min=1e-6)], taken)
+            trial = again[0] if again else None
+        if trial is not None and trial.levels.is_presence and len(found) < MOST_PARTS:
             found.append(trial)
-            taken |= trial[0]
+            taken |= trial.mask
     return found
 
 
@@ -164,49 +166,38 @@ def _amplitudes(setup: Setup) -> torch.Tensor:
     return (factors / factors.std(0)).T.contiguous()
 
 
-def _part_of_component(
-    setup: Setup, state: State, score: torch.Tensor, taken: torch.Tensor
-) -> tuple[torch.Tensor, TwoLevels] | None:
-    """The part that goes with scores (n,) of the searched rows, and who has it; None where it looks like no part."""
-    pixel_size_A, trial = setup.source.pixel_size_A, None
+def _cut_and_try(setup: Setup, state: State, scores: Sequence[torch.Tensor], taken: torch.Tensor) -> list[_Trial]:
+    """The parts that go with ``scores``, each (n,) of the searched rows, and who has them.
+
+    Where a change is spread over the molecule, or its part is ``taken`` already, there is none.
+    """
     density = state.canonical.volume()
     inside = scatter_volume(state.canonical.mask_values, setup.operator.voxels).cpu().numpy() > 0.5
-    for number in range(CUTS):
-        cut = cut_part(component_map(setup, state, score), density, inside, pixel_size_A)
-        if cut is None:
-            logger.info("no part: the change is spread over the molecule")
-            return None
-        mask = torch.as_tensor(cut, device=setup.device) & ~taken
-        if 2 * int(mask.sum()) < int(cut.sum()):
-            return None  # one that is known
-        trial = mask, _try_part(setup, state, mask)
+    masks = []
+    for change in component_maps(setup, state, torch.stack(list(scores))):
+        cut = cut_part(change, density, inside, setup.source.pixel_size_A)
+        mask = None if cut is None else torch.as_tensor(cut, device=setup.device) & ~taken
+        if cut is not None and mask is not None and 2 * int(mask.sum()) > int(cut.sum()):
+            masks.append(mask)
+    if not masks:
+        return []
+    trials = [_Trial(*both) for both in zip(masks, _try_parts(setup, state, masks), strict=True)]
+    for trial in trials:
+        held, levels = density[trial.mask.cpu().numpy()].clip(0).sum() / density.clip(0).sum(), trial.levels
         logger.info(
             "a part of %.1f %% of the mass: there in %.0f %% of the particles, level %.2f elsewhere and %.2f there, "
             "gain %.3f +- %.3f nats",
-            100 * _mass_share(density, cut),
-            100 * trial[1].share,
-            trial[1].absent,
-            trial[1].present,
-            trial[1].gain,
-            trial[1].gain_se,
+            *(100 * held, 100 * levels.share, levels.absent, levels.present, levels.gain, levels.gain_se),
         )
-        has = trial[1].probability
-        if number + 1 < CUTS and float(has.std()) > 0:
-            score = (has - has.mean()) / has.std()
-    return trial if trial is not None and trial[1].is_presence else None
+    return trials
 
 
-def _mass_share(density: np.ndarray, mask: np.ndarray) -> float:
-    return float(density[mask].clip(0).sum() / density.clip(0).sum())
-
-
-def _try_part(setup: Setup, state: State, mask: torch.Tensor) -> TwoLevels:
-    """How the searched rows fall into some that have a part (box, box, box) bool and some that lack it."""
-    rows = searched_rows(setup)
-    tried = Occupancy(mask.to(torch.uint8), torch.full((1,), 0.5, device=setup.device))
-    model = state.moving_map(setup.operator, None, parts=tried)
-    found = part_quadratics(setup, model, state, rows)
-    return two_levels(found, state.junk.probability(setup.rows_on_device(rows)))
+def _try_parts(setup: Setup, state: State, masks: Sequence[torch.Tensor]) -> list[TwoLevels]:
+    """How the searched rows fall into some that have a part (box, box, box) bool and some that lack it, for each."""
+    rows, share = searched_rows(setup), torch.full((len(masks),), 0.5, device=setup.device)
+    model = replace(state.moving_map(setup.operator, None), parts=Parts.of_masks(masks, share, setup.operator))
+    found, weights = part_quadratics(setup, model, state, rows), state.junk.probability(setup.rows_on_device(rows))
+    return [two_levels(found.of_part(number), weights) for number in range(len(masks))]
 
 
 def segment_masks(setup: Setup, wanted: tuple[int, ...]) -> list[torch.Tensor]:

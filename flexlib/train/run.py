@@ -20,7 +20,7 @@ from flexlib.files import atomic_path
 from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
 from flexlib.model.forward import TRAINING, Accuracy
 from flexlib.runtime import tune_process
-from flexlib.train.confirm_parts import confirm_parts
+from flexlib.train.confirm_parts import confirm_parts, parts_at_rest
 from flexlib.train.describe_parts import describe_parts
 from flexlib.train.epoch import run_epoch
 from flexlib.train.finish import final_score, infer_all
@@ -116,6 +116,8 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
     score, rejected = final_score(setup, state)
     if rejected is None:
         settle_shape(setup, state)
+    else:
+        evidence += parts_at_rest(setup, state)
     parts = describe_parts(setup, state, evidence)
     if state.rigid_views.refines_poses:
         take_out_mean_pose(setup, state.rigid_views, state.latents[:, :0], state.all_particles())

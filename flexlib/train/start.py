@@ -98,7 +98,7 @@ def start(setup: Setup) -> State:
     soft = spectral_fields(len(basis), rigid=not views.refines_poses)
     canonical = canonical_map(setup, setup.operator, transfer2, inside_only=True)
     canonical.values = gather_volume(torch.as_tensor(rigid.volume(), device=setup.device), setup.operator.voxels)
-    occupancy = _parts_at_rest(setup, canonical, (rigid.values, views, junk), basis)
+    occupancy = _named_parts(setup, canonical, (rigid.values, views, junk), basis)
     if len(occupancy):
         refine_rigid_map(setup, rigid, (views, junk), occupancy.on(setup.rigid, None))
     forces = _forces(setup, canonical, views, basis[soft], occupancy).weighed(junk.probability().cpu().numpy())
@@ -123,15 +123,12 @@ def start(setup: Setup) -> State:
 
 
 @torch.no_grad()
-def _parts_at_rest(
+def _named_parts(
     setup: Setup, canonical: CanonicalMap, rigid: tuple[torch.Tensor, Views, Junk], basis_A: torch.Tensor
 ) -> Occupancy:
-    """Parts that the settings name, or whose absence changes the images more than any motion; the map takes them over.
-
-    Else motion would be learnt that does as if.
-    """
+    """Parts that the settings name, which the map at rest takes over."""
     occupancy = Occupancy.none(setup.source.box, setup.device)
-    if setup.settings.occupancy == "none":
+    if isinstance(setup.settings.occupancy, str):
         return occupancy
     num, dims, views = len(setup.source), setup.settings.latent_dims, rigid[1]
     flow, drawn = new_flow(setup, basis_A, (num, dims), frame=views.refines_poses)
@@ -140,7 +137,7 @@ def _parts_at_rest(
     still = InitialLatents(torch.zeros_like(drawn), nothing)
     state = new_state(setup, flow, canonical, rigid, spectrum, still)
     state.views = views.copy()
-    find_parts(setup, state, at_rest=True)
+    find_parts(setup, state)
     return state.occupancy
 
 

@@ -77,16 +77,10 @@ class State:
         """Of all rows."""
         return self.particles_of(torch.arange(len(self.latents), device=self.latents.device))
 
-    def moving_map(
-        self,
-        operator: Operator,
-        coarse: CoarseMap | None,
-        flow: AssembledFlow | None = None,
-        parts: Occupancy | None = None,
-    ) -> MovingMap:
-        """Flow and map as they stand (``flow`` if it is assembled already), with the parts that it has or others."""
+    def moving_map(self, operator: Operator, coarse: CoarseMap | None, flow: AssembledFlow | None = None) -> MovingMap:
+        """Flow and map as they stand (``flow`` if it is assembled already), with the parts that particles may lack."""
         flow = self.flow.assembled() if flow is None else flow
-        own = (self.occupancy if parts is None else parts).on(operator, coarse)
+        own = self.occupancy.on(operator, coarse)
         return MovingMap(operator, flow, self.canonical.values, coarse, self.information_ratios, self.views.prior, own)
 
     def parameters(self, rows: torch.Tensor) -> torch.Tensor:
