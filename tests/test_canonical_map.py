@@ -35,7 +35,7 @@ def hits_of(transfer2, num_rows=1000):
 SHELL = np.arange(BOX // 2, dtype=float)
 SPECTRA = {
     "flat": np.ones(BOX // 2),
-    "no background": np.where(SHELL == 0, 1e-7, 1.0),  # an offset of all images: shell 0 is nearly worthless
+    "gradients": np.where(SHELL < 3, 1e-6, 1.0),  # left in the images: the first shells are nearly worthless
     "steep": (1 + SHELL**4) * 1e-4,  # noise whose power falls with the fourth power of the frequency
 }
 
