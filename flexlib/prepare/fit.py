@@ -8,7 +8,7 @@ import numpy as np
 
 _SHELL_SAMPLES = 2000  # Fourier samples wanted for sigma; neighbouring shells are averaged until there are so many
 _DECISIVE_NATS = 10.0  # by which a model with noise levels must be more likely than one without
-_TRIMMED = 0.02  # share of images, half at either end, that do not count when models are compared
+_TRIMMED = 0.02  # share of images, half of it at either end, that do not count when models are compared
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,24 @@ def best_fit(sums: ShellSums, level: np.ndarray, band: np.ndarray) -> Fit:
     plain = Fit(*noise_and_scale(sums, band), len(level))
     if (level == 1).all():
         return replace(plain, noise_varies=True, signal_varies=True)
-    best, most = plain, _likelihood(plain, sums, same) + _DECISIVE_NATS / len(level)
+    models = [(plain, _nats(plain, sums, same))]
     for signal_varies in (True, False):
         scaled = sums.scaled(inverse, same if signal_varies else inverse)
         fit = Fit(*noise_and_scale(scaled, band), len(level), True, signal_varies)
-        likelihood = _likelihood(fit, scaled, level)
-        if likelihood > most:
-            best, most = fit, likelihood
-    return best
+        models.append((fit, _nats(fit, scaled, level) - _DECISIVE_NATS / len(level)))
+    return max(models, key=lambda model: _trimmed_mean(model[1][level != 1]))[0]
 
 
-def _likelihood(fit: Fit, sums: ShellSums, level: np.ndarray) -> float:
-    """Mean log-likelihood, in nats, of images divided by ``level`` (m,), the least and most likely trimmed."""
+def _nats(fit: Fit, sums: ShellSums, level: np.ndarray) -> np.ndarray:
+    """(m,) log-likelihoods, in nats, of images divided by ``level`` (m,), but for a constant."""
     residual = sums.image - 2 * fit.scale * sums.cross + fit.scale**2 * sums.predicted
-    nats = -(sums.pixels * np.log(level[:, None] * fit.sigma)).sum(1) - 0.5 * (residual / fit.sigma**2).sum(1)
-    cut = round(0.5 * _TRIMMED * len(nats))
-    return float(np.sort(nats)[cut : len(nats) - cut].mean())
+    return -(sums.pixels * np.log(level[:, None] * fit.sigma)).sum(1) - 0.5 * (residual / fit.sigma**2).sum(1)
+
+
+def _trimmed_mean(values: np.ndarray) -> float:
+    """Mean of (m,) values without the least and the greatest."""
+    cut = round(0.5 * _TRIMMED * len(values))
+    return float(np.sort(values)[cut : len(values) - cut].mean())
 
 
 def noise_and_scale(sums: ShellSums, band: np.ndarray) -> tuple[np.ndarray, float, float]:
