@@ -22,9 +22,9 @@ from flexlib.particles import read_particles
 from flexlib.particles.latents_write import write_latents_star
 from flexlib.particles.star_write import relion_tables, write_star
 from flexlib.particles.table import OpticsGroup, Particles
+from flexlib.prepare.fit import smooth_power
 from flexlib.prepare.grid import match_grid
 from flexlib.prepare.mask import read_mask
-from flexlib.prepare.fit import smooth_power
 from flexlib.prepare.run import prepare_particles
 from flexlib.prepare.selection import select_particles
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
@@ -434,9 +434,7 @@ def test_broken_pixels_are_reported(dataset, tmp_path, caplog):
     with mrcfile.new(tmp_path / "images.mrcs") as file:
         file.set_data(data)
     (tmp_path / "particles.cs").write_bytes((dataset / "particles.cs").read_bytes())
-    prepare_particles(
-        tmp_path / "particles.cs", dataset / "consensus.mrc", tmp_path / "out", mask=dataset / "mask.mrc"
-    )
+    prepare_particles(tmp_path / "particles.cs", dataset / "consensus.mrc", tmp_path / "out", mask=dataset / "mask.mrc")
     assert "particles.cs: 1 images hold values that are not finite and are left out: row 42" in caplog.text
     assert len(open_training_images(tmp_path / "out")) == COUNT - 1
 

@@ -5,7 +5,6 @@ what it makes of the undisturbed set, but for what the disturbance hides: the im
 """
 
 import csv
-from pathlib import Path
 
 import mrcfile
 import numpy as np

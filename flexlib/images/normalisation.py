@@ -115,5 +115,5 @@ def polynomials(box: int, terms: int, radius_px: float) -> tuple[np.ndarray, np.
     y, x = (plane.ravel() for plane in np.meshgrid(axis, axis, indexing="ij"))
     outside = np.flatnonzero(np.hypot(x, y) > min(radius_px / (box / 2), _MOST_RADIUS))
     powers = np.stack([x**0, x, y, x**2, x * y, y**2][:terms], 1)
-    triangular = np.linalg.qr(powers[outside], mode="r")
+    _, triangular = np.linalg.qr(powers[outside])
     return outside, np.linalg.solve(triangular.T, powers.T).T.astype(np.float32)

@@ -67,8 +67,8 @@ def noise_levels(particles: Particles, facts: ImageFacts) -> np.ndarray:
             logs = np.where(far, logs, 0.0)
             if far.any():
                 log.warning(
-                    "%s: %d images of optics group %s have noise levels far from the others' (by a factor of %.3g to %.3g)"
-                    ": they are scaled to it",
+                    "%s: %d images of optics group %s have noise levels of %.3g to %.3g times the others': they are "
+                    "scaled to one",
                     particles.source_path, far.sum(), particles.optics[group].name,
                     np.exp(logs[far].min()), np.exp(logs[far].max()),
                 )  # fmt: skip

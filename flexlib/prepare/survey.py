@@ -50,10 +50,17 @@ def survey_images(particles: Particles, stacks: Stacks, radius_A: float) -> Imag
         Of the circle about the box centre that holds the particle.
     """
     count = len(particles)
+    grey, level, level_error, peak = np.zeros((4, count))
     facts = ImageFacts(
-        np.zeros(count, bool), np.zeros(count, bool), *(np.zeros(count) for _ in range(4)),
-        np.zeros((count, PARABOLOID)), np.zeros(count, np.uint64),
-    )  # fmt: skip
+        finite=np.zeros(count, bool),
+        varies=np.zeros(count, bool),
+        grey=grey,
+        level=level,
+        level_error=level_error,
+        peak=peak,
+        background=np.zeros((count, PARABOLOID)),
+        digest=np.zeros(count, np.uint64),
+    )
     progress = tqdm(total=count, desc="looking at images", unit="image", disable=None)
     for group, optics in enumerate(particles.optics):
         members = np.flatnonzero(particles.optics_index == group)
@@ -123,4 +130,4 @@ def _winsorise(pixels: np.ndarray, deviations: float) -> None:
 
 
 def _digest(pixels: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
