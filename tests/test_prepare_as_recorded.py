@@ -237,6 +237,37 @@ def test_noise_that_differs_while_the_signal_does_not(clean, undisturbed, tmp_pa
     np.testing.assert_allclose(fit, 1.0, atol=0.04)
 
 
+@pytest.mark.parametrize("how", ["stack", "images"])
+def test_contrast_that_differs_within_an_optics_group(clean, undisturbed, tmp_path, caplog, how):
+    """A fifth of the images inverted: in a stack of their own, or anywhere; told, and turned."""
+    images = stored(clean)
+    dark = np.arange(COUNT) < COUNT // 5 if how == "stack" else np.arange(COUNT) % 5 == 2
+    images[dark] *= -1
+    (tmp_path / "in").mkdir()
+    blocks = starfile.read(clean / "particles.star")
+    if how == "stack":
+        names = blocks["particles"]["rlnImageName"]
+        blocks["particles"]["rlnImageName"] = [
+            name.replace("particles.mrcs", "dark.mrcs") if is_dark else name
+            for name, is_dark in zip(names, dark, strict=True)
+        ]
+        with mrcfile.new(tmp_path / "in/dark.mrcs") as file:
+            file.set_data(images[dark])
+            file.set_image_stack()
+    with mrcfile.new(tmp_path / "in/particles.mrcs") as file:
+        file.set_data(images)
+        file.set_image_stack()
+    starfile.write(blocks, tmp_path / "in/particles.star")
+    folder = prepare_star(clean, tmp_path / "in/particles.star", tmp_path / "out")
+    assert f"{COUNT // 5} of {COUNT} images of optics group opticsGroup1, in 1 stacks, have the opposite" in caplog.text
+    table = starfile.read(folder / "particles.star")["particles"]
+    np.testing.assert_array_equal(table["flexInputSign"].to_numpy() < 0, dark)
+    for open_images in (open_training_images, open_full_images):
+        before, after = (open_images(path).batch(np.arange(COUNT)) for path in (undisturbed, folder))
+        torch.testing.assert_close(after.images, before.images)
+        torch.testing.assert_close(after.transfer, before.transfer)
+
+
 def left_out_rows(folder):
     with (folder / "left_out.csv").open() as file:
         return {int(row["input_row"]): (row["image"], row["reason"]) for row in csv.DictReader(file)}

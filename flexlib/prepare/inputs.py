@@ -16,9 +16,10 @@ from flexlib.imaging.maps import Map, read_map
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.particles.read import read_particles
 from flexlib.particles.table import Particles
+from flexlib.prepare.contrast import invert_dark_contrast
 from flexlib.prepare.grid import choose_boxes, common_grid, match_grid
 from flexlib.prepare.mask import consensus_mask, mask_reach_A, read_mask
-from flexlib.prepare.noise import draw_samples, invert_dark_contrast, measure_noise
+from flexlib.prepare.noise import draw_samples, measure_noise
 from flexlib.prepare.screening import LeftOut, screen_images
 from flexlib.prepare.selection import select_particles
 from flexlib.prepare.symmetry import check_symmetry

@@ -23,6 +23,7 @@ from flexlib.images.stack import Stacks
 from flexlib.imaging.fourier import shell_radius, shell_sums
 from flexlib.model.forward import STATISTICS, Operator
 from flexlib.particles.table import Particles
+from flexlib.prepare.contrast import contrast_signs
 from flexlib.prepare.fit import Fit, ShellSums, best_fit
 from flexlib.projection.op import gather_volume
 from flexlib.tetra.tetmesh import single_cell_mesh
@@ -89,9 +90,13 @@ def measure_noise(
         return compare_with_consensus(source, density, mask, rows)
 
     normalisation, sums = _with_background(proposed, compared, group_of_row, large)
+    band = _scale_band(box, pixel_size_A)
+    source = FullImages(stacks, particles, box, pixel_size_A, unknown, normalisation)
+    sign = contrast_signs(particles, rows, sums, band, lambda some: compare_with_consensus(source, density, mask, some))
+    particles = replace(particles, contrast_sign=particles.contrast_sign * sign)
+    sums = sums.scaled(sign[rows], np.ones(len(rows)))
     sigma, image_scale = np.empty((groups, box // 2)), np.empty(groups)
     particle_scale, level = np.ones(len(particles)), proposed.level.copy()
-    band = _scale_band(box, pixel_size_A)
     for group in range(groups):
         members = group_of_row == (group if large[group] else -1)
         found = best_fit(sums.subset(members), proposed.level[rows[members]], band)
@@ -254,25 +259,3 @@ def _scale_band(box: int, pixel_size_A: float) -> np.ndarray:
     """(shells,) bool: shells used for the scale; the mean and the first shell depend on background subtraction."""
     shells = np.arange(box // 2)
     return (shells >= 2) & (shells <= max(box * pixel_size_A / _BAND_A, box / 4))
-
-
-def invert_dark_contrast(particles: Particles, image_scale: np.ndarray) -> tuple[Particles, np.ndarray]:
-    """Invert the contrast of optics groups whose scale (groups,) is negative: dark where others are white.
-
-    Returns
-    -------
-    particles
-        The same, their ``contrast_sign`` right.
-    image_scale
-        (groups,) all positive.
-    """
-    dark = image_scale < 0
-    if dark.any():
-        names = ", ".join(group.name for group, is_dark in zip(particles.optics, dark, strict=True) if is_dark)
-        log.warning(
-            "%s: images of optics group %s correlate negatively with the consensus: they are inverted",
-            particles.source_path, names,
-        )  # fmt: skip
-        sign = np.where(dark, -1.0, 1.0)[particles.optics_index]
-        particles = replace(particles, contrast_sign=particles.contrast_sign * sign)
-    return particles, np.abs(image_scale)
