@@ -5,6 +5,7 @@ what it makes of the undisturbed set, but for what the disturbance hides: the im
 """
 
 import csv
+from dataclasses import replace
 
 import mrcfile
 import numpy as np
@@ -21,7 +22,9 @@ from flexlib.imaging.fourier import shell_sums
 from flexlib.imaging.image_transforms import centred_rfft2
 from flexlib.imaging.maps import read_map
 from flexlib.layout import ParticlesFolder
+from flexlib.particles import read_particles
 from flexlib.particles.latents_write import write_latents_star
+from flexlib.particles.plausible import implausible_values
 from flexlib.prepare.run import prepare_particles
 from flexlib.prepare.screening import first_twins
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
@@ -379,3 +382,24 @@ def test_rows_of_one_image_are_twins_in_one_pose_only():
     assert first_twins(rotation, digest, usable, group).tolist() == [-1, 0, 0, -1, 0]
     usable[0] = False
     assert first_twins(rotation, digest, usable, none).tolist() == [-1, -1, -1, -1, 1]
+
+
+IMPLAUSIBLE = {
+    "defocus in nm": ({"defocus_u_A": 0.1, "defocus_v_A": 0.1}, {}, "defocus, A: a median of 1"),
+    "defocus in um": ({"defocus_u_A": 1e-4, "defocus_v_A": 1e-4}, {}, "defocus, A: 0.8"),
+    "overfocus": ({"defocus_u_A": -1.0, "defocus_v_A": -1.0}, {}, "defocus, A: -2"),
+    "voltage in V": ({}, {"voltage_kV": 3e5}, "voltage, kV: 300000 to 300000 is unusual"),
+    "aberration in um": ({}, {"spherical_aberration_mm": 2700.0}, "spherical aberration, mm: 2700 to 2700 is unusual"),
+    "contrast in percent": ({}, {"amplitude_contrast": 7.0}, "amplitude contrast: 7 to 7 is unusual"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPLAUSIBLE)
+def test_implausible_values_are_told(clean, kind):
+    factors, changes, start = IMPLAUSIBLE[kind]
+    particles = read_particles(clean / "particles.star")
+    assert implausible_values(particles) == []
+    optics = tuple(replace(group, **changes) for group in particles.optics)
+    scaled = {name: factor * getattr(particles, name) for name, factor in factors.items()}
+    (sentence,) = implausible_values(replace(particles, optics=optics, **scaled))
+    assert sentence.startswith(start)

@@ -19,6 +19,7 @@ from flexlib.images.sources import FullImages, resampled_optics
 from flexlib.imaging.fsc import frequencies_1_per_A
 from flexlib.imaging.maps import Map
 from flexlib.layout import ParticlesFolder
+from flexlib.particles.plausible import implausible_values
 from flexlib.prepare.grid import log_groups
 from flexlib.prepare.inputs import InputFiles, calibrate, check_inputs
 from flexlib.prepare.writing import write_maps, write_particles, write_training_stack
@@ -76,6 +77,8 @@ def _prepare(
     full_box, pixel_size_A = inputs.full_box, inputs.pixel_size_A
     crop_box, train_box = inputs.crop_box, inputs.train_box
     log_groups(inputs.kept, full_box, pixel_size_A)
+    for sentence in implausible_values(inputs.kept):
+        log.warning("%s: %s", files.particles, sentence)
 
     found = calibrate(inputs)
     kept, measured = found.kept, found.calibration
