@@ -85,14 +85,13 @@ def measure_noise(
     large = np.array([len(sample) >= _MIN_SAMPLE for sample in samples])
     group_of_row = np.where(large, np.arange(groups), -1)[particles.optics_index[rows]]
 
-    def compared(normalisation: Normalisation) -> ShellSums:
+    def compared(normalisation: Normalisation, some: np.ndarray = rows) -> ShellSums:
         source = FullImages(stacks, particles, box, pixel_size_A, unknown, normalisation)
-        return compare_with_consensus(source, density, mask, rows)
+        return compare_with_consensus(source, density, mask, some)
 
     normalisation, sums = _with_background(proposed, compared, group_of_row, large)
     band = _scale_band(box, pixel_size_A)
-    source = FullImages(stacks, particles, box, pixel_size_A, unknown, normalisation)
-    sign = contrast_signs(particles, rows, sums, band, lambda some: compare_with_consensus(source, density, mask, some))
+    sign = contrast_signs(particles, rows, sums, band, lambda some: compared(normalisation, some))
     particles = replace(particles, contrast_sign=particles.contrast_sign * sign)
     sums = sums.scaled(sign[rows], np.ones(len(rows)))
     sigma, image_scale = np.empty((groups, box // 2)), np.empty(groups)
@@ -108,11 +107,17 @@ def measure_noise(
         level[own] = proposed.level[own] if found.noise_varies else 1.0
         particle_scale[own] = 1 / level[own] if found.noise_varies and not found.signal_varies else 1.0
         _log_odd_aberrations(particles, group, sums.subset(particles.optics_index[rows] == group), found)
-    if (particle_scale != 1).any():
-        given = 1.0 if particles.particle_scale is None else particles.particle_scale
-        particles = replace(particles, particle_scale=given * particle_scale)
+    particles = _with_scale(particles, particle_scale)
     calibration = replace(unknown, image_scale=image_scale, sigma=sigma)
     return Measured(particles, calibration, replace(normalisation, level=level))
+
+
+def _with_scale(particles: Particles, factor: np.ndarray) -> Particles:
+    """The particles with their scale multiplied by ``factor`` (n,); as they are where that is 1."""
+    if (factor == 1).all():
+        return particles
+    given = 1.0 if particles.particle_scale is None else particles.particle_scale
+    return replace(particles, particle_scale=factor * given)
 
 
 def _with_background(
