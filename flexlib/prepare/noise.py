@@ -78,9 +78,8 @@ def measure_noise(
         The images show no trace of the consensus.
     """  # fmt: skip
     box, pixel_size_A = grid
-    samples = draw_samples(particles)
+    samples, groups = draw_samples(particles), len(particles.optics)
     rows = np.concatenate(samples)
-    groups = len(particles.optics)
     unknown = Calibration(np.ones(groups), np.ones((groups, box // 2)), box, pixel_size_A)
     large = np.array([len(sample) >= _MIN_SAMPLE for sample in samples])
     group_of_row = np.where(large, np.arange(groups), -1)[particles.optics_index[rows]]
@@ -97,13 +96,12 @@ def measure_noise(
     sigma, image_scale = np.empty((groups, box // 2)), np.empty(groups)
     particle_scale, level = np.ones(len(particles)), proposed.level.copy()
     for group in range(groups):
-        members = group_of_row == (group if large[group] else -1)
+        own, members = particles.optics_index == group, group_of_row == (group if large[group] else -1)
         found = best_fit(sums.subset(members), proposed.level[rows[members]], band)
         _check_scale(particles, group, found)
-        if found.noise_varies and (proposed.level[particles.optics_index == group] != 1).any():
+        if found.noise_varies and (proposed.level[own] != 1).any():
             _log_levels(particles.optics[group].name, found)
         sigma[group], image_scale[group] = found.sigma, found.scale
-        own = particles.optics_index == group
         level[own] = proposed.level[own] if found.noise_varies else 1.0
         particle_scale[own] = 1 / level[own] if found.noise_varies and not found.signal_varies else 1.0
         _log_odd_aberrations(particles, group, sums.subset(particles.optics_index[rows] == group), found)
