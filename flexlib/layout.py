@@ -64,6 +64,11 @@ class ParticlesFolder(Folder):
         return self.path / "noise.csv"
 
     @property
+    def left_out(self) -> Path:
+        """The images that are not used, and why."""
+        return self.path / "left_out.csv"
+
+    @property
     def record(self) -> Path:
         """``records.PreparedRecord``."""
         return self.path / "prepared.json"

@@ -63,6 +63,7 @@ class OpticsRecord:
     ctf_applied: str  # "" for nothing; see ``particles.table.OpticsGroup``
     side_px: int  # of the real-space crop, in the group's own pixels
     image_scale: float  # what one voxel of the consensus is worth in the images
+    background_terms: int = 0  # polynomials of the background that is subtracted: see ``images.normalisation``
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,9 @@ class PreparedRecord(Record):
     settings: dict[str, Any] = field(default_factory=dict)  # ``prepare:``
     mask_settings: dict[str, Any] = field(default_factory=dict)  # what of ``mesh:`` made the mask
     mask_share: float | None = None  # of the training box's voxels, those where the mask is above 0
+    background_radius_A: float = 0.0  # of the circle outside which backgrounds are fitted
+    left_out: dict[str, int] = field(default_factory=dict)  # images that cannot be used: how many for each reason
+    num_repaired: int = 0  # images of which a few extreme pixels are replaced
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:

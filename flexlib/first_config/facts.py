@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from flexlib.particles.plausible import implausible_values
 from flexlib.particles.table import Particles
 
 FEW_PARTICLES = 5000
@@ -16,15 +17,6 @@ _MIN_COVERAGE, _MIN_VIEWS = 0.5, 500  # of fewer views chance alone makes an une
 _COVERAGE_SAMPLE, _COVERAGE_DIRECTIONS, _COVERAGE_BAND = 5000, 400, 0.1
 _DIGITS = np.array([1, 2048, 2048**2])  # that make one number of three from 0 to 2000
 _ZERO_SHARE = 0.01  # share of poses of exactly zero above which a line says so
-
-# Outside these, a value is most likely in another unit or column
-_PLAUSIBLE = {
-    "defocus, A": (500.0, 80_000.0),
-    "voltage, kV": (60.0, 400.0),
-    "spherical aberration, mm": (0.0, 8.0),
-    "amplitude contrast": (0.0, 0.5),
-    "pixel size, A": (0.2, 20.0),
-}
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,7 @@ class ParticleFacts:
     num_zero_poses: int  # rotations that are exactly the identity
     no_shifts: bool
     coverage: float  # see ``view_coverage``
+    implausible: tuple[str, ...]  # sentences: see ``particles.plausible``
 
 
 def particle_facts(particles: Particles) -> ParticleFacts:
@@ -71,6 +64,7 @@ def particle_facts(particles: Particles) -> ParticleFacts:
         num_zero_poses=int((np.abs(particles.rotation - np.eye(3)).max((1, 2)) < 1e-9).sum()),
         no_shifts=not particles.origin_A.any(),
         coverage=view_coverage(directions),
+        implausible=tuple(implausible_values(particles)),
     )
 
 
@@ -113,7 +107,7 @@ def particle_warnings(facts: ParticleFacts) -> list[str]:
         warnings.append(f"half-sets are uneven, {first:,} and {second:,} particles: prepare.resplit draws new ones")
     if facts.num_images < count:
         warnings.append(_repeated(count, facts.num_images))
-    return warnings + _pose_warnings(facts) + _range_warnings(facts)
+    return warnings + _pose_warnings(facts) + list(facts.implausible)
 
 
 def _repeated(count: int, images: int) -> str:
@@ -141,18 +135,3 @@ def _pose_warnings(facts: ParticleFacts) -> list[str]:
     if facts.no_shifts:
         warnings.append("all shifts are exactly zero: were they lost, or the particles never refined?")
     return warnings
-
-
-def _range_warnings(facts: ParticleFacts) -> list[str]:
-    found = {
-        "defocus, A": facts.defocus_A,
-        "voltage, kV": facts.voltage_kV,
-        "spherical aberration, mm": facts.spherical_aberration_mm,
-        "amplitude contrast": facts.amplitude_contrast,
-        "pixel size, A": facts.pixel_size_A,
-    }
-    return [
-        f"{name}: {low:g} to {high:g} is unusual: another unit or column?"
-        for name, (low, high) in found.items()
-        if low < _PLAUSIBLE[name][0] or high > _PLAUSIBLE[name][1]
-    ]

@@ -19,7 +19,7 @@ from flexlib.first_config.proposals import Cells, TrainBox, propose_cells, propo
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.layout import RunFolder
 from flexlib.particles.read import read_particles
-from flexlib.prepare.inputs import CheckedInputs, InputFiles, calibrate, check_inputs
+from flexlib.prepare.inputs import CheckedInputs, InputFiles, calibrate, check_inputs, sample_of
 from flexlib.prepare.symmetry import check_symmetry
 from flexlib.workflow_support.checks import check_maps
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
@@ -77,7 +77,7 @@ def survey(request: Request) -> Survey:
         molecule = look_at_mask(inputs.density, inputs.pixel_size_A, users, MaskSettings(), made)
         inputs = replace(inputs, soft_mask=molecule.mask)
         if request.compare_images:
-            calibrate(inputs)
+            calibrate(sample_of(inputs))
         half_maps, problem = _half_maps(request, inputs)
     facts = particle_facts(inputs.everything)
     symmetry, source, doubt = _symmetry(files, inputs, facts)

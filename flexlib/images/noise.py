@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from flexlib.files import atomic_path
+from flexlib.imaging.fourier import shell_means
+from flexlib.imaging.image_transforms import plane_radius
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,40 @@ class Calibration:
     sigma: np.ndarray  # (groups, full_box//2) noise standard deviation by shell of the full box's orthonormal FFT
     full_box: int
     full_pixel_size_A: float
+
+
+def sigma_at(shell: np.ndarray, sigma: np.ndarray, full_box: int) -> np.ndarray:
+    """The noise between shells, by interpolation of its logarithm at the mean |k| of each shell's pixels.
+
+    Shell 0, the image's mean, tells of no other frequency: a grey level that varies from image to image is in it alone.
+
+    Parameters
+    ----------
+    shell
+        (...,) |k| in shells of the full box; those below a half are shell 0.
+    sigma
+        (groups, shells) noise of each shell.
+    full_box
+        Side of the images it was measured on.
+
+    Returns
+    -------
+    sigma
+        (groups, ...).
+    """
+    centre = _mean_radius(full_box)[1:]
+    lines = []
+    for line in np.log(sigma):
+        slope = (line[2] - line[1]) / (centre[1] - centre[0])
+        between = np.interp(shell, centre, line[1:]) + slope * np.minimum(shell - centre[0], 0.0)
+        lines.append(np.exp(np.where(shell < 0.5, line[0], between)))
+    return np.stack(lines)
+
+
+@lru_cache(maxsize=8)
+def _mean_radius(box: int) -> np.ndarray:
+    """(shells,) mean |k| of the pixels of each shell."""
+    return shell_means(plane_radius(box).numpy(), 2, rim=True)
 
 
 def write_noise(path: str | Path, sigma: np.ndarray, frequency_1_per_A: np.ndarray) -> None:

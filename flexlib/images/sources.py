@@ -18,7 +18,8 @@ import torch
 from flexlib.errors import InputError
 from flexlib.images.batch import ImageBatch, to_device
 from flexlib.images.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
-from flexlib.images.noise import Calibration, read_noise
+from flexlib.images.noise import Calibration, read_noise, sigma_at
+from flexlib.images.normalisation import Normalisation
 from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
 from flexlib.imaging.image_transforms import centred_rfft2, fourier_resample, plane_radius
 from flexlib.layout import ParticlesFolder
@@ -102,7 +103,7 @@ class PreparedImages:
         full_extent_A = self._calibration.full_box * self._calibration.full_pixel_size_A
         radius = plane_radius(self.box).numpy()
         shell = radius * full_extent_A / (self.box * self.pixel_size_A)
-        sigma = np.stack([np.interp(shell, np.arange(len(line)), line) for line in self._calibration.sigma])
+        sigma = sigma_at(shell, self._calibration.sigma, self._calibration.full_box)
         inside = radius < self._band_px[:, None, None] / 2
         return torch.as_tensor(inside / sigma, dtype=torch.float32, device=device)
 
@@ -171,9 +172,14 @@ class FullImages(PreparedImages):
         box: int,
         pixel_size_A: float,
         calibration: Calibration,
+        normalisation: Normalisation | None = None,
     ) -> None:
-        """``particles`` with their original optics groups, ``box`` and ``pixel_size_A`` as wanted."""
+        """``particles`` with their original optics groups, ``box`` and ``pixel_size_A`` as wanted.
+
+        ``normalisation`` of the images as they are stored; None where nothing is to be done to them.
+        """
         self._stacks = stacks
+        self._normalisation = normalisation or Normalisation.none(len(particles.optics), len(particles))
         self._original = without_odd_aberrations(particles)
         self.sides_px = crop_sides(particles.optics, box, pixel_size_A)
         resampled = replace(particles, optics=resampled_optics(particles.optics, self.sides_px, box))
@@ -207,10 +213,7 @@ class FullImages(PreparedImages):
         group_of_row = self._original.optics_index[rows]
         for group in np.unique(group_of_row):
             members = np.flatnonzero(group_of_row == group)
-            applied = self._original.optics[group].ctf_applied
-            images[members] = self._as_recorded(rows[members], side) if applied else self._stacks.read(
-                self._original, rows[members], side
-            )  # fmt: skip
+            images[members] = self._read_group(rows[members], int(group), side)
         if not np.isfinite(images).all():
             bad = int(rows[np.argmax(~np.isfinite(images).all((1, 2)))])
             column = self.particles.extra.get("image_column", "rlnImageName")
@@ -222,14 +225,18 @@ class FullImages(PreparedImages):
         sign = to_device(self.particles.contrast_sign[rows].astype(np.float32), device)
         return to_device(images, device) * sign[:, None, None]
 
-    def _as_recorded(self, rows: np.ndarray, side: int) -> np.ndarray:
-        """(b, side, side) images of one optics group, freed of the CTF that was applied to the whole box."""
-        group = self._original.optics[self._original.optics_index[rows[0]]]
-        images = torch.from_numpy(self._stacks.read(self._original, rows))
-        undo = undo_applied_ctf(ctf_images(self._original, rows, group.box), group.ctf_applied)
-        whole = torch.fft.irfft2(torch.fft.rfft2(images) * undo, s=(group.box, group.box)).numpy()
-        start = group.box // 2 - side // 2
-        return whole[:, start : start + side, start : start + side]
+    def _read_group(self, rows: np.ndarray, group: int, side: int) -> np.ndarray:
+        """(b, side, side) normalised images of one optics group, freed of a CTF that was applied to the whole box."""
+        optics, normalisation = self._original.optics[group], self._normalisation
+        whole = bool(optics.ctf_applied) or normalisation.needs_whole_images(group)
+        images = self._stacks.read(self._original, rows, None if whole else side)
+        images = normalisation.apply(images, rows, group, optics.pixel_size_A)
+        if optics.ctf_applied:
+            undo = undo_applied_ctf(ctf_images(self._original, rows, optics.box), optics.ctf_applied)
+            spectra = torch.fft.rfft2(torch.from_numpy(images)) * undo
+            images = torch.fft.irfft2(spectra, s=(optics.box, optics.box)).numpy()
+        start = images.shape[-1] // 2 - side // 2
+        return images[:, start : start + side, start : start + side]
 
 
 def crop_sides(optics: tuple[OpticsGroup, ...], box: int, pixel_size_A: float) -> np.ndarray:
@@ -318,12 +325,14 @@ def open_full_images(particles_dir: str | Path) -> FullImages:
         extra={"image_column": "flexImageName"},
     )
     stacks, particles = open_stacks(particles)
+    terms = np.array([group.background_terms for group in record.optics_groups])
     return FullImages(
         stacks,
         particles,
         box=record.crop_box,
         pixel_size_A=record.full_pixel_size_A,
         calibration=_calibration(folder, record),
+        normalisation=Normalisation.from_columns(table, terms, record.background_radius_A),
     )
 
 

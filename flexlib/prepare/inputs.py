@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 
 from flexlib.images.noise import Calibration
+from flexlib.images.normalisation import Normalisation
 from flexlib.images.stack import Stacks, open_stacks
 from flexlib.imaging.maps import Map, read_map
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.particles.read import read_particles
 from flexlib.particles.table import Particles
+from flexlib.prepare.contrast import invert_dark_contrast
 from flexlib.prepare.grid import choose_boxes, common_grid, match_grid
-from flexlib.prepare.mask import consensus_mask, read_mask
-from flexlib.prepare.noise import invert_dark_contrast, measure_noise
+from flexlib.prepare.mask import consensus_mask, mask_reach_A, read_mask
+from flexlib.prepare.noise import draw_samples, measure_noise
+from flexlib.prepare.screening import LeftOut, screen_images
 from flexlib.prepare.selection import select_particles
 from flexlib.prepare.symmetry import check_symmetry
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
@@ -103,24 +106,36 @@ def check_inputs(files: InputFiles, settings: PrepareSettings, mask_settings: Ma
     )
 
 
-def calibrate(inputs: CheckedInputs) -> tuple[Particles, Calibration]:
-    """Compare a sample of the images with the consensus: noise and scale of each optics group.
+@dataclass(frozen=True)
+class Calibrated:
+    """The particles that are used, and how their images are read."""
 
-    Returns
-    -------
-    kept
-        The particles, the contrast of dark optics groups turned.
-    calibration
-        Its ``image_scale`` all positive.
+    kept: Particles  # the contrast of dark optics groups turned
+    calibration: Calibration  # its ``image_scale`` all positive
+    normalisation: Normalisation
+    left_out: LeftOut
+    num_repaired: int  # images of which a few extreme pixels are replaced
+
+
+def calibrate(inputs: CheckedInputs) -> Calibrated:
+    """Look at all images, leave out those that cannot be used, and compare a sample with the consensus.
 
     Raises
     ------
     InputError
-        The images show no trace of the consensus, or hold values that are not finite.
+        The images show no trace of the consensus, or nearly all are bad.
     """
-    soft_mask = inputs.soft_mask
+    soft_mask, pixel_size_A = inputs.soft_mask, inputs.pixel_size_A
+    screened = screen_images(inputs.kept, inputs.stacks, mask_reach_A(soft_mask, pixel_size_A), inputs.rotations)
     measured = measure_noise(
-        inputs.kept, inputs.stacks, inputs.full_box, inputs.pixel_size_A, inputs.density * soft_mask, soft_mask > 0
-    )
-    kept, image_scale = invert_dark_contrast(inputs.kept, measured.image_scale)
-    return kept, replace(measured, image_scale=image_scale)
+        screened.kept, inputs.stacks, (inputs.full_box, pixel_size_A),
+        inputs.density * soft_mask, soft_mask > 0, screened.normalisation,
+    )  # fmt: skip
+    kept, image_scale = invert_dark_contrast(measured.particles, measured.calibration.image_scale)
+    calibration = replace(measured.calibration, image_scale=image_scale)
+    return Calibrated(kept, calibration, measured.normalisation, screened.left_out, screened.num_repaired)
+
+
+def sample_of(inputs: CheckedInputs) -> CheckedInputs:
+    """The same with those particles only that noise and scale are measured on."""
+    return replace(inputs, kept=inputs.kept.subset(np.sort(np.concatenate(draw_samples(inputs.kept)))))

@@ -55,6 +55,13 @@ def read_mask(path: str | Path, box: int, pixel_size_A: float) -> np.ndarray:
     return data
 
 
+def mask_reach_A(mask: np.ndarray, pixel_size_A: float) -> float:
+    """Radius of the circle about the box centre that the inside of an (N, N, N) mask fits in, in any view."""
+    axis = np.arange(len(mask)) - len(mask) // 2
+    square = axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2
+    return float(np.sqrt(square[mask > 0.5 * mask.max()].max())) * pixel_size_A
+
+
 def consensus_mask(density: np.ndarray, pixel_size_A: float, settings: MaskSettings) -> np.ndarray:
     """(N, N, N) float32 soft mask of the consensus (N, N, N): see ``imaging.masks.make_mask``."""
     mask = make_mask(density, pixel_size_A, settings.lowpass_A, settings.threshold, settings.dilate_A, settings.pad_A)

@@ -7,8 +7,8 @@ noise power <X,X> - 2 s <X,P> + s^2 <P,P>.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,11 +17,14 @@ from tqdm import tqdm
 
 from flexlib.errors import InputError
 from flexlib.images.noise import Calibration
+from flexlib.images.normalisation import Normalisation
 from flexlib.images.sources import FullImages
 from flexlib.images.stack import Stacks
 from flexlib.imaging.fourier import shell_radius, shell_sums
 from flexlib.model.forward import STATISTICS, Operator
 from flexlib.particles.table import Particles
+from flexlib.prepare.contrast import contrast_signs
+from flexlib.prepare.fit import Fit, ShellSums, best_fit
 from flexlib.projection.op import gather_volume
 from flexlib.tetra.tetmesh import single_cell_mesh
 
@@ -31,63 +34,161 @@ CHUNK_PIXELS = 2**23  # of the images that are in memory at a time
 _SEED = 0
 _SAMPLE = 1000  # images per optics group that noise and scale are measured on
 _MIN_SAMPLE = 50  # smaller groups are measured together
-_SHELL_SAMPLES = 2000  # Fourier samples wanted for sigma; neighbouring shells are averaged until there are so many
 _BAND_A = 8.0  # scale is measured on frequencies up to 1/8 A, and half of Nyquist at least
 _MIN_SIGNIFICANCE = 4.0  # standard errors by which the scale must exceed 0
 _DECISIVE_NATS = 10.0
+_BACKGROUND_SHELLS = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the images say against the consensus."""
+
+    particles: Particles  # their scale divided by the noise level where only the noise varies from image to image
+    calibration: Calibration  # scales are negative where contrast is inverted
+    normalisation: Normalisation  # what of the proposed one the images bear out
 
 
 def measure_noise(
-    particles: Particles, stacks: Stacks, box: int, pixel_size_A: float, density: np.ndarray, mask: np.ndarray
-) -> Calibration:
-    """Noise spectrum and scale of each optics group, the latter negative where contrast is inverted.
+    particles: Particles,
+    stacks: Stacks,
+    grid: tuple[int, float],
+    density: np.ndarray,
+    mask: np.ndarray,
+    proposed: Normalisation,
+) -> Measured:
+    """Noise spectrum and scale of each optics group, and which background and noise levels explain its images best.
 
     Parameters
     ----------
     particles, stacks
         The images.
-    box, pixel_size_A
-        Their common grid.
+    grid
+        Box and pixel size in Angstrom of their common grid.
     density
         (box, box, box) consensus times soft mask on that grid.
     mask
         (box, box, box) bool.
+    proposed
+        Backgrounds and noise levels as the images alone suggest them.
 
     Raises
     ------
     InputError
         The images show no trace of the consensus.
-    """
-    samples = _draw_samples(particles)
+    """  # fmt: skip
+    box, pixel_size_A = grid
+    samples, groups = draw_samples(particles), len(particles.optics)
     rows = np.concatenate(samples)
-    groups = len(particles.optics)
     unknown = Calibration(np.ones(groups), np.ones((groups, box // 2)), box, pixel_size_A)
-    source = FullImages(stacks, particles, box=box, pixel_size_A=pixel_size_A, calibration=unknown)
-    sums = compare_with_consensus(source, density, mask, rows)
-    group_of_row = particles.optics_index[rows]
     large = np.array([len(sample) >= _MIN_SAMPLE for sample in samples])
-    sigma, image_scale = np.empty((groups, box // 2)), np.empty(groups)
+    group_of_row = np.where(large, np.arange(groups), -1)[particles.optics_index[rows]]
+
+    def compared(normalisation: Normalisation, some: np.ndarray = rows) -> ShellSums:
+        source = FullImages(stacks, particles, box, pixel_size_A, unknown, normalisation)
+        return compare_with_consensus(source, density, mask, some)
+
+    normalisation, sums = _with_background(proposed, compared, group_of_row, large)
     band = _scale_band(box, pixel_size_A)
-    for group, optics in enumerate(particles.optics):
-        members = group_of_row == group if large[group] else ~large[group_of_row]
-        sigma[group], image_scale[group], error = noise_and_scale(sums.subset(members), band)
-        log.info(
-            "optics group %s: image scale %.4g +- %.2g, noise sigma %.4g (low shells) to %.4g (high), from %d images",
-            optics.name, image_scale[group], error, sigma[group, 1], sigma[group, -1], members.sum(),
-        )  # fmt: skip
-        if abs(image_scale[group]) < _MIN_SIGNIFICANCE * error:
-            raise InputError(
-                f"{particles.source_path}: the images of optics group {optics.name} do not match projections of the "
-                f"consensus (scale {image_scale[group]:.3g} +- {error:.2g}): other map, poses or half of the images?"
-            )
-        if any(optics.beam_tilt_mrad) or any(optics.odd_zernike):
-            own = sums.subset(group_of_row == group)
-            nats = image_scale[group] * float(((own.cross - own.reversed).sum(0) / sigma[group] ** 2).sum())
-            _log_odd_aberrations(particles, group, nats)
-    return replace(unknown, image_scale=image_scale, sigma=sigma)
+    sign = contrast_signs(particles, rows, sums, band, lambda some: compared(normalisation, some))
+    particles = replace(particles, contrast_sign=particles.contrast_sign * sign)
+    sums = sums.scaled(sign[rows], np.ones(len(rows)))
+    sigma, image_scale = np.empty((groups, box // 2)), np.empty(groups)
+    particle_scale, level = np.ones(len(particles)), proposed.level.copy()
+    for group in range(groups):
+        own, members = particles.optics_index == group, group_of_row == (group if large[group] else -1)
+        found = best_fit(sums.subset(members), proposed.level[rows[members]], band)
+        _check_scale(particles, group, found)
+        if found.noise_varies and (proposed.level[own] != 1).any():
+            _log_levels(particles.optics[group].name, found)
+        sigma[group], image_scale[group] = found.sigma, found.scale
+        level[own] = proposed.level[own] if found.noise_varies else 1.0
+        particle_scale[own] = 1 / level[own] if found.noise_varies and not found.signal_varies else 1.0
+        _log_odd_aberrations(particles, group, sums.subset(particles.optics_index[rows] == group), found)
+    particles = _with_scale(particles, particle_scale)
+    calibration = replace(unknown, image_scale=image_scale, sigma=sigma)
+    return Measured(particles, calibration, replace(normalisation, level=level))
 
 
-def _draw_samples(particles: Particles) -> list[np.ndarray]:
+def _with_scale(particles: Particles, factor: np.ndarray) -> Particles:
+    """The particles with their scale multiplied by ``factor`` (n,); as they are where that is 1."""
+    if (factor == 1).all():
+        return particles
+    given = 1.0 if particles.particle_scale is None else particles.particle_scale
+    return replace(particles, particle_scale=factor * given)
+
+
+def _with_background(
+    proposed: Normalisation,
+    compared: Callable[[Normalisation], ShellSums],
+    group_of_row: np.ndarray,
+    large: np.ndarray,
+) -> tuple[Normalisation, ShellSums]:
+    """Take out the proposed background where that leaves less in the lowest shells than the consensus alone does.
+
+    A strong signal that reaches beyond the circle may look like a background.
+
+    Parameters
+    ----------
+    proposed
+        Backgrounds of the optics groups.
+    compared
+        What compares the sample's images with the consensus.
+    group_of_row
+        (m,) optics group of the sample's images, -1 where groups are measured together.
+    large
+        (groups,) bool: those measured by themselves.
+
+    Returns
+    -------
+    normalisation
+        With the backgrounds that are kept, all levels 1.
+    sums
+        Of the images without them.
+    """
+    plain = replace(proposed, terms=np.zeros_like(proposed.terms), level=np.ones_like(proposed.level))
+    sums = compared(plain)
+    if not proposed.terms.any():
+        return plain, sums
+    without = compared(replace(plain, terms=proposed.terms))
+    terms, better = proposed.terms.copy(), np.zeros(len(group_of_row), bool)
+    for group in np.unique(group_of_row):
+        rows = group_of_row == group
+        before, after = (_low_residual(some.subset(rows)) for some in (sums, without))
+        better[rows] = after < before
+        if not after < before:
+            terms[~large if group < 0 else group] = 0
+    return replace(plain, terms=terms), sums.where(better, without)
+
+
+def _low_residual(sums: ShellSums) -> float:
+    """Sum of the logarithms of the residual power in the shells in which a slow background lies."""
+    low = slice(0, _BACKGROUND_SHELLS)
+    scale = sums.cross.sum() / max(sums.predicted.sum(), 1e-300)
+    residual = sums.image - 2 * scale * sums.cross + scale**2 * sums.predicted
+    return float(np.log(np.median(residual[:, low], axis=0) + 1e-300).sum())
+
+
+def _check_scale(particles: Particles, group: int, found: Fit) -> None:
+    """Log what was found of an optics group. Raises InputError where its images show no trace of the consensus."""
+    name = particles.optics[group].name
+    log.info(
+        "optics group %s: image scale %.4g +- %.2g, noise sigma %.4g (low shells) to %.4g (high), from %d images",
+        name, found.scale, found.error, found.sigma[1], found.sigma[-1], found.num_images,
+    )  # fmt: skip
+    if abs(found.scale) < _MIN_SIGNIFICANCE * found.error:
+        raise InputError(
+            f"{particles.source_path}: the images of optics group {name} do not match projections of the consensus "
+            f"(scale {found.scale:.3g} +- {found.error:.2g}): other map, poses or half of the images?"
+        )
+
+
+def _log_levels(name: str, found: Fit) -> None:
+    what = "signal and noise vary" if found.signal_varies else "noise, but not signal, varies"
+    log.info("optics group %s: %s with the images' noise levels, which are brought to one", name, what)
+
+
+def draw_samples(particles: Particles) -> list[np.ndarray]:
     """Rows, ascending, of each optics group's sample."""
     rng = np.random.default_rng(_SEED)
     groups = len(particles.optics)
@@ -96,38 +197,26 @@ def _draw_samples(particles: Particles) -> list[np.ndarray]:
     return [np.sort(rng.permutation(rows)[:most]) for rows in members]
 
 
-def _log_odd_aberrations(particles: Particles, group: int, nats: float) -> None:
-    """Log by how many ``nats`` the sample's images fit odd aberrations better as given than with the opposite sign.
+def _log_odd_aberrations(particles: Particles, group: int, sums: ShellSums, found: Fit) -> None:
+    """Log by how much the sample's images fit odd aberrations better as given than with the opposite sign.
 
     Programs differ in that sign, and CryoSPARC documents its own nowhere: the images themselves decide.
     """
+    optics = particles.optics[group]
+    if not (any(optics.beam_tilt_mrad) or any(optics.odd_zernike)):
+        return
+    nats = found.scale * float(((sums.cross - sums.reversed).sum(0) / found.sigma**2).sum())
     if nats < -_DECISIVE_NATS:
         log.warning(
             "%s: optics group %s: the images fit beam tilt, trefoil and odd Zernike terms of the opposite sign better "
             "(%.3g nats): check the convention of the program that wrote them",
-            particles.source_path, particles.optics[group].name, -nats,
+            particles.source_path, optics.name, -nats,
         )  # fmt: skip
     else:
         log.info(
             "optics group %s: odd aberrations as given fit better than the opposite sign by %.3g nats",
-            particles.optics[group].name, nats,
+            optics.name, nats,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ShellSums:
-    """Sums over the full Fourier plane of each image X and its prediction P, shell by shell."""
-
-    image: np.ndarray  # (m, shells) float64, |X|^2
-    cross: np.ndarray  # Re(X P*)
-    reversed: np.ndarray  # as ``cross``, P with odd aberrations (beam tilt, odd Zernike terms) of the opposite sign
-    predicted: np.ndarray  # |P|^2
-    # number of pixels; fewer, down to none, near and beyond Nyquist of an image that was resampled from coarser ones
-    pixels: np.ndarray
-
-    def subset(self, rows: np.ndarray) -> ShellSums:
-        """Those of the images at ``rows``: indices or (m,) bool."""
-        return ShellSums(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
 def compare_with_consensus(source: FullImages, density: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> ShellSums:
@@ -173,84 +262,3 @@ def _scale_band(box: int, pixel_size_A: float) -> np.ndarray:
     """(shells,) bool: shells used for the scale; the mean and the first shell depend on background subtraction."""
     shells = np.arange(box // 2)
     return (shells >= 2) & (shells <= max(box * pixel_size_A / _BAND_A, box / 4))
-
-
-def noise_and_scale(sums: ShellSums, band: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Noise and scale that explain the images best, found in turn.
-
-    Images whose residual power lies far outside the others' (five robust deviations) do not count.
-
-    Parameters
-    ----------
-    sums
-        Of the images of one optics group.
-    band
-        (shells,) bool: the scale's shells.
-
-    Returns
-    -------
-    sigma
-        (shells,) the noise's standard deviation.
-    scale, error
-        The scale and its standard error.
-    """
-    keep = np.ones(len(sums.image), bool)
-    power = _noise_power(sums.image, sums.pixels)
-    scale = information = 0.0
-    for _ in range(4):
-        weight = np.where(band, 1.0 / power, 0.0)
-        information = float((sums.predicted[keep] @ weight).sum()) or 1e-300
-        scale = float((sums.cross[keep] @ weight).sum()) / information
-        residual = sums.image - 2 * scale * sums.cross + scale**2 * sums.predicted
-        total = residual.sum(1)
-        spread = 1.4826 * np.median(np.abs(total - np.median(total)))
-        keep = np.abs(total - np.median(total)) <= 5 * spread + 1e-6 * np.median(total)
-        samples = sums.pixels[keep].sum(0)
-        power = smooth_power(_noise_power(residual[keep], sums.pixels[keep]), samples)
-    return np.sqrt(power), scale, information**-0.5
-
-
-def _noise_power(power: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """(shells,) mean power per pixel from sums (m, shells); a shell without pixels gets that of the last one before."""
-    count = pixels.sum(0)
-    last = int(np.flatnonzero(count)[-1])
-    mean = power.sum(0) / np.maximum(count, 1.0)
-    mean[last + 1 :] = mean[last]
-    return mean
-
-
-def smooth_power(power: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Average (shells,) noise power over neighbouring shells, no further than needed for ``_SHELL_SAMPLES`` samples.
-
-    The image mean (shell 0) stays by itself. Never below a millionth of the median, so that whitening stays finite.
-    """
-    smoothed = power.copy()
-    for shell in range(1, len(power)):
-        for reach in range(len(power)):
-            window = slice(max(1, shell - reach), shell + reach + 1)
-            if samples[window].sum() >= _SHELL_SAMPLES:
-                break
-        smoothed[shell] = np.average(power[window], weights=np.maximum(samples[window], 1e-6))
-    return np.maximum(smoothed, 1e-6 * np.median(smoothed))
-
-
-def invert_dark_contrast(particles: Particles, image_scale: np.ndarray) -> tuple[Particles, np.ndarray]:
-    """Invert the contrast of optics groups whose scale (groups,) is negative: dark where others are white.
-
-    Returns
-    -------
-    particles
-        The same, their ``contrast_sign`` right.
-    image_scale
-        (groups,) all positive.
-    """
-    dark = image_scale < 0
-    if dark.any():
-        names = ", ".join(group.name for group, is_dark in zip(particles.optics, dark, strict=True) if is_dark)
-        log.warning(
-            "%s: images of optics group %s correlate negatively with the consensus: they are inverted",
-            particles.source_path, names,
-        )  # fmt: skip
-        sign = np.where(dark, -1.0, 1.0)[particles.optics_index]
-        particles = replace(particles, contrast_sign=particles.contrast_sign * sign)
-    return particles, np.abs(image_scale)

@@ -19,6 +19,7 @@ from flexlib.images.sources import FullImages, resampled_optics
 from flexlib.imaging.fsc import frequencies_1_per_A
 from flexlib.imaging.maps import Map
 from flexlib.layout import ParticlesFolder
+from flexlib.particles.plausible import implausible_values
 from flexlib.prepare.grid import log_groups
 from flexlib.prepare.inputs import InputFiles, calibrate, check_inputs
 from flexlib.prepare.writing import write_maps, write_particles, write_training_stack
@@ -76,15 +77,20 @@ def _prepare(
     full_box, pixel_size_A = inputs.full_box, inputs.pixel_size_A
     crop_box, train_box = inputs.crop_box, inputs.train_box
     log_groups(inputs.kept, full_box, pixel_size_A)
+    for sentence in implausible_values(inputs.kept):
+        log.warning("%s: %s", files.particles, sentence)
 
-    kept, measured = calibrate(inputs)
-    full = FullImages(inputs.stacks, kept, box=crop_box, pixel_size_A=pixel_size_A, calibration=measured)
+    found = calibrate(inputs)
+    kept, measured = found.kept, found.calibration
+    full = FullImages(inputs.stacks, kept, crop_box, pixel_size_A, measured, found.normalisation)
     write_training_stack(full, folder.images, train_box)
     write_noise(folder.noise, measured.sigma, frequencies_1_per_A(full_box, pixel_size_A))
+    found.left_out.write(folder.left_out)
     mask_share = write_maps(
         folder, Map(inputs.density, pixel_size_A), inputs.soft_mask, inputs.volume, crop_box, train_box
     )
-    write_particles(folder, kept, resampled_optics(kept.optics, full.sides_px, train_box), inputs.rotations)
+    training_optics = resampled_optics(kept.optics, full.sides_px, train_box)
+    write_particles(folder, kept, training_optics, inputs.rotations, found.normalisation)
     copies = len(inputs.rotations)
     if copies > 1:
         log.info("symmetry %s: %d rows, %d of each particle", settings.symmetry, len(kept) * copies, copies)
@@ -102,14 +108,17 @@ def _prepare(
         train_box=train_box,
         train_pixel_size_A=pixel_size_A * crop_box / train_box,
         mask_share=mask_share,
-        optics_groups=_optics_records(full, measured.image_scale),
+        optics_groups=_optics_records(full, measured.image_scale, found.normalisation.terms),
+        background_radius_A=found.normalisation.radius_A,
+        left_out=found.left_out.counts(),
+        num_repaired=found.num_repaired,
         settings=asdict(settings),
         mask_settings={item.name: getattr(mask_settings, item.name) for item in fields(MaskSettings)},
     )
     record.write(folder.record)
 
 
-def _optics_records(full: FullImages, image_scale: np.ndarray) -> list[OpticsRecord]:
+def _optics_records(full: FullImages, image_scale: np.ndarray, terms: np.ndarray) -> list[OpticsRecord]:
     """What prepared.json says of each optics group; ``full`` has them as the user's images do."""
     return [
         OpticsRecord(
@@ -119,6 +128,7 @@ def _optics_records(full: FullImages, image_scale: np.ndarray) -> list[OpticsRec
             ctf_applied=group.ctf_applied,
             side_px=int(side),
             image_scale=float(scale),
+            background_terms=int(count),
         )
-        for group, side, scale in zip(full.stored[1].optics, full.sides_px, image_scale, strict=True)
+        for group, side, scale, count in zip(full.stored[1].optics, full.sides_px, image_scale, terms, strict=True)
     ]

@@ -47,10 +47,14 @@ def select_particles(particles: Particles, settings: PrepareSettings) -> tuple[P
     keep = _large_enough(particles, settings.min_scale)
     half_set, origin = _half_sets(particles, keep, settings.resplit, rng)
     keep = _draw(keep, half_set, settings.max_particles, rng)
-    chosen = replace(particles, half_set=half_set).subset(keep)
-    used, index = np.unique(chosen.optics_index, return_inverse=True)
-    optics = tuple(chosen.optics[group] for group in used)
-    return replace(chosen, optics=optics, optics_index=index.astype(np.int32)), origin
+    return drop_empty_groups(replace(particles, half_set=half_set).subset(keep)), origin
+
+
+def drop_empty_groups(particles: Particles) -> Particles:
+    """The same without optics groups that have no particles."""
+    used, index = np.unique(particles.optics_index, return_inverse=True)
+    optics = tuple(particles.optics[group] for group in used)
+    return replace(particles, optics=optics, optics_index=index.astype(np.int32))
 
 
 def _large_enough(particles: Particles, min_scale: float | None) -> np.ndarray:

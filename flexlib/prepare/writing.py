@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flexlib.files import atomic_path
+from flexlib.images.normalisation import Normalisation
 from flexlib.images.sources import FullImages
 from flexlib.images.stack import ImageStackWriter
 from flexlib.imaging.fourier import fourier_crop_map
@@ -71,7 +72,11 @@ def write_maps(
 
 
 def write_particles(
-    folder: ParticlesFolder, particles: Particles, optics: tuple[OpticsGroup, ...], rotations: np.ndarray
+    folder: ParticlesFolder,
+    particles: Particles,
+    optics: tuple[OpticsGroup, ...],
+    rotations: np.ndarray,
+    normalisation: Normalisation,
 ) -> None:
     """Write particles.star: training images with poses and CTFs, and where each came from.
 
@@ -88,6 +93,8 @@ def write_particles(
         Their optics groups as the training images have them.
     rotations
         (m, 3, 3) of the symmetry group, the identity first.
+    normalisation
+        Of the original images.
     """
     count, copies = len(particles), len(rotations)
     expanded = particles.subset(np.repeat(np.arange(count), copies))
@@ -108,6 +115,8 @@ def write_particles(
     ]
     table["flexInputRow"] = expanded.source_row
     table["flexInputSign"] = expanded.contrast_sign.astype(int)
+    for name, values in normalisation.columns().items():
+        table[name] = np.repeat(values, copies)
     if copies > 1:
         table["flexSymmetryCopy"] = np.tile(np.arange(copies), count)
     write_star(blocks, folder.particles)

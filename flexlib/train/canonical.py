@@ -3,6 +3,10 @@
 For fixed motion the map is a linear least-squares problem whose Hessian is nearly diagonal in Fourier space:
 n rows with mean squared transfer T2(k) hit each 3D Fourier coefficient of shell k about n T2(k) / (2 k) times.
 Dividing by that makes a step of rate 1 nearly the exact solution, so the rate is a plain averaging weight.
+
+The mask mixes neighbouring coefficients. Where noise or CTF make one shell's T2 a small part of its neighbours', a step
+that counts its own hits alone would move what they know better, and diverge: such a shell gets a share of what the mask
+mixes into it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import torch
 
 from flexlib.imaging.fourier import shell_number, stored_means
 from flexlib.projection.op import VoxelTensors, gather_volume, scatter_volume
+
+_MIXED_SHARE = 0.25  # of the hits that the mask mixes into a coefficient, which count at least
 
 
 class CanonicalMap:
@@ -56,7 +62,16 @@ class CanonicalMap:
         prior = torch.minimum(occupied / signal.clamp(min=1e-30), hits)
         self.prior = self._at_voxels(prior)
         hessian = self._at_voxels(hits + prior)
-        self.newton = torch.where(hessian > 0, 1 / hessian.clamp(min=1e-30), 0)
+        least = _MIXED_SHARE * self._mixed(hessian)
+        self.newton = torch.where(hessian > 0, 1 / torch.maximum(hessian, least).clamp(min=1e-30), 0)
+
+    def _mixed(self, hessian: torch.Tensor) -> torch.Tensor:
+        """The diagonal of ``hessian``, both (box, box, box//2+1), between two masks: averages by the mask's power."""
+        shape = (self.voxels.box,) * 3
+        mask = torch.fft.rfftn(scatter_volume(self.mask_values, self.voxels))
+        overlap = torch.fft.irfftn(mask.real**2 + mask.imag**2, s=shape)
+        mixed = torch.fft.rfftn(torch.fft.irfftn(hessian, s=shape) * (overlap / overlap[0, 0, 0])).real
+        return mixed.to(hessian)
 
     def _at_voxels(self, of_shells: torch.Tensor) -> torch.Tensor:
         """(box, box, box//2+1) from a value for each shell (box//2,); zero in the corners, which no image sees."""

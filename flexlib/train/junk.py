@@ -28,6 +28,7 @@ LEAST_SHARE, MOST_SHARE = 1e-6, 0.95  # that are learnt: a run where nothing mat
 SUSPICIOUS_SHARE = 0.5
 LEAST_WEIGHT = 1e-3  # of an image: its own latents and pose are still looked for, it may turn out to be a particle
 NUM_POSE_PARAMETERS = SHIFT.stop - ROTATION.start
+MOST_LOG_ODDS = 1e4  # that are written: they are infinite where there is no junk
 _ITERATIONS = 200
 _LEAST_CORRELATION = 0.1  # of an image with its prediction, in units of a typical particle's
 
@@ -53,7 +54,11 @@ class Junk:
 
     def probability(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """(b,) that the images of ``rows`` are particles of the model."""
-        return torch.sigmoid(self.advantage[rows] + self._wider(self.advantage[rows]) + self.log_odds)
+        return torch.sigmoid(self.particle_log_odds(rows))
+
+    def particle_log_odds(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """(b,) nats, likewise: infinite where there is no junk."""
+        return self.advantage[rows] + self._wider(self.advantage[rows]) + self.log_odds
 
     def _wider(self, advantage: torch.Tensor) -> torch.Tensor:
         """(b,) nats that images have to pay less for a search than a typical particle: a weaker peak is a wider one.

@@ -27,6 +27,7 @@ from flexlib.runtime import describe_device
 from flexlib.train.describe_parts import PartResults
 from flexlib.train.entanglement import entanglement
 from flexlib.train.finish import Inferred
+from flexlib.train.junk import MOST_LOG_ODDS
 from flexlib.train.motion import motion_coordinates_A, rms_displacement_A, rms_per_unit_A
 from flexlib.train.score import HeldOutScore
 from flexlib.train.setup import Setup
@@ -74,7 +75,9 @@ def write_results(
     extra |= {f"flexMotion{k + 1}Angst": motion_A[:, k] for k in range(dims)}
     extra["flexLatentModes"] = found.num_modes.cpu().numpy()
     if setup.settings.find_junk:
-        extra["flexParticleProbability"] = state.junk.probability().cpu().numpy()
+        log_odds = state.junk.particle_log_odds()
+        extra["flexParticleProbability"] = torch.sigmoid(log_odds).cpu().numpy()
+        extra["flexParticleLogOdds"] = log_odds.clamp(-MOST_LOG_ODDS, MOST_LOG_ODDS).cpu().numpy()
     if parts.probability is not None:
         extra |= {f"flexOccupancy{k + 1}": column for k, column in enumerate(parts.probability.T)}
     _write_parts(out.parts, setup, parts)
