@@ -367,6 +367,17 @@ def test_a_half_set_without_good_images_is_refused(clean, undisturbed, tmp_path)
         prepared(clean, tmp_path / "run", images)
 
 
+def test_images_masked_beforehand_are_no_blank_ones(clean, undisturbed, tmp_path):
+    """Zero outside a circle: no noise is seen there, and nothing is proposed from it."""
+    inside = np.hypot(X, Y) < 0.8
+    folder = prepared(clean, tmp_path / "run", stored(clean) * inside)
+    record = read_json(folder / "prepared.json")
+    assert record["left_out"] == {} and record["optics_groups"][0]["background_terms"] == 0
+    assert "flexNoiseLevel" not in starfile.read(folder / "particles.star")["particles"]
+    power, _ = residual_power(open_training_images(folder), folder)
+    np.testing.assert_allclose(power, 1.0, atol=0.05)
+
+
 def test_rows_of_one_image_are_twins_in_one_pose_only():
     """A symmetry expanded elsewhere is kept, also beside a group; the same pose, or one equal by symmetry, is not."""
     from scipy.spatial.transform import Rotation
