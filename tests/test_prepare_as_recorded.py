@@ -25,6 +25,7 @@ from flexlib.layout import ParticlesFolder
 from flexlib.particles import read_particles
 from flexlib.particles.latents_write import write_latents_star
 from flexlib.particles.plausible import implausible_values
+from flexlib.prepare.contrast import _of_two_kinds
 from flexlib.prepare.run import prepare_particles
 from flexlib.prepare.screening import first_twins
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
@@ -269,6 +270,14 @@ def test_contrast_that_differs_within_an_optics_group(clean, undisturbed, tmp_pa
         before, after = (open_images(path).batch(np.arange(COUNT)) for path in (undisturbed, folder))
         torch.testing.assert_close(after.images, before.images)
         torch.testing.assert_close(after.transfer, before.transfer)
+
+
+@pytest.mark.parametrize(("share", "spread", "two"), [(0.2, 1.5, True), (0.5, 1.5, True), (0.0, 2.0, False)])
+def test_two_contrasts_leave_few_images_undecided(share, spread, two):
+    rng = np.random.default_rng(5)
+    size = rng.normal(6, spread, 1000)
+    assert _of_two_kinds(np.where(rng.uniform(size=1000) < share, -size, size)) == two
+    assert not _of_two_kinds(rng.normal(scale=6, size=1000)), "wrong poses of a strong signal"
 
 
 def left_out_rows(folder):
