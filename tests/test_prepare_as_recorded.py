@@ -25,6 +25,7 @@ from flexlib.layout import ParticlesFolder
 from flexlib.particles import read_particles
 from flexlib.particles.latents_write import write_latents_star
 from flexlib.particles.plausible import implausible_values
+from flexlib.prepare.contrast import _of_two_kinds
 from flexlib.prepare.run import prepare_particles
 from flexlib.prepare.screening import first_twins
 from flexlib.projection.op import VoxelTensors, gather_volume, project, view_vertices
@@ -271,6 +272,14 @@ def test_contrast_that_differs_within_an_optics_group(clean, undisturbed, tmp_pa
         torch.testing.assert_close(after.transfer, before.transfer)
 
 
+@pytest.mark.parametrize(("share", "spread", "two"), [(0.2, 1.5, True), (0.5, 1.5, True), (0.0, 2.0, False)])
+def test_two_contrasts_leave_few_images_undecided(share, spread, two):
+    rng = np.random.default_rng(5)
+    size = rng.normal(6, spread, 1000)
+    assert _of_two_kinds(np.where(rng.uniform(size=1000) < share, -size, size)) == two
+    assert not _of_two_kinds(rng.normal(scale=6, size=1000)), "wrong poses of a strong signal"
+
+
 def left_out_rows(folder):
     with (folder / "left_out.csv").open() as file:
         return {int(row["input_row"]): (row["image"], row["reason"]) for row in csv.DictReader(file)}
@@ -365,6 +374,17 @@ def test_a_half_set_without_good_images_is_refused(clean, undisturbed, tmp_path)
     images[halves == 2] = 0.0
     with pytest.raises(InputError, match="one of the two half-sets has no image that can be used"):
         prepared(clean, tmp_path / "run", images)
+
+
+def test_images_masked_beforehand_are_no_blank_ones(clean, undisturbed, tmp_path):
+    """Zero outside a circle: no noise is seen there, and nothing is proposed from it."""
+    inside = np.hypot(X, Y) < 0.8
+    folder = prepared(clean, tmp_path / "run", stored(clean) * inside)
+    record = read_json(folder / "prepared.json")
+    assert record["left_out"] == {} and record["optics_groups"][0]["background_terms"] == 0
+    assert "flexNoiseLevel" not in starfile.read(folder / "particles.star")["particles"]
+    power, _ = residual_power(open_training_images(folder), folder)
+    np.testing.assert_allclose(power, 1.0, atol=0.05)
 
 
 def test_rows_of_one_image_are_twins_in_one_pose_only():

@@ -7,7 +7,7 @@ set needs, and each image's noise level, is for prepare to say; the same is then
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -32,11 +32,6 @@ class Normalisation:
     def none(cls, groups: int, count: int) -> Normalisation:
         """Nothing is done to any of ``count`` images."""
         return cls(np.zeros(groups, int), 0.0, np.zeros(count), np.full(count, np.inf), np.ones(count))
-
-    def subset(self, rows: np.ndarray) -> Normalisation:
-        """Of the images at ``rows`` ((m,) int or (n,) bool), in that order; optics groups are kept."""
-        of_images = {name: getattr(self, name)[rows] for name in ("grey", "reach", "level")}
-        return Normalisation(**{item.name: getattr(self, item.name) for item in fields(self)} | of_images)
 
     def columns(self) -> dict[str, np.ndarray]:
         """(n,) columns of particles.star, where anything is done to single images; ``from_columns`` reads them."""

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 _LEAST_IMAGES = 20  # of an optics group, to look for images of another contrast in it
 _SIGNIFICANT = 3.0  # standard errors of an image's own scale from zero
 _MIXED = 0.01  # share of an optics group's images that speak against the others, above which all are asked
+_MOST_UNDECIDED = 0.06  # share of images of less than a quarter of the median evidence; of a normal variable it is 0.13
 _MIXED_STACK = 0.1  # the same of a stack, above which its images are asked one by one
 _CHUNK = 2000  # images that are asked at a time
 
@@ -53,8 +54,7 @@ def contrast_signs(
         sigma, scale, _ = noise_and_scale(sums.subset(members), band)
         weight = np.where(band, sigma**-2.0, 0.0)
         most = 1.0 if scale >= 0 else -1.0
-        against = most * _evidence(sums.subset(members), weight) < -_SIGNIFICANT
-        if against.sum() <= max(_SIGNIFICANT, _MIXED * members.sum()):
+        if not _of_two_kinds(most * _evidence(sums.subset(members), weight)):
             continue
         own = np.flatnonzero(particles.optics_index == group)
         parts = np.array_split(own, -(-len(own) // _CHUNK))
@@ -69,6 +69,14 @@ def contrast_signs(
                 len(np.unique(particles.stack_index[turned])), particles.source_row[turned[0]] + 1,
             )  # fmt: skip
     return sign
+
+
+def _of_two_kinds(evidence: np.ndarray) -> bool:
+    """Whether some images speak clearly against the others, and few are undecided, as all are in wrong poses."""
+    against = (evidence < -_SIGNIFICANT).sum()
+    size = np.abs(evidence)
+    undecided = (size < 0.25 * np.median(size)).mean()
+    return bool(against > max(_SIGNIFICANT, _MIXED * len(evidence)) and undecided < _MOST_UNDECIDED)
 
 
 def _evidence(sums: ShellSums, weight: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ def _drawn_to_stacks(logs: np.ndarray, stack: np.ndarray, chance: float) -> np.n
     centre = np.where(table.transform("size") >= _STACK_IMAGES, table.transform("median"), 0.0)
     within = logs - centre
     own = max(_spread(within) ** 2 - chance, 0.0)
-    weight = own / (own + chance)
+    weight = own / max(own + chance, 1e-12)
     far = np.abs(within) > _OUTLYING * (own + chance) ** 0.5
     return centre + np.where(far, within, weight * within)
 

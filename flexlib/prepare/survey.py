@@ -107,13 +107,17 @@ class _Look:
         outside -= slow @ self.basis.T
         background = slow + grey[:, None] * self.basis.sum(0)  # of the constant, but for rounding
         _winsorise(outside, _WINSOR)
-        power = np.maximum(np.square(outside).reshape(len(images), _PARTS, -1).mean(-1).astype(np.float64), 1e-300)
+        power = np.square(outside).reshape(len(images), _PARTS, -1).mean(-1).astype(np.float64)
+        masked = varies & finite & ~(power > 0).all(1)  # equal pixels outside, as masks leave them: no noise is seen
+        power[masked] = images[masked].var((1, 2), dtype=np.float64)[:, None]
+        background[masked] = 0.0
+        power = np.maximum(power, 1e-300)
         level = np.sqrt(power.mean(1))
         with np.errstate(invalid="ignore", over="ignore"):
             peak = np.maximum(high - grey, grey - low) / level
         return ImageFacts(
             finite=finite,
-            varies=varies & (level > 1e-30),
+            varies=varies,
             grey=grey.astype(np.float64),
             level=level,
             level_error=0.5 * np.log(power).std(1, ddof=1) / _PARTS**0.5,
