@@ -88,7 +88,7 @@ def main() -> None:
         curve, found = fsc(volume, truth), read_json(out.resolution)
         print(
             f"{name}: {seconds:.0f} s of CPU, {found['flex_0.143_A']:.2f} A at FSC 0.143, {found['flex_0.5_A']:.2f} at "
-            f"0.5; contrast {rest:.3f}, of the part {part:.3f} ({part / rest:.3f} of that); FSC with the truth at shells "
+            f"0.5; contrast {rest:.3f}, of the part {part:.3f} ({part / rest:.3f} of that); FSC with truth at shells "
             f"{SHELLS}: {' '.join(f'{curve[shell]:.3f}' for shell in SHELLS)}"
         )
 
