@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import starfile
 import torch
+from moving_ball import ball
 from training_sets import prepared
 
 from flexlib import train as training
@@ -18,9 +19,11 @@ from flexlib.imaging.maps import read_map
 from flexlib.layout import MeshFolder, ParticlesFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import EXACT
-from flexlib.model.occupancy import Quadratic
+from flexlib.model.occupancy import Quadratic, log_prior
 from flexlib.projection.op import gather_volume
 from flexlib.train import epoch
+from flexlib.train.fading import cut_part
+from flexlib.train.occupancy import learnt_share
 from flexlib.train.part_search import two_levels
 from flexlib.train.setup import set_up
 from flexlib.workflow_support.settings import TrainSettings
@@ -164,3 +167,35 @@ def test_two_levels_are_told_from_one(lower, is_presence):
     assert found.is_presence == is_presence
     if is_presence:
         assert abs(found.share - 0.75) < 0.04 and abs(found.present - 1.2) < 0.06 and abs(found.absent) < 0.15
+
+
+def test_a_part_is_cut_where_the_density_changes_and_none_where_all_of_it_does():
+    """A sharp edge in a noisy change of density, blurred to 20 A, is found to within a voxel's layer."""
+    generator = np.random.default_rng(0)
+    density = ball(BOX, 10) * (1 + 0.3 * generator.random((BOX,) * 3))
+    inside, at = density > 0, np.arange(BOX) - BOX // 2
+    part = inside & (at > 4)
+    change = -0.4 * density * part + 0.2 * generator.standard_normal(density.shape) * inside
+    found = cut_part(change, density, inside, 5.0)
+    assert (found & part).sum() > 0.8 * part.sum()
+    assert (found & ~part).sum() < 0.1 * part.sum()
+    assert cut_part(0.4 * density, density, inside, 5.0) is None
+
+
+def test_shares_of_two_parts_that_overlap_in_images_are_learnt():
+    """Each part alone would be judged wrongly: what one lacks looks like half of the other's absence."""
+    generator = torch.Generator().manual_seed(0)
+    gram = 9.0 * torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    lacks = (torch.rand((20_000, 2), generator=generator) < torch.tensor([0.2, 0.4])).float()
+    noise = torch.randn((20_000, 2), generator=generator) @ torch.linalg.cholesky(gram).T
+    found = Quadratic(torch.zeros(20_000), noise - lacks @ gram, gram.expand(20_000, 2, 2))
+    share = learnt_share(found, torch.ones(20_000), torch.tensor([0.5, 0.5]))
+    assert (share - torch.tensor([0.8, 0.6])).abs().max() < 0.01
+    present = found.present(log_prior(share))
+    assert abs(float(present[:, 1].mean()) - 0.6) < 0.01
+    assert area_under_roc(-present[:2000, 1].numpy(), lacks[:2000, 1].numpy() > 0) > 0.95
+    junk = torch.cat([torch.ones(10_000), torch.zeros(10_000)])  # rows that count for nothing change nothing
+    half = Quadratic(*(part[:10_000] for part in found.parts()))
+    torch.testing.assert_close(
+        learnt_share(found, junk, share), learnt_share(half, torch.ones(10_000), share), rtol=0, atol=1e-5
+    )

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 MOST_FIELDS = 150  # of amplitude
 MOST_ROWS = 20_000  # that are searched
-ROWS_PER_FIELD = 20  # fewer fields where there are fewer particles: the noise edge stays below 1.5
+ROWS_PER_FIELD = 20  # fewer fields where there are fewer particles: the noise edge stays at 1.5
 SMOOTH_A = 20.0  # resolution at which a part is cut out
 MOST_MASS = 0.25  # of the molecule, in a part: what is larger has no rest that tells it from contrast
 _TANGENT = 0.1  # step by a latent, of its displacement field

@@ -14,7 +14,7 @@ from flexlib.train.setup import Setup
 from flexlib.train.state import State
 
 LEARNT_ROWS = 4000  # that shares are learnt from between epochs
-EM_STEPS = 200
+EM_STEPS, CONVERGED = 200, 1e-6
 LEAST_SHARE = 0.01  # of the particles, that have a part or lack it: no share leaves this range
 
 
@@ -38,8 +38,11 @@ def learnt_share(found: Quadratic, weights: torch.Tensor, share: torch.Tensor) -
     present = share.double()
     for _ in range(EM_STEPS):
         state = torch.softmax(log_prior(present) - losses, 1)
+        before = present
         has = 1 - (weights.double() @ state / weights.double().sum()) @ absent
         present = has.clamp(LEAST_SHARE, 1 - LEAST_SHARE)
+        if (present - before).abs().max() < CONVERGED:
+            break
     return present.to(share)
 
 
