@@ -15,8 +15,9 @@ from training_sets import prepared
 from flexlib import train as training
 from flexlib.errors import InputError
 from flexlib.imaging.image_transforms import centred_irfft2, centred_rfft2
-from flexlib.imaging.maps import read_map
+from flexlib.imaging.maps import read_map, write_label_map
 from flexlib.layout import MeshFolder, ParticlesFolder
+from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import EXACT
 from flexlib.model.occupancy import Quadratic, log_prior
@@ -26,7 +27,7 @@ from flexlib.train.fading import cut_part
 from flexlib.train.occupancy import learnt_share
 from flexlib.train.part_search import two_levels
 from flexlib.train.setup import set_up
-from flexlib.workflow_support.settings import TrainSettings
+from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 BOX, NUM, MISSING = 32, 800, 1 / 3
 QUICK = TrainSettings(latent_dims=1, epochs=6, validation_fraction=0.1)
@@ -88,7 +89,7 @@ def test_part_is_found_and_told(fading):
     assert model.parts.shape == (BOX,) * 3 and model.parts.dtype == np.uint8 and model.parts.max() == 1
     found, density = model.parts == 1, model.canonical.clip(0)
     assert density[found & part].sum() > 0.6 * density[part].sum()
-    assert density[found & part].sum() > 0.8 * density[found].sum()
+    assert density[found & part].sum() > 0.75 * density[found].sum()
     assert model.occupancy.shape == (NUM, 1)
     assert area_under_roc(-model.occupancy[:, 0], absent) > 0.9
     assert abs(model.occupancy_share[0] - (1 - absent.mean())) < 0.05
@@ -124,8 +125,7 @@ def test_no_part_is_invented(complete):
     assert not (complete / "train/occupancy_parts.mrc").exists()
 
 
-def test_named_segment_is_given_an_occupancy_and_unknown_ones_are_refused(fading):
-    """The mesh has one segment, which is all of the molecule."""
+def test_segments_that_the_mesh_has_not_are_refused(fading):
     folder, _, _ = fading
     for segment, message in ((7, r"no segment 7; its segments are 0"), (0, "is all of the molecule")):
         with pytest.raises(InputError, match=rf"train\.occupancy: .*{message}"):
@@ -134,22 +134,33 @@ def test_named_segment_is_given_an_occupancy_and_unknown_ones_are_refused(fading
             )
 
 
-def test_interrupted_run_keeps_its_parts(fading, monkeypatch):
-    folder, _, _ = fading
+def test_named_segment_is_told_and_an_interrupted_run_ends_the_same(fading, monkeypatch):
+    folder, part, absent = fading
+    write_label_map(folder / "halves.mrc", 1 + part.astype(np.int16), 7.0)
+    build_mesh(folder / "particles", folder / "two", MeshSettings(cells=10, segmentation=folder / "halves.mrc"))
+    settings = replace(QUICK, epochs=2, occupancy=(2,))
+    training.train(folder / "particles", folder / "two", folder / "named", settings)
+    whole = FlexModel.load(folder / "named")
+    assert area_under_roc(-whole.occupancy[:, 0], absent) > 0.9
+    record = json.loads((folder / "named/validation.json").read_text())["occupancy"]
+    assert [one["segment"] for one in record] == [2]
+
     take_step, done = epoch.take_step, [0]
 
     def step_then_fail(*arguments):
         done[0] += 1
-        if done[0] == 90:  # in the middle of the third epoch
+        if done[0] == 30:  # in the middle of the second epoch
             raise KeyboardInterrupt
         return take_step(*arguments)
 
     monkeypatch.setattr(epoch, "take_step", step_then_fail)
     with pytest.raises(KeyboardInterrupt):
-        training.train(folder / "particles", folder / "mesh", folder / "parts", QUICK)
+        training.train(folder / "particles", folder / "two", folder / "resumed", settings)
+    saved = torch.load(folder / "resumed/checkpoints/checkpoint.pt", weights_only=True)["occupancy"]
+    assert saved["segments"] == [2] and saved["labels"].max() == 1 and 0.5 < float(saved["share"]) < 0.8
     monkeypatch.setattr(epoch, "take_step", take_step)
-    training.train(folder / "particles", folder / "mesh", folder / "parts", QUICK)
-    whole, resumed = FlexModel.load(folder / "train"), FlexModel.load(folder / "parts")
+    training.train(folder / "particles", folder / "two", folder / "resumed", settings)
+    resumed = FlexModel.load(folder / "resumed")
     assert np.array_equal(whole.parts, resumed.parts)
     assert np.abs(whole.occupancy - resumed.occupancy).max() < 1e-4
 
