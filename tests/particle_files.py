@@ -9,6 +9,7 @@ import pandas as pd
 from json_records import prepared_record
 from scipy.spatial.transform import Rotation
 
+from flexlib.images.normalisation import Normalisation
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.layout import ParticlesFolder
 from flexlib.particles import read_particles
@@ -180,7 +181,8 @@ def prepared_poses(
     if half_sets == "random":
         particles = replace(particles, half_set=np.arange(len(kept)) % 2)
     optics = particles.optics if optics is None else optics
-    write_particles(ParticlesFolder(folder), particles, optics, rotations)
+    as_they_are = Normalisation.none(len(optics), len(particles))
+    write_particles(ParticlesFolder(folder), particles, optics, rotations, as_they_are)
     record = replace(
         prepared_record(len(kept) * len(rotations), BOX, BOX),
         particles=str(path),
