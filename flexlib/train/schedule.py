@@ -78,9 +78,12 @@ class Schedule:
     def looks_for_parts(self, epoch: int, anneal_from: int | None) -> bool:
         """Whether parts that particles may lack are looked for after this epoch.
 
-        That is some epochs after the full band has come into use, and once more as annealing starts.
+        That is some epochs after the full band has come into use, and once more as annealing starts; not in runs that
+        are too short for the full band: a swinging arm that is hardly known yet looks like a part that some lack.
         """
         last = self.planned_epochs(anneal_from)
+        if last <= BAND_EPOCHS:
+            return False
         anneals = [number for number in range(last) if self.anneal(number, anneal_from) < 1]
         first = min(anneals, default=last)
         return epoch in (min(BAND_EPOCHS + 2, max(first - 1, 0)), first)
