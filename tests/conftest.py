@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from driver import Driver
 
 from flexlib.runtime import tune_process
@@ -43,3 +44,12 @@ def driver(request):
     driver.poison()
     yield driver
     driver.cure()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Problems this small are slower with more: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ import pytest
 import starfile
 import torch
 from moving_ball import ball
-from training_sets import prepared
+from training_sets import area_under_roc, prepared
 
 from flexlib import train as training
 from flexlib.errors import InputError
@@ -63,11 +63,6 @@ def take_out(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         assert (centred_rfft2(torch.as_tensor(stack.data.copy())) - batch.images).abs().max() < 1e-3
         stack.set_data(centred_irfft2(images).numpy())
     return part, absent
-
-
-def area_under_roc(score: np.ndarray, label: np.ndarray) -> float:
-    """Chance that a labelled one scores higher than one that is not."""
-    return float((score[label][:, None] > score[~label]).mean())
 
 
 @pytest.fixture(scope="module")

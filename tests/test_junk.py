@@ -2,58 +2,25 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
-import mrcfile
 import numpy as np
 import pytest
-import starfile
 import torch
-from scipy.stats import rankdata
-from training_sets import bent_flow, latents_of, masked_consensus, neighbour_r2, prepared, small_setup
+from training_sets import area_under_roc, bent_flow, latents_of, masked_consensus, neighbour_r2, prepared, small_setup
 
-from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.moving_map import MovingMap
 from flexlib.model.views import ViewPrior
-from flexlib.prepare.run import prepare_particles
+from flexlib.simulate.nuisances import PARTICLE
 from flexlib.train.fields import displacement_basis
 from flexlib.train.junk import Junk, nats_of_search, noise_loss
 from flexlib.train.rigid import rigid_model
 from flexlib.train.run import train
 from flexlib.train.score import score_held_out
 from flexlib.train.step import MiniBatch, find_step
-from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, TrainSettings
+from flexlib.workflow_support.settings import TrainSettings
 
 NUM, BOX = 800, 32
-
-
-def area_under_curve(good: np.ndarray, score: np.ndarray) -> float:
-    """Of the ROC curve: the chance that one of the ``good`` (n,) bool has a higher ``score`` (n,) than another."""
-    ranks, num_good, num_bad = rankdata(score), good.sum(), (~good).sum()
-    return float((ranks[good].sum() - num_good * (num_good + 1) / 2) / (num_good * num_bad))
-
-
-def spoil(folder: Path, share: float) -> np.ndarray:
-    """Turn a ``share`` of a simulated set into junk, half noise and half with another's pose; (n,) bool which."""
-    sim, generator = folder / "sim", np.random.default_rng(8)
-    tables = starfile.read(sim / "particles.star")
-    particles = tables["particles"]
-    chosen = generator.permutation(len(particles))[: round(share * len(particles))]
-    noise, swapped = np.array_split(chosen, 2)
-    angles = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
-    particles.loc[swapped, angles] = particles.loc[np.roll(swapped, 1), angles].to_numpy()
-    starfile.write(tables, sim / "particles.star", overwrite=True)
-    with mrcfile.open(sim / "particles.mrcs", "r+") as stack:
-        sd = np.sqrt(np.median(stack.data.astype(np.float64).var((1, 2))))
-        stack.data[noise] = generator.normal(scale=sd, size=stack.data[noise].shape).astype(stack.data.dtype)
-    prepare_particles(
-        sim / "particles.star", sim / "consensus.mrc", folder / "particles", settings=PrepareSettings(train_box=BOX)
-    )
-    build_mesh(folder / "particles", folder / "mesh", MeshSettings(cells=10))
-    is_junk = np.zeros(len(particles), bool)
-    is_junk[chosen] = True
-    return is_junk
 
 
 @pytest.fixture(scope="module")
@@ -141,28 +108,29 @@ def test_score_of_noise_is_nobodys(setup):
 
 
 def test_junk_is_found_and_motion_survives_it(tmp_path):
-    clean = prepared(tmp_path, "clamp", NUM, 0.15, box=BOX)
     settings = TrainSettings(latent_dims=1, validation_fraction=0.1, epochs=8)
-    train(clean / "particles", clean / "mesh", tmp_path / "clean", settings, "cpu")
-    truth = np.load(tmp_path / "sim/truth.npz")["angles_rad"][:, 0]
-    assert json.loads((tmp_path / "clean/validation.json").read_text())["junk_share"] < 0.02
-    is_junk = spoil(tmp_path, 0.25)
-    train(tmp_path / "particles", tmp_path / "mesh", tmp_path / "spoilt", settings, "cpu")
-    record = json.loads((tmp_path / "spoilt/validation.json").read_text())
-    assert record["junk_share"] == pytest.approx(0.25, abs=0.03)
-    assert record["rejected_gain"] is None
-    probability = latents_of(tmp_path / "spoilt", "flexParticleProbability")[:, 0]
-    assert np.allclose(probability, FlexModel.load(tmp_path / "spoilt").probability, atol=1e-5)
-    assert area_under_curve(~is_junk, probability) > 0.98
-    of_clean, of_spoilt = (latents_of(tmp_path / name)[~is_junk] for name in ("clean", "spoilt"))
-    assert neighbour_r2(of_spoilt, truth[~is_junk]) > neighbour_r2(of_clean, truth[~is_junk]) - 0.03
+    latents, records, probability = {}, {}, {}
+    for name, fraction in (("clean", 0.0), ("spoilt", 0.25)):  # the same particles, but for the junk
+        folder = prepared(tmp_path / name, "clamp", NUM, 0.15, box=BOX, junk_fraction=fraction)
+        train(folder / "particles", folder / "mesh", folder / "train", settings, "cpu")
+        records[name] = json.loads((folder / "train/validation.json").read_text())
+        latents[name] = latents_of(folder / "train")
+        probability[name] = latents_of(folder / "train", "flexParticleProbability")[:, 0]
+        assert np.allclose(probability[name], FlexModel.load(folder / "train").probability, atol=1e-5)
+    truth = np.load(folder / "sim/truth.npz")
+    real, angle = truth["kind"] == PARTICLE, truth["angles_rad"][:, 0]
+    assert records["clean"]["junk_share"] < 0.02
+    assert records["spoilt"]["junk_share"] == pytest.approx(0.25, abs=0.03)
+    assert records["spoilt"]["rejected_gain"] is None
+    assert area_under_roc(probability["spoilt"], real) > 0.98
+    told = {name: neighbour_r2(own[real], angle[real]) for name, own in latents.items()}
+    assert told["spoilt"] > told["clean"] - 0.03
 
 
 @pytest.mark.parametrize("find_junk", [True, False])
 def test_junk_is_not_motion(tmp_path, find_junk):
     """Rigid particles and a third of junk: whoever takes all for particles sells it as six nats of motion."""
-    prepared(tmp_path, "rigid", NUM, 0.15, box=BOX)
-    spoil(tmp_path, 0.3)
+    prepared(tmp_path, "rigid", NUM, 0.15, box=BOX, junk_fraction=0.3)
     exact = TrainSettings(latent_dims=1, epochs=6, refine_poses=False, refine_contrast=False)
     settings = replace(exact, validation_fraction=0.2, find_junk=find_junk)
     train(tmp_path / "particles", tmp_path / "mesh", tmp_path / "train", settings, "cpu")

@@ -14,6 +14,8 @@ from flexlib.projection import cpu
 from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, splat_voxels, view_vertices
 from flexlib.tetra.tetmesh import MeshVoxels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The Kuhn split of a cube into 6 tetra: one per order in which the axes are walked from corner (0,0,0) to (1,1,1).
 KUHN_ORDERS = [(0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1), (2, 1, 0), (1, 0, 2)]
 
@@ -105,15 +107,6 @@ def band_errors(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
         band = (radius >= low) & (radius < low + 0.1) & (radius < 0.5)
         errors.append(np.linalg.norm((found - exact)[:, band]) / np.linalg.norm(exact[:, band]))
     return np.array(errors)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors here are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -28,14 +28,7 @@ from flexlib.reconstruct.map_solver import SolverSettings
 from flexlib.reconstruct.run import reconstruct, warn_if_stopped
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, ReconstructSettings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Problems this small are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kernel, oversampling", [("linear", 1), ("cubic", 1), ("cubic", 2)])

@@ -29,14 +29,7 @@ from flexlib.simulate.run import simulate_particles
 from flexlib.simulate.settings import Simulation
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, ReconstructSettings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Problems this small are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parts_of(problem: Problem) -> np.ndarray:

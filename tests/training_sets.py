@@ -94,6 +94,12 @@ def neighbour_r2(latents: np.ndarray, truth: np.ndarray) -> float:
     return float(1 - (error**2).mean() / truth[1::2].var())
 
 
+def area_under_roc(score: np.ndarray, label: np.ndarray) -> float:
+    """Chance that a labelled one scores higher than one that is not; equal scores count half."""
+    above = score[label][:, None] - score[~label]
+    return float(((above > 0) + 0.5 * (above == 0)).mean())
+
+
 def latents_of(train_dir: Path, pattern: str = r"^flexLatent\d+$") -> np.ndarray:
     """(n, K) columns of a training's latents.star."""
     table = starfile.read(train_dir / "latents.star", always_dict=True)["particles"]

@@ -75,7 +75,8 @@ class FlexModel:
             "epoch": self.epoch,
             "pose": _packed(self.pose),
             "rigid_pose": _packed(self.rigid_pose),
-        } | {name: None if (a := getattr(self, name)) is None else torch.from_numpy(a) for name in _ARRAYS}
+            **{name: _tensor(getattr(self, name)) for name in _ARRAYS},
+        }
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
 
@@ -113,7 +114,7 @@ class FlexModel:
             epoch=content["epoch"],
             pose=_unpacked(content.get("pose")),
             rigid_pose=_unpacked(content.get("rigid_pose")),
-            **{name: None if content.get(name) is None else content[name].numpy() for name in _ARRAYS},
+            **{name: _array(content.get(name)) for name in _ARRAYS},
         )
 
 

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from flexlib.images.batch import ImageBatch, read_ahead, split_batches
 from flexlib.train.follow_parts import follow_parts
-from flexlib.train.junk import nats_of_search
 from flexlib.train.latents import LatentScale, posterior_scale
 from flexlib.train.learn_views import learn_views, measure_widths
 from flexlib.train.local_minima import leave_wrong_minima, search_centres
@@ -134,8 +133,7 @@ def learn_junk(setup: Setup, state: State) -> None:
     """Learn from what the training rows' images have shown how many are junk."""
     rows, dims = setup.rows_on_device(setup.training_rows), setup.settings.latent_dims
     poses = state.information[rows][:, dims:, dims:]
-    state.junk.search_nats = nats_of_search(state.views.prior, poses, setup.source.particles)
-    state.junk.learn_share(rows)
+    state.junk.learn(rows, state.views.prior, poses, setup.source.particles)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from flexlib.model.moving_map import MovingMap
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.train.fields import SPECTRAL_MODES, rigid_fields
 from flexlib.train.setup import Setup
-from flexlib.train.spectral import FieldForces, FourierSampling, mean_information
+from flexlib.train.spectral import FieldForces, FourierSampling, mean_information, principal_components
 from flexlib.train.state import State
 
 logger = logging.getLogger(__name__)
@@ -160,16 +160,10 @@ def _tangents_A(state: State) -> torch.Tensor:
 
 def leading_components(forces: FieldForces) -> tuple[list[Component], float]:
     """The principal components of the forces in units of their noise that stand above its edge, and the edge."""
-    num = forces.count
-    spread, axes = np.linalg.eigh(forces.information)
-    seen = spread > 1e-6 * spread[-1]
-    white = forces.force.astype(np.float64) @ (axes[:, seen] / np.sqrt(spread[seen]))
-    weight = np.ones(len(white)) if forces.weight is None else forces.weight
-    variance, directions = np.linalg.eigh((weight[:, None] * white).T @ white / num)
-    edge = float((1 + np.sqrt(seen.sum() / num)) ** 2 * 1.02)
-    above = np.flatnonzero(variance > edge)[::-1]
-    scores = white @ directions[:, above] / np.sqrt(variance[above])
-    return [Component(float(variance[k]), torch.as_tensor(scores[:, i]).float()) for i, k in enumerate(above)], edge
+    variance, directions, edge = principal_components(forces)
+    num = int((variance > edge).sum())
+    scores = forces.force.astype(np.float64) @ (directions[:, :num] / np.sqrt(variance[:num]))
+    return [Component(float(variance[k]), torch.as_tensor(scores[:, k]).float()) for k in range(num)], edge
 
 
 @torch.no_grad()

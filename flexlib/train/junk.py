@@ -71,6 +71,13 @@ class Junk:
         correlation = (advantage + self.particles_win) / (2.0 * self.particles_win)
         return -0.5 * NUM_POSE_PARAMETERS * correlation.clamp(_LEAST_CORRELATION, 1.0).log()
 
+    def learn(
+        self, rows: torch.Tensor, prior: ViewPrior | None, information: torch.Tensor, particles: Particles
+    ) -> None:
+        """Learn the share from the images of ``rows``; the others as for ``nats_of_search``."""
+        self.search_nats = nats_of_search(prior, information, particles)
+        self.learn_share(rows)
+
     def learn_share(self, rows: torch.Tensor) -> None:
         """Set the share to that which makes the images of ``rows`` likeliest (EM); 0 where none are hardly less so."""
         advantage, self.share = self.advantage[rows].double(), FIRST_SHARE

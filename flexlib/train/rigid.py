@@ -13,7 +13,7 @@ from flexlib.model.moving_map import MovingMap
 from flexlib.model.occupancy import Parts
 from flexlib.model.views import NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior
 from flexlib.train.canonical import CanonicalMap
-from flexlib.train.junk import FIRST_SHARE, LEAST_WEIGHT, Junk, nats_of_search, noise_loss
+from flexlib.train.junk import FIRST_SHARE, LEAST_WEIGHT, Junk, noise_loss
 from flexlib.train.latents import LatentPrior, Posterior, infer_latents, newton_latents
 from flexlib.train.map_pass import MOST_STEP, map_pass
 from flexlib.train.posterior import laplace_log_evidence
@@ -67,8 +67,7 @@ def rigid_start(setup: Setup, transfer2: torch.Tensor) -> tuple[CanonicalMap, Vi
                 steps += [RIGID_STEPS[-1]] * FITTED_PASSES  # the iteration goes on to them
         if setup.settings.find_junk:
             rows = setup.rows_on_device(setup.training_rows)
-            junk.search_nats = nats_of_search(views.prior, information[rows], setup.source.particles)
-            junk.learn_share(rows)
+            junk.learn(rows, views.prior, information[rows], setup.source.particles)
         logger.info("rigid map, pass %d: %.2f nats per particle", number + 1, total / len(order))
     junk.log_share()
     _look_at_held_out(setup, rigid, views, junk)

@@ -263,6 +263,30 @@ def mean_information(
     return information.cpu().numpy()
 
 
+def principal_components(forces: FieldForces) -> tuple[np.ndarray, np.ndarray, float]:
+    """Of the forces, in units of their noise.
+
+    Returns
+    -------
+    variance
+        (s,) descending; 1 is pure noise.
+    directions
+        (m, s): forces times one of these are a component's scores, of that variance.
+    noise_edge
+        Largest variance that pure noise is expected to give.
+    """
+    spread, axes = np.linalg.eigh(forces.information)
+    seen = spread > spread[-1] * _UNSEEN
+    whitener = axes[:, seen] / np.sqrt(spread[seen])
+    covariance = np.zeros((seen.sum(), seen.sum()))
+    for _, part in forces.chunks():
+        white = part @ whitener
+        covariance += white.T @ white / forces.count
+    variance, directions = np.linalg.eigh(covariance)
+    noise_edge = float((1.0 + np.sqrt(seen.sum() / forces.count)) ** 2 * 1.02)
+    return variance[::-1].copy(), whitener @ directions[:, ::-1], noise_edge
+
+
 def spectral_start(forces: FieldForces, latent_dims: int, prior_precision: np.ndarray) -> SpectralStart:
     """Principal components of the forces in units of their noise.
 
@@ -275,17 +299,8 @@ def spectral_start(forces: FieldForces, latent_dims: int, prior_precision: np.nd
     prior_precision
         (m,) of the fields' coefficients, from the rigidity: directions that the images hardly see stay small.
     """
-    spread, axes = np.linalg.eigh(forces.information)
-    seen = spread > spread[-1] * _UNSEEN
-    whitener = axes[:, seen] / np.sqrt(spread[seen])
-    covariance = np.zeros((seen.sum(), seen.sum()))
-    for _, part in forces.chunks():
-        white = part @ whitener
-        covariance += white.T @ white / forces.count
-    variance, directions = np.linalg.eigh(covariance)
-    variance, directions = variance[::-1].copy(), directions[:, ::-1]
-    edge = float((1.0 + np.sqrt(seen.sum() / forces.count)) ** 2 * 1.02)
-    to_latents = whitener @ directions[:, :latent_dims] / np.sqrt(variance[:latent_dims])
+    variance, directions, edge = principal_components(forces)
+    to_latents = directions[:, :latent_dims] / np.sqrt(variance[:latent_dims])
     latents = (forces.force @ to_latents.astype(np.float32)).astype(np.float32)
     fields = fields_of_latents(forces, latents, prior_precision)
     return SpectralStart(variance, edge, suggest_dims(variance, edge), latents, fields)
