@@ -30,7 +30,7 @@ from flexlib.train.setup import set_up
 from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 
 BOX, NUM, MISSING = 32, 800, 1 / 3
-QUICK = TrainSettings(latent_dims=1, epochs=6, validation_fraction=0.1)
+QUICK = TrainSettings(latent_dims=1, epochs=6, validation_fraction=0.1, occupancy="auto")
 
 pytestmark = pytest.mark.slow  # trains
 

@@ -157,10 +157,11 @@ class TrainSettings:
         "far as it is likely to show one. false takes all for particles.",
     )
     occupancy: Literal["none", "auto"] | tuple[int, ...] = setting(
-        "auto",
-        "Parts of the molecule that some particles lack. auto looks for them, none takes every particle for complete, "
-        "a list of the mesh's segments such as [3] names the parts, at most 4. Only what the particles confirm is "
-        "kept.",
+        "none",
+        "Parts of the molecule that some particles lack. none takes every particle for complete, a list of the mesh's "
+        "segments such as [3] names the parts, at most 4, auto looks for them: check what it finds, for a motion that "
+        "the training has missed (too few latent_dims or epochs) may pass for a missing part. Only what the particles "
+        "confirm is kept.",
         minimum=0,
         minItems=1,
         uniqueItems=True,

@@ -33,7 +33,7 @@ CONFIG = {
     "simulate": {"num_particles": 160, "box": 32, "pixel_size_A": 8.0, "snr": 1.0},
     "prepare": {"train_box": 32},
     "mesh": {"cells": 6},
-    "train": {"rigidity": [0.5, 1.0, 2.0], "epochs": 5, "occupancy": "none", "validation_fraction": 0.25},
+    "train": {"rigidity": [0.5, 1.0, 2.0], "epochs": 5, "validation_fraction": 0.25},
     "generate": {"frames": 3},
     "reconstruct": {"max_bfgs_iterations": 4},
 }
