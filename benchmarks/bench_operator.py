@@ -18,8 +18,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -60,23 +62,29 @@ class Problem:
         residual = generator.standard_normal((images, self.grid, self.grid), dtype=np.float32)
         self.residual = torch.as_tensor(residual, device=device)
 
-    def seconds(self, kernel: str) -> dict[str, float]:
+    def seconds(self, kernel: str, forward: bool = True, adjoint: bool = True) -> dict[str, float]:
         """Of all images: forward, adjoint to values alone, adjoint to values and vertices."""
+        return {name: best_time(call, self.device) for name, call in self._calls(kernel, forward, adjoint).items()}
+
+    def once(self, kernel: str, forward: bool = True, adjoint: bool = True) -> None:
+        """Each of them once."""
+        for call in self._calls(kernel, forward, adjoint).values():
+            call()
+
+    def _calls(self, kernel: str, forward: bool, adjoint: bool) -> dict[str, Callable[[], object]]:
         taps = KERNELS[kernel]
 
-        def adjoint(need_vertices: bool) -> object:
+        def back(need_vertices: bool) -> object:
             return torch.ops.flexlib.splat_voxels_adjoint(
                 self.residual, self.values, self.vertices_px, *self.mesh, taps, [True, need_vertices]
             )
 
-        def forward() -> object:
-            return splat_voxels(self.values, self.vertices_px, *self.mesh, self.grid, taps)
-
-        return {
-            "forward": best_time(forward, self.device),
-            "adjoint_values": best_time(lambda: adjoint(False), self.device),
-            "adjoint_both": best_time(lambda: adjoint(True), self.device),
-        }
+        calls: dict[str, Callable[[], object]] = {}
+        if forward:
+            calls["forward"] = lambda: splat_voxels(self.values, self.vertices_px, *self.mesh, self.grid, taps)
+        if adjoint:
+            calls |= {"adjoint_values": lambda: back(False), "adjoint_both": lambda: back(True)}
+        return calls
 
 
 def time_on_cpu(
@@ -122,49 +130,78 @@ def time_on_cpu(
 
 
 def time_on_gpu(
-    boxes: Sequence[int],
-    cells: int = 20,
-    filling: float = 0.2,
-    images: int = 128,
-    oversampling: int = 1,
-    tune: bool = False,
+    boxes: Sequence[int], cells: int = 20, filling: float = 0.2, images: int = 128, oversampling: int = 1
 ) -> dict[str, list[dict]]:
-    """``limits`` and ``rows`` of each box and kernel, and with ``tune`` each tile: 10^9 voxel-projections a second."""
+    """``limits``, and ``rows`` of each box and kernel: 10^9 voxel-projections a second."""
     limits = gpu_limits()
     print(*(f"{name} {value}" for name, value in limits.items()))
     rows = []
     columns = ("forward", "adjoint_values", "adjoint_both", "forward_and_adjoint")
     print("10^9 voxel-projections per second; adjoint_both: by values and vertices; forward_and_adjoint: with both")
-    print(f"{'box':>4} {'kernel':>7} {'voxels':>8} {'tile':>11}  " + "  ".join(columns))
+    print(f"{'box':>4} {'kernel':>7} {'voxels':>8}  " + "  ".join(columns))
     for box in boxes:
         problem = Problem(box, cells, filling, images, oversampling, "cuda")
-        for kernel, tile in itertools.product(KERNELS, _tiles() if tune else [None]):
-            if tile is not None:
-                _set_tile(tile)
+        for kernel in KERNELS:
             seconds = problem.seconds(kernel)
             seconds["forward_and_adjoint"] = seconds["forward"] + seconds["adjoint_both"]
-            row = {"box": box, "kernel": kernel, "voxels": problem.voxels, "images": problem.images, "tile": tile}
+            row = {"box": box, "kernel": kernel, "voxels": problem.voxels, "images": problem.images}
             row |= {"cells": cells, "oversampling": oversampling}
             for name, value in seconds.items():
                 row[f"{name}_G_per_s"] = round(problem.voxels * problem.images / value * 1e-9, 3)
                 row[f"{name}_ms"] = round(value * 1e3, 4)
             rows.append(row)
             figures = "  ".join(f"{row[f'{c}_G_per_s']:>{len(c)}.2f}" for c in columns)
-            shape = "x".join(map(str, tile)) if tile else "default"
-            print(f"{box:>4} {kernel:>7} {problem.voxels:>8} {shape:>11}  {figures}", flush=True)
+            print(f"{box:>4} {kernel:>7} {problem.voxels:>8}  {figures}", flush=True)
     return {"limits": [limits], "rows": rows}
 
 
-def _tiles() -> list[tuple[int, int, int]]:
-    """Tiles to try: voxels and images of a program, and its warps."""
-    shapes = [(32, 1), (64, 1), (64, 2), (128, 2), (128, 4), (256, 4), (256, 8)]
-    return [(voxels, images, warps) for (voxels, warps), images in itertools.product(shapes, (4, 16, 64))]
+SPLAT_TILES = [(128, 16, 4, 16), (128, 64, 4, 16), (128, 16, 8, 16), (64, 16, 4, 16), (64, 16, 2, 16), (256, 16, 8, 16)]
+SPLAT_TILES += [(128, 16, 4, 32), (32, 16, 1, 16)]
+ADJOINT_TILES = [(128, 16, 4), (128, 64, 4), (64, 16, 2), (256, 16, 8), (128, 16, 2)]
 
 
-def _set_tile(tile: tuple[int, int, int]) -> None:
+def tune_on_gpu(box: int, cells: int = 20, filling: float = 0.2, images: int = 128) -> list[dict]:
+    """A row for each tile, kernel and oversampling: what the forward and the adjoint do with it.
+
+    Kernels are compiled beforehand, by as many processes as there are cores.
+    """
+    tiles = [("splat", tile) for tile in SPLAT_TILES] + [("adjoint", tile) for tile in ADJOINT_TILES]
+    with multiprocessing.get_context("spawn").Pool(min(len(tiles), len(os.sched_getaffinity(0)))) as pool:
+        pool.starmap(_compile, tiles, chunksize=1)
+    rows = []
+    for oversampling in (1, 2):
+        problem = Problem(box, cells, filling, images, oversampling, "cuda")
+        for (what, tile), kernel in itertools.product(tiles, KERNELS):
+            with _tile(what, tile):
+                seconds = problem.seconds(kernel, forward=what == "splat", adjoint=what == "adjoint")
+            row = {"box": box, "kernel": kernel, "oversampling": oversampling, "what": what, "tile": tile}
+            for name, value in seconds.items():
+                row[f"{name}_G_per_s"] = round(problem.voxels * problem.images / value * 1e-9, 2)
+            rows.append(row)
+            print(*row.values(), flush=True)
+    return rows
+
+
+def _compile(what: str, tile: tuple[int, ...]) -> None:
+    """Compile the kernels of a tile, into Triton's cache on disk."""
+    problem = Problem(32, 8, 0.2, 4, 1, "cuda")
+    with _tile(what, tile):
+        for kernel in KERNELS:
+            problem.once(kernel, forward=what == "splat", adjoint=what == "adjoint")
+
+
+@contextmanager
+def _tile(what: str, tile: tuple[int, ...]) -> Iterator[None]:
+    """Another tile for the forward or the adjoint."""
     from flexlib.projection import cuda
 
-    cuda.SPLAT_TILE = cuda.ADJOINT_TILE = cuda.Tile(*tile)
+    name = f"{what.upper()}_TILE"
+    before = getattr(cuda, name)
+    setattr(cuda, name, cuda.Tile(*tile))
+    try:
+        yield
+    finally:
+        setattr(cuda, name, before)
 
 
 def main() -> None:
@@ -186,7 +223,9 @@ def main() -> None:
     elif not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     else:
-        result = time_on_gpu(options.boxes, images=options.images or 128, tune=options.tune, **common)
+        result = time_on_gpu(options.boxes, images=options.images or 128, **common)
+        if options.tune:
+            result["tiles"] = tune_on_gpu(options.boxes[0], options.cells, options.filling, options.images or 128)
     if options.out:
         options.out.write_text(json.dumps({"machine": describe_machine()} | result, indent=2) + "\n")
 

@@ -27,6 +27,7 @@ from math import factorial, pi
 import numpy as np
 import torch
 
+from flexlib.images.batch import to_device
 from flexlib.particles.table import OpticsGroup, Particles, wavelength_A
 
 _MIN_CTF = 0.02  # premultiplied images are divided by no less; float16 rounding is then below 2 % of the noise
@@ -76,7 +77,7 @@ def ctf_images(
     result = torch.empty((len(rows), box * (box // 2 + 1)), dtype=dtype, device=device)
     for group in groups:
         members = np.flatnonzero(group_of_row == group)
-        result[torch.as_tensor(members, device=device)] = group_ctf(rows[members], group)
+        result[to_device(members, device)] = group_ctf(rows[members], group)
     return result.view(-1, box, box // 2 + 1)
 
 
@@ -124,17 +125,17 @@ def _group_ctf(
     across = half * np.sin(2 * particles.defocus_angle_rad[rows])
     coefficients = -pi * wavelength_A(optics.voltage_kV) * np.stack([mean + along, mean - along, 2 * across], 1)
     phase_shift = particles.phase_shift_rad[rows][:, None]
-    turns = torch.addmm(constant[None], torch.as_tensor(coefficients / (2 * pi), device=device), quadratic)
+    turns = torch.addmm(constant[None], to_device(coefficients / (2 * pi), device), quadratic)
     if phase_shift.any():
-        turns -= torch.as_tensor(phase_shift / (2 * pi), device=device)
+        turns -= to_device(phase_shift / (2 * pi), device)
     turns -= turns.round()
     ctf = turns.to(torch.float32).mul_(-2 * pi).sin_()
     scale, bfactor = particles.ctf_scale[rows][:, None], particles.ctf_bfactor_A2[rows][:, None]
     if (scale != 1).any():
-        ctf *= torch.as_tensor(scale, dtype=torch.float32, device=device)
+        ctf *= to_device(scale.astype(np.float32), device)
     if bfactor.any():
         square = (quadratic[0] + quadratic[1]).to(torch.float32)
-        ctf *= torch.exp(torch.as_tensor(-bfactor / 4, dtype=torch.float32, device=device) * square)
+        ctf *= torch.exp(to_device((-bfactor / 4).astype(np.float32), device) * square)
     if dtype == torch.complex64:
         ctf = ctf * odd if odd is not None else ctf.to(dtype)
     return ctf

@@ -67,8 +67,8 @@ class FlowGenerator(nn.Module):
         """
         assert self.frame is not None
         raw = z @ self.input_matrix.T + self.input_offset
-        units = raw.new_tensor([FRAME_UNIT_RAD] * 3 + [FRAME_UNIT_A] * 3)
-        return self.frame(self.hidden(raw)) * units
+        turn, push = self.frame(self.hidden(raw)).split(3, 1)
+        return torch.cat([FRAME_UNIT_RAD * turn, FRAME_UNIT_A * push], 1)
 
     def coefficients(self, z: torch.Tensor) -> torch.Tensor:
         """(b, K) latents to (b, m) basis coefficients."""

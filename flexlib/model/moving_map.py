@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 
 from flexlib.images.batch import ImageBatch
 from flexlib.model.forward import CoarseMap, Operator, log_likelihood_loss
 from flexlib.model.occupancy import Parts, Quadratic, marginal_loss, quadratic
-from flexlib.model.views import NUM_VIEW_PARAMETERS, ViewPrior, shift_slopes
+from flexlib.model.views import CONTRAST, NUM_VIEW_PARAMETERS, ROTATION, SHIFT, ViewPrior, shift_slopes
 
 Flow = Callable[[torch.Tensor], torch.Tensor]
 """latents (b, K) -> displacements (b, nv, 3) in Angstrom."""
 
 LATENT_PROBE = 0.05  # forward difference by a latent
+PROBE_BYTES = 2**27  # of images that are projected at once to probe their parameters
 
 Ratios = tuple[float, float, float, float]
 """Of the information in the full box to that in the coarse one: on latents, rotation, shift and contrast."""
@@ -122,9 +124,7 @@ class MovingMap:
         small = fisher_information(self.coarse, coarse_batch, coarse_weight, parameters, fixed)
         if self.views is None:
             return self.information_ratios[0] * small
-        counts = torch.tensor([self.latent_dims(parameters), 3, 2, 1])
-        root = torch.tensor(self.information_ratios).sqrt().repeat_interleave(counts).to(small)
-        return root[:, None] * small * root
+        return _ratio_matrix(self.information_ratios, self.latent_dims(parameters), str(small.device)) * small
 
 
 @torch.no_grad()
@@ -146,16 +146,15 @@ def fisher_information(
     lacks = None
     if model.parts is not None:
         lacks = 1 - model.quadratic(batch, weight, parameters).present(model.parts.log_prior)
-    dims, base = model.latent_dims(parameters), _slices(model, batch, parameters, lacks)
-    slopes = []
-    for axis in range(fixed, dims):
-        moved = parameters.clone()
-        moved[:, axis] += probe
-        slopes.append((_slices(model, batch, moved, lacks) - base) / probe)
+    dims = model.latent_dims(parameters)
+    probes = {axis: probe for axis in range(fixed, dims)}
+    if model.views is not None and model.views.rotation_rad > 0:  # a quarter pixel, a quarter box from the centre
+        turn = 1.0 / model.operator.voxels.box / model.views.rotation_rad
+        probes |= {axis: turn for axis in range(dims, dims + 3)}
+    base, slopes = _slices_and_slopes(model, batch, parameters, lacks, probes)
     if model.views is not None:
-        slopes += _view_slopes(model, batch, parameters, base, lacks)
-    scaled = batch.transfer * weight.sqrt()
-    tangent = torch.view_as_real(torch.stack(slopes, 1) * scaled[:, None]).flatten(2)
+        slopes = torch.cat([slopes, _view_slopes(model, base, rotation_known=len(probes) > dims - fixed)], 1)
+    tangent = torch.view_as_real(slopes * (batch.transfer * weight.sqrt())[:, None]).flatten(2)
     known = tangent @ tangent.transpose(1, 2)
     if not fixed:
         return known
@@ -175,25 +174,66 @@ def _slices(model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, lacks
     return slices if seen.contrast is None else slices * seen.contrast[:, None, None]
 
 
-def _view_slopes(
-    model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, base: torch.Tensor, lacks: torch.Tensor | None
-) -> list[torch.Tensor]:
-    """Six derivatives of the slices (b, box, box//2+1) by the view's parameters."""
+def _slices_and_slopes(
+    model: MovingMap,
+    batch: ImageBatch,
+    parameters: torch.Tensor,
+    lacks: torch.Tensor | None,
+    probes: dict[int, float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, box, box//2+1) as ``_slices``, and their forward differences (b, m, ...) by some of the parameters.
+
+    ``probes`` are the steps. As many at once as memory allows: a GPU waits for its host with fewer.
+    """
+    moved = parameters.repeat(1 + len(probes), 1, 1)
+    for number, (axis, step) in enumerate(probes.items(), 1):
+        moved[number, :, axis] += step
+    at_once = max(1, PROBE_BYTES // (4 * len(parameters) * model.operator.voxels.box**2))
+    slices = torch.cat([_slices_at(model, batch, some, lacks) for some in moved.split(at_once)])
+    slopes = [(there - slices[0]) / step for there, step in zip(slices[1:], probes.values(), strict=True)]
+    return slices[0], torch.stack(slopes, 1) if slopes else slices[0][:, None][:, :0]
+
+
+def _slices_at(
+    model: MovingMap, batch: ImageBatch, parameters: torch.Tensor, lacks: torch.Tensor | None
+) -> torch.Tensor:
+    """(m, b, box, box//2+1) ``_slices`` of the batch at each of m parameters (m, b, P)."""
+    times = len(parameters)
+    again = (
+        batch
+        if times == 1
+        else replace(
+            batch,
+            rows=np.tile(batch.rows, times),
+            rotation=batch.rotation.repeat(times, 1, 1),
+            origin_px=batch.origin_px.repeat(times, 1),
+            contrast=None if batch.contrast is None else batch.contrast.repeat(times),
+        )
+    )
+    lacked = None if lacks is None else lacks.repeat(times, 1)
+    return _slices(model, again, parameters.flatten(0, 1), lacked).unflatten(0, (times, -1))
+
+
+def _view_slopes(model: MovingMap, base: torch.Tensor, rotation_known: bool) -> torch.Tensor:
+    """(b, 3 or 6, box, box//2+1) derivatives of the slices ``base`` by shift and contrast, and rotation where unknown.
+
+    Those by parameters that have no width are zero.
+    """
     assert model.views is not None
-    views, operator, dims = model.views, model.operator, model.latent_dims(parameters)
-    still = torch.zeros_like(base)
-    slopes = [still] * NUM_VIEW_PARAMETERS
-    if views.rotation_rad > 0:
-        probe = 1.0 / operator.voxels.box / views.rotation_rad  # a quarter pixel, a quarter box from the centre
-        for axis in range(3):
-            moved = parameters.clone()
-            moved[:, dims + axis] += probe
-            slopes[axis] = (_slices(model, batch, moved, lacks) - base) / probe
+    views, slopes = model.views, base.new_zeros((len(base), NUM_VIEW_PARAMETERS, *base.shape[1:]))
     if views.shift_A > 0:
-        slopes[3:5] = (views.shift_A * shift_slopes(base, operator.pixel_size_A)).unbind(1)
+        slopes[:, SHIFT] = views.shift_A * shift_slopes(base, model.operator.pixel_size_A)
     if views.log_contrast > 0:
-        slopes[5] = views.log_contrast * base
-    return slopes
+        slopes[:, CONTRAST] = views.log_contrast * base[:, None]
+    return slopes[:, ROTATION.stop :] if rotation_known else slopes
+
+
+@lru_cache(maxsize=64)
+def _ratio_matrix(ratios: Ratios, latent_dims: int, device: str) -> torch.Tensor:
+    """(P, P) factors of the information on all parameters; copied to a device once, since a copy waits for a GPU."""
+    counts = torch.tensor([latent_dims, 3, 2, 1])
+    root = torch.tensor(ratios).sqrt().repeat_interleave(counts)
+    return (root[:, None] * root).to(device)
 
 
 @torch.no_grad()

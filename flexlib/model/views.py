@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -59,7 +60,9 @@ class PoseFrame:
             for degree in range(1, 4 if dims <= 2 else 3)
             for chosen in itertools.combinations_with_replacement(range(dims), degree)
         ]
-        return torch.stack([torch.ones_like(latents[:, :1].sum(1)), *(latents[:, p].prod(1) for p in powers)], 1)
+        axes = latents.unbind(1)
+        products = [math.prod((axes[axis] for axis in chosen[1:]), start=axes[chosen[0]]) for chosen in powers]
+        return torch.stack([latents.new_ones(len(latents)), *products], 1)
 
     def features(self, latents: torch.Tensor) -> torch.Tensor:
         """(b, F) monomials of present latents (b, K)."""
@@ -100,8 +103,11 @@ class ViewPrior:
     @property
     def widths(self) -> torch.Tensor:
         """(6,) float32, in radians, Angstrom and of the logarithm."""
-        widths = [self.rotation_rad] * 3 + [self.shift_A] * 2 + [self.log_contrast]
-        return torch.tensor(widths, dtype=torch.float32)
+        return self.widths_on("cpu").clone()
+
+    def widths_on(self, device: torch.device | str) -> torch.Tensor:
+        """``widths`` on a device, where they are kept: not to be changed."""
+        return _widths(self.rotation_rad, self.shift_A, self.log_contrast, str(device))
 
     def with_widths(self, widths: torch.Tensor) -> ViewPrior:
         """The same with other ``widths`` (6,); components of a kind are averaged as variances."""
@@ -145,7 +151,7 @@ class ViewPrior:
         rotation
             (b, 3, 3) of the views.
         """
-        own = units * self.widths.to(units)
+        own = units * self.widths_on(units.device).to(units.dtype)
         if self.frame is None:
             return own
         return own + torch.nn.functional.pad(self.frame.poses(latents, rotation), (0, 1))
@@ -178,7 +184,7 @@ class ViewPrior:
         self, frame: PoseFrame, units: torch.Tensor, latents: torch.Tensor, rotation: torch.Tensor
     ) -> torch.Tensor:
         """``units`` (b, 6) for the mean ``frame``, such that no pose changes, but where widths are zero."""
-        widths = self.widths.to(units)
+        widths = self.widths_on(units.device).to(units.dtype)
         mean = replace(self, frame=frame).own(torch.zeros_like(units), latents, rotation)
         return torch.where(widths > 0, (self.own(units, latents, rotation) - mean) / widths.clamp(min=1e-30), 0.0)
 
@@ -208,10 +214,21 @@ def rotation_matrices(vectors_rad: torch.Tensor) -> torch.Tensor:
 
 def shift_slopes(slices: torch.Tensor, pixel_size_A: float) -> torch.Tensor:
     """(b, 2, N, N//2+1) derivatives per Angstrom of images' transforms (b, N, N//2+1) by a shift along x and y."""
-    box = slices.shape[-2]
-    kx = torch.arange(box // 2 + 1, device=slices.device, dtype=slices.real.dtype).expand(box, -1)
-    ky = torch.from_numpy(wavenumbers(box)).to(kx)[:, None].expand(-1, box // 2 + 1)
-    return slices[:, None] * (-2j * torch.pi / (box * pixel_size_A) * torch.stack([kx, ky]))
+    return slices[:, None] * _shift_slopes(slices.shape[-2], pixel_size_A, str(slices.device)).to(slices.dtype)
+
+
+@lru_cache(maxsize=32)
+def _shift_slopes(box: int, pixel_size_A: float, device: str) -> torch.Tensor:
+    """(2, N, N//2+1) complex128 what ``shift_slopes`` multiplies with."""
+    kx = torch.arange(box // 2 + 1, dtype=torch.float64).expand(box, -1)
+    ky = torch.from_numpy(wavenumbers(box)).double()[:, None].expand(-1, box // 2 + 1)
+    return (-2j * torch.pi / (box * pixel_size_A) * torch.stack([kx, ky])).to(device)
+
+
+@lru_cache(maxsize=64)
+def _widths(rotation_rad: float, shift_A: float, log_contrast: float, device: str) -> torch.Tensor:
+    """(6,) float32 on a device: copied there once, since a copy waits for a GPU."""
+    return torch.tensor([rotation_rad] * 3 + [shift_A] * 2 + [log_contrast], dtype=torch.float32, device=device)
 
 
 def mean_rigid_motion(rotation: torch.Tensor, vectors_rad: torch.Tensor, shift_A: torch.Tensor) -> torch.Tensor:

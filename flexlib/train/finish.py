@@ -81,7 +81,7 @@ def _infer_own_share(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Te
     weight = setup.weight(setup.schedule.full_band)
     precision, num_modes = torch.zeros_like(state.information), torch.ones(num, dtype=torch.long, device=device)
     mine = setup.ranks.part(num)
-    own_batches = split_batches(np.arange(num)[mine], setup.batch_size)
+    own_batches = split_batches(np.arange(num)[mine], setup.pass_size)
     centres = None if setup.settings.freeze_latents else search_centres(setup, state)
     model, advantage = state.moving_map(setup.operator, setup.coarse), state.junk.advantage
     for number, batch in enumerate(read_ahead(setup.source, own_batches, device)):

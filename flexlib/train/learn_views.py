@@ -70,7 +70,7 @@ def measure_widths(setup: Setup, state: State) -> None:
     chosen = setup.training_rows[:: -(-len(setup.training_rows) // MEASURED_ROWS)]
     evidence, of_all = WidthEvidence.nothing(setup.device), setup.prior(state.views.num)
     model, fixed = state.moving_map(setup.operator, setup.coarse), dims if setup.settings.freeze_latents else 0
-    batches = split_batches(setup.ranks.share(chosen), setup.batch_size)
+    batches = split_batches(setup.ranks.share(chosen), setup.pass_size)
     for batch in read_ahead(setup.source, batches, setup.device):
         rows = setup.rows_on_device(batch.rows)
         found = infer_latents(model, batch, weight, state.parameters(rows), MEASURED_STEPS, of_all, fixed=fixed)

@@ -25,7 +25,7 @@ def leave_wrong_minima(setup: Setup, state: State) -> None:
     centres, moved = search_centres(setup, state), torch.zeros(1)
     model = state.moving_map(setup.operator, setup.coarse)
     own_rows, prior = setup.ranks.share(setup.training_rows), setup.prior(state.views.num)
-    for batch in read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device):
+    for batch in read_ahead(setup.source, split_batches(own_rows, setup.pass_size), setup.device):
         rows = setup.rows_on_device(batch.rows)
         found, lower = search_latents(
             model, batch, weight, state.parameters(rows), centres, state.information[rows], prior

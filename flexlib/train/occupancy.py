@@ -25,7 +25,7 @@ def part_quadratics(setup: Setup, model: MovingMap, state: State, rows: np.ndarr
     ``model`` has the parts; all shells in use count, and every rank gets all rows.
     """
     weight, found = setup.weight(setup.schedule.full_band), []
-    own_batches = split_batches(setup.ranks.share(rows), setup.batch_size)
+    own_batches = split_batches(setup.ranks.share(rows), setup.pass_size)
     for batch in read_ahead(setup.source, own_batches, setup.device):
         found.append(model.quadratic(batch, weight, state.parameters(setup.rows_on_device(batch.rows))))
     pairs = zip(*(one.parts() for one in found), strict=True)

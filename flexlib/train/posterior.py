@@ -68,7 +68,7 @@ class PosteriorDraws:
 
 
 @lru_cache(maxsize=16)
-def standard_points(dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+def standard_points(dims: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Points (s, P) of a normal distribution ``_WIDER`` than the unit one, in pairs of opposite sign, and (s,) weights.
 
     The weights make the points' mean zero and their covariance the identity, exactly: means and covariances of
@@ -84,7 +84,8 @@ def standard_points(dims: int) -> tuple[torch.Tensor, torch.Tensor]:
     weight = np.exp(log_weight - np.logaddexp.reduce(log_weight))
     root = np.linalg.cholesky((points * weight[:, None]).T @ points)
     standard = np.linalg.solve(root, points.T).T
-    return torch.as_tensor(standard, dtype=torch.float32), torch.as_tensor(np.log(weight), dtype=torch.float32)
+    as_float = dict(dtype=torch.float32, device=device)
+    return torch.as_tensor(standard, **as_float), torch.as_tensor(np.log(weight), **as_float)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _Proposal:
 
     def draws(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(s, b, P) parameters, and (s, b) the log density that they are drawn with."""
-        points, log_weight = (part.to(self.mode) for part in standard_points(self.root.shape[1]))
+        points, log_weight = standard_points(self.root.shape[1], str(self.mode.device))
         away = torch.linalg.solve_triangular(self.root.mT, points.T.expand(len(self.mode), -1, -1), upper=True)
         drawn = self.mode.repeat(len(points), 1, 1)
         drawn[:, :, self.fixed :] += away.permute(2, 0, 1)

@@ -189,7 +189,7 @@ def _look_at_held_out(setup: Setup, rigid: CanonicalMap, views: Views, junk: Jun
     model, weight = rigid_model(setup, rigid.values, views.prior), setup.weight(setup.schedule.full_band)
     own_rows, prior = setup.ranks.share(setup.validation_rows), LatentPrior(num_views=views.num)
     found, advantage = [views.held[:0]], [junk.advantage[:0]]
-    for batch in read_ahead(setup.source, split_batches(own_rows, setup.batch_size), setup.device):
+    for batch in read_ahead(setup.source, split_batches(own_rows, setup.pass_size), setup.device):
         start = views.units[setup.rows_on_device(batch.rows)]
         if views.num:
             here = infer_latents(model, batch, weight, start, HELD_OUT_STEPS, prior)

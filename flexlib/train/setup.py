@@ -33,6 +33,7 @@ from flexlib.workflow_support.settings import TrainSettings
 RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
 COARSE_BOX = 64  # training boxes from here on have a coarse map too
 BATCH_SIZE = 200  # rows of a mini-batch, at most
+PASS_ROWS, PASS_BYTES = 2000, 2**29  # at once on a GPU, where nothing is learnt from one batch to the next
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,15 @@ class Setup:
             num_training_rows=len(self.training_rows),
         )
 
+    @cached_property
+    def pass_size(self) -> int:
+        """Rows that are looked at together where results do not depend on it: a GPU waits for its host with fewer."""
+        if self.device.type == "cpu":
+            return self.batch_size
+        box, num_vertices = self.source.box, len(self.operator.vertices_A)
+        fitting = PASS_BYTES // (8 * box * (box // 2 + 1) + 24 * num_vertices)
+        return max(self.batch_size, min(PASS_ROWS, fitting))
+
     @property
     def rigidity_nats(self) -> float:
         """Nats per unit of mean squared strain."""
@@ -109,7 +119,7 @@ class Setup:
             fixed=self.settings.latent_dims if self.settings.freeze_latents else 0,
             prior=self.prior(num_views),
             particle_log_odds=particle_log_odds,
-            batch_size=self.batch_size,
+            batch_size=self.pass_size,
             ranks=self.ranks,
         )
 

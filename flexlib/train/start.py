@@ -148,7 +148,7 @@ def _forces(
 
     What a change of poses or contrasts explains as well is no motion: where these are refined, it is taken out.
     """
-    mine = split_batches(setup.ranks.share(np.arange(len(setup.source))), setup.batch_size)
+    mine = split_batches(setup.ranks.share(np.arange(len(setup.source))), setup.pass_size)
     batches = read_ahead(setup.source, mine, setup.device)
     nuisance = rigid_fields(setup.operator.vertices_A) if views.refines_poses else fields_A[:0]
     prior = views.prior
