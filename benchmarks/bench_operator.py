@@ -155,9 +155,8 @@ def time_on_gpu(
     return {"limits": [limits], "rows": rows}
 
 
-SPLAT_TILES = [(128, 16, 4, 16), (128, 64, 4, 16), (128, 16, 8, 16), (64, 16, 4, 16), (64, 16, 2, 16), (256, 16, 8, 16)]
-SPLAT_TILES += [(128, 16, 4, 32), (32, 16, 1, 16)]
-ADJOINT_TILES = [(128, 16, 4), (128, 64, 4), (64, 16, 2), (256, 16, 8), (128, 16, 2)]
+SPLAT_TILES = [(128, 16, 4), (128, 64, 4), (64, 16, 2), (256, 16, 8)]
+ADJOINT_TILES = [(128, 16, 4), (64, 16, 2), (32, 16, 1)]
 
 
 def tune_on_gpu(box: int, cells: int = 20, filling: float = 0.2, images: int = 128) -> list[dict]:

@@ -63,6 +63,7 @@ def machine_section(result: dict[str, Any]) -> str:
     for part, title, write in (
         ("operator", "The operator", gpu_operator if result["device"] == "cuda" else cpu_operator),
         ("training", "Training", training),
+        ("training_parts", "The parts of a training", training_parts),
         ("reconstruction", "Reconstruction", reconstruction),
         ("memory", "Data larger than memory", memory),
     ):
@@ -151,6 +152,29 @@ def training(figures: dict[str, Any]) -> str:
             scaled = row["epoch_s"] * 100_000 / row["particles"]
             text += f"\n100,000 particles, by proportion and not measured: {scaled:.1f} s an epoch, with "
             text += f"{row['voxels']:,} voxels at box {row['box']}.\n"
+    return text
+
+
+def training_parts(figures: dict[str, Any]) -> str:
+    """A training by its parts, as ``gpu_check.py`` times them."""
+    laps = ("set_up", "start", "first_epoch", "second_epoch", "third_epoch")
+    text = "\nSeconds. The first two epochs also measure the latents' information, and the first searches all of "
+    text += "latent space. " + figures.get("note", "") + "\n\n"
+    text += table(
+        ("particles", "box", "voxels", "cells", *(lap.replace("_", " ") for lap in laps)),
+        (
+            (
+                *(f"{row['particles']:,}", row["box"], f"{row['voxels']:,}", row["cells"]),
+                *(f"{row[f'{lap}_s']:.1f}" for lap in laps),
+            )
+            for row in figures["rows"]
+        ),
+    )
+    for row in figures["rows"]:
+        profile = row["profile"]
+        text += f"\nA mini-batch of {row['batch_size']} that measures the information, {row['cells']} cells: "
+        text += f"{profile['wall_ms']:.1f} ms, in {profile['device_ms']:.1f} ms of which the device works, "
+        text += f"{profile['operator_ms']:.1f} ms on the operator; {profile['launches']:.0f} launches.\n"
     return text
 
 

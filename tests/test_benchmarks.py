@@ -1,6 +1,7 @@
 """The benchmarks run and report what they should, and the page is what they say. No time is ever asserted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,22 @@ def test_driver_measures_every_part_and_its_page_is_made(tmp_path):
     run("make_page.py", "--results", out.parent, "--out", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert result["machine"]["cpu"] in page and "Provisional" in page and "Against latent dims" in page
+
+
+@pytest.mark.slow
+def test_check_of_a_gpu_is_rehearsed_without_one(tmp_path):
+    steps = ("data", "operator", "training_20", "reconstruction_32")
+    command = [BENCHMARKS / "gpu_check.sh", "--quick", "--device", "cpu", "--steps", *steps]
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert all(found[step]["status"] == 0 for step in steps)
+    trained = found["training_20"]
+    laps = sum(trained[f"{lap}_s"] for lap in ("set_up", "start", "first_epoch", "second_epoch", "third_epoch"))
+    assert 0 < laps < trained["seconds"] and len(trained["log"]) == 3
+    assert 0 < trained["profile"]["operator_ms"] < trained["profile"]["wall_ms"]
+    assert found["reconstruction_32"]["ms_per_image_and_iteration"] > 0
 
 
 def fake_run(folder: Path, shift: float) -> RunFolder:
