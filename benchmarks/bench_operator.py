@@ -62,29 +62,24 @@ class Problem:
         residual = generator.standard_normal((images, self.grid, self.grid), dtype=np.float32)
         self.residual = torch.as_tensor(residual, device=device)
 
-    def seconds(self, kernel: str, forward: bool = True, adjoint: bool = True) -> dict[str, float]:
+    def seconds(self, kernel: str) -> dict[str, float]:
         """Of all images: forward, adjoint to values alone, adjoint to values and vertices."""
-        return {name: best_time(call, self.device) for name, call in self._calls(kernel, forward, adjoint).items()}
+        return {name: best_time(call, self.device) for name, call in self.calls(kernel).items()}
 
-    def once(self, kernel: str, forward: bool = True, adjoint: bool = True) -> None:
-        """Each of them once."""
-        for call in self._calls(kernel, forward, adjoint).values():
-            call()
-
-    def _calls(self, kernel: str, forward: bool, adjoint: bool) -> dict[str, Callable[[], object]]:
+    def calls(self, kernel: str) -> dict[str, Callable[[], object]]:
+        """What ``seconds`` times."""
         taps = KERNELS[kernel]
 
-        def back(need_vertices: bool) -> object:
+        def adjoint(need_vertices: bool) -> object:
             return torch.ops.flexlib.splat_voxels_adjoint(
                 self.residual, self.values, self.vertices_px, *self.mesh, taps, [True, need_vertices]
             )
 
-        calls: dict[str, Callable[[], object]] = {}
-        if forward:
-            calls["forward"] = lambda: splat_voxels(self.values, self.vertices_px, *self.mesh, self.grid, taps)
-        if adjoint:
-            calls |= {"adjoint_values": lambda: back(False), "adjoint_both": lambda: back(True)}
-        return calls
+        return {
+            "forward": lambda: splat_voxels(self.values, self.vertices_px, *self.mesh, self.grid, taps),
+            "adjoint_values": lambda: adjoint(False),
+            "adjoint_both": lambda: adjoint(True),
+        }
 
 
 def time_on_cpu(
@@ -155,46 +150,48 @@ def time_on_gpu(
     return {"limits": [limits], "rows": rows}
 
 
-SPLAT_TILES = [(128, 16, 4), (128, 64, 4), (64, 16, 2), (256, 16, 8)]
-ADJOINT_TILES = [(128, 16, 4), (64, 16, 2), (32, 16, 1)]
+TILES = {  # of the kernels to try: voxels and images of a program, and its warps
+    "SPLAT_TILE": [(128, 16, 4), (128, 64, 4), (64, 16, 2)],
+    "ADJOINT_TILE": [(128, 16, 4), (64, 16, 2), (32, 16, 1)],
+    "FORCES_TILE": [(128, 16, 4), (64, 16, 2), (32, 16, 1), (32, 64, 1)],
+}
+TIMED = {"SPLAT_TILE": "forward", "ADJOINT_TILE": "adjoint_values", "FORCES_TILE": "adjoint_both"}
 
 
 def tune_on_gpu(box: int, cells: int = 20, filling: float = 0.2, images: int = 128) -> list[dict]:
-    """A row for each tile, kernel and oversampling: what the forward and the adjoint do with it.
+    """A row for each tile, kernel and oversampling: 10^9 voxel-projections a second of what it is the tile of.
 
     Kernels are compiled beforehand, by as many processes as there are cores.
     """
-    tiles = [("splat", tile) for tile in SPLAT_TILES] + [("adjoint", tile) for tile in ADJOINT_TILES]
+    tiles = [(name, tile) for name, some in TILES.items() for tile in some]
     with multiprocessing.get_context("spawn").Pool(min(len(tiles), len(os.sched_getaffinity(0)))) as pool:
         pool.starmap(_compile, tiles, chunksize=1)
     rows = []
     for oversampling in (1, 2):
         problem = Problem(box, cells, filling, images, oversampling, "cuda")
-        for (what, tile), kernel in itertools.product(tiles, KERNELS):
-            with _tile(what, tile):
-                seconds = problem.seconds(kernel, forward=what == "splat", adjoint=what == "adjoint")
-            row = {"box": box, "kernel": kernel, "oversampling": oversampling, "what": what, "tile": tile}
-            for name, value in seconds.items():
-                row[f"{name}_G_per_s"] = round(problem.voxels * problem.images / value * 1e-9, 2)
+        for (name, tile), kernel in itertools.product(tiles, KERNELS):
+            with _tile(name, tile):
+                seconds = best_time(problem.calls(kernel)[TIMED[name]], "cuda")
+            row = {"box": box, "kernel": kernel, "oversampling": oversampling, "what": TIMED[name], "tile": tile}
+            row["G_per_s"] = round(problem.voxels * problem.images / seconds * 1e-9, 2)
             rows.append(row)
             print(*row.values(), flush=True)
     return rows
 
 
-def _compile(what: str, tile: tuple[int, ...]) -> None:
+def _compile(name: str, tile: tuple[int, ...]) -> None:
     """Compile the kernels of a tile, into Triton's cache on disk."""
     problem = Problem(32, 8, 0.2, 4, 1, "cuda")
-    with _tile(what, tile):
+    with _tile(name, tile):
         for kernel in KERNELS:
-            problem.once(kernel, forward=what == "splat", adjoint=what == "adjoint")
+            problem.calls(kernel)[TIMED[name]]()
 
 
 @contextmanager
-def _tile(what: str, tile: tuple[int, ...]) -> Iterator[None]:
-    """Another tile for the forward or the adjoint."""
+def _tile(name: str, tile: tuple[int, ...]) -> Iterator[None]:
+    """Another tile for one of the kernels."""
     from flexlib.projection import cuda
 
-    name = f"{what.upper()}_TILE"
     before = getattr(cuda, name)
     setattr(cuda, name, cuda.Tile(*tile))
     try:

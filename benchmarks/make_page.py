@@ -125,6 +125,20 @@ def gpu_operator(figures: dict[str, Any]) -> str:
             for row in rows
         ),
     )
+    text += f"\n{figures['note']}\n" if "note" in figures else ""
+    if "tiles" in figures:
+        text += "\nOther tiles (voxels, images and warps of a program):\n" + table(
+            ("what", "box", "kernel", "oversampling", "tile", "10^9 a second"),
+            (
+                (
+                    *(tile[key] for key in ("what", "box", "kernel", "oversampling")),
+                    *(" x ".join(map(str, tile["tile"])), f"{tile['G_per_s']:.2f}"),
+                )
+                for tile in sorted(
+                    figures["tiles"], key=lambda t: (t["what"], t["oversampling"], t["kernel"], -t["G_per_s"])
+                )
+            ),
+        )
     return text + (
         f"\nThe device copies {limit['copy_GB_per_s']:.0f} GB/s and adds, at random pixels of an image, "
         f"{limit['random_adds_in_image_G_per_s']:.1f} x 10^9 numbers a second, of a batch "

@@ -19,12 +19,12 @@ from flexlib.tetra import rigidity, rigidity_cuda
 def interpret() -> dict[str, object]:
     """Results of every case, in tiles so small that each has more than one program along both axes."""
     results: dict[str, object] = {}
-    whole = cuda.SPLAT_TILE, cuda.ADJOINT_TILE
+    whole = cuda.SPLAT_TILE, cuda.ADJOINT_TILE, cuda.FORCES_TILE
     for taps in (2, 4):
-        cuda.SPLAT_TILE = cuda.ADJOINT_TILE = cuda.Tile(voxels=16, images=2, warps=1)
+        cuda.SPLAT_TILE = cuda.ADJOINT_TILE = cuda.FORCES_TILE = cuda.Tile(voxels=16, images=2, warps=1)
         for name, case in CASES.items():
             results[f"{name} {taps}"] = _both_ways(case, taps, True, True)
-        cuda.SPLAT_TILE, cuda.ADJOINT_TILE = whole
+        cuda.SPLAT_TILE, cuda.ADJOINT_TILE, cuda.FORCES_TILE = whole
         results[f"whole tile {taps}"] = _both_ways(CASES["centred"], taps, True, True)
     for flags in ((True, False), (False, True), (False, False)):
         results[f"needs {flags}"] = _both_ways(CASES["one voxel, one image"], 4, *flags)[1:]
@@ -83,9 +83,11 @@ def compile_kernels() -> dict[str, str]:
     """PTX of each kernel, as a GPU would get it from the backend's own calls."""
     triton.runtime.driver.set_active(_H200())
     texts: dict[str, str] = {}
-    splat, adjoint = cuda.splat_kernel, cuda.adjoint_kernel
+    splat, adjoint, fold = cuda.splat_kernel, cuda.adjoint_kernel, cuda.fold_kernel
+    cuda.has_vector_atomics = lambda device: True
     for taps in (2, 4):
         cuda.splat_kernel = _Compiled(splat, texts, f"splat {taps}")
+        cuda.fold_kernel = _Compiled(fold, texts, f"fold {taps}")
         cuda.adjoint_kernel = _Compiled(adjoint, texts, f"adjoint {taps}")
         _both_ways(CASES["centred"], taps, True, True)
     rigidity_cuda.energy_kernel = _Compiled(rigidity_cuda.energy_kernel, texts, "rigidity")

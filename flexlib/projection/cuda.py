@@ -1,8 +1,10 @@
 """Triton backend of the operator for CUDA devices, float32.
 
 A program owns a block of voxels and walks through a few images, so that values, barycentric weights and corners are
-read once. Forward: every tap is added to the image by an atomic. Adjoint: taps are gathered, and the forces
-of a run of voxels of one cell are summed inside the program before they are added to the cell's four vertices.
+read once. Forward: a row of taps is added to the image by one atomic where the device has such (compute capability
+9.0), three times as quick as one for each tap. It must be aligned: so an image is as many copies as a row has taps,
+each shifted by a pixel, and they are added up at the end. Adjoint: taps are gathered, and the forces of a run of voxels
+of one cell are summed inside the program before they are added to the cell's four vertices.
 
 Atomics take effect in any order and float32 sums depend on it: two calls agree within rounding, not bit by bit.
 Nothing waits for the device: launch sizes follow from shapes alone. So vertices that are not finite do not raise, as
@@ -14,6 +16,7 @@ The kernels run without a GPU in Triton's interpreter: ``TRITON_INTERPRET=1`` be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -63,8 +66,11 @@ class Gradients(NamedTuple):
     by_vertex: torch.Tensor | bool
 
 
-SPLAT_TILE = Tile(voxels=128, images=16, warps=4)
-ADJOINT_TILE = Tile(voxels=128, images=16, warps=4)
+# at least a voxel a thread: threads that share one would add it twice
+SPLAT_TILE = Tile(voxels=128, images=64, warps=4)
+ADJOINT_TILE = Tile(voxels=128, images=16, warps=4)  # to the voxels' values alone
+FORCES_TILE = Tile(voxels=32, images=16, warps=1)  # to the vertices too
+FOLD_PIXELS = 1024  # of a program
 
 
 @triton.jit
@@ -154,9 +160,30 @@ def _barycentric(bary, voxel, inside):
     )
 
 
+_ADD_2 = tl.constexpr("red.relaxed.gpu.global.add.v2.f32 [$1], {$2, $3}; mov.u32 $0, 0;")
+_ADD_4 = tl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;")
+
+
+@triton.jit
+def _add_row(at, w0, w1, w2, w3, inside, TAPS: tl.constexpr, VECTOR: tl.constexpr):
+    """Add a row of taps to TAPS numbers from ``at``, aligned to as many; of two taps the first two weights count."""
+    if VECTOR:  # voxels that are not there add zeros
+        address = at.to(tl.int64)
+        if TAPS == 2:
+            tl.inline_asm_elementwise(_ADD_2, "=r,l,f,f", [address, w0, w1], tl.int32, False, 1)
+        else:
+            tl.inline_asm_elementwise(_ADD_4, "=r,l,f,f,f,f", [address, w0, w1, w2, w3], tl.int32, False, 1)
+    else:
+        tl.atomic_add(at, w0, mask=inside, sem="relaxed")
+        tl.atomic_add(at + 1, w1, mask=inside, sem="relaxed")
+        if TAPS == 4:
+            tl.atomic_add(at + 2, w2, mask=inside, sem="relaxed")
+            tl.atomic_add(at + 3, w3, mask=inside, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["sizes"])
-def splat_kernel(views, voxels, sizes, grid, TAPS: tl.constexpr, TILE: tl.constexpr):
-    """Add voxels to ``views.images``."""
+def splat_kernel(views, voxels, sizes, grid, pitch, TAPS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """Add voxels to ``views.images``, the copies (b, TAPS, grid, pitch) of images that ``fold_kernel`` adds up."""
     voxel = tl.program_id(0) * TILE.voxels + tl.arange(0, TILE.voxels)
     inside = voxel < sizes.num_voxels
     value = tl.load(voxels.density + voxel, mask=inside, other=0.0)
@@ -164,19 +191,39 @@ def splat_kernel(views, voxels, sizes, grid, TAPS: tl.constexpr, TILE: tl.conste
     bary = _barycentric(voxels.bary, voxel, inside)
 
     first = tl.program_id(1).to(tl.int64) * TILE.images
-    canvas = views.images + first * (grid * grid)
+    canvas = views.images + first * (TAPS * grid * pitch)
     moved = views.vertices + first * (2 * sizes.num_vertices)
     for _ in range(tl.minimum(TILE.images, sizes.batch - tl.program_id(1) * TILE.images)):
         ix, fx = _locate(moved, corner, bary, inside, grid)
         iy, fy = _locate(moved + 1, corner, bary, inside, grid)
+        leftmost = _pixel(ix, 0, TAPS, grid)
+        copy = leftmost % TAPS
+        column = canvas + copy * (grid * pitch) + (leftmost - copy)
+        w0, w1 = _weight(fx, 0, TAPS), _weight(fx, 1, TAPS)
+        w2, w3 = _weight(fx, TAPS - 2, TAPS), _weight(fx, TAPS - 1, TAPS)
         for ty in tl.static_range(TAPS):
-            row = canvas + _pixel(iy, ty, TAPS, grid) * grid
             share = value * _weight(fy, ty, TAPS)
-            for tx in tl.static_range(TAPS):
-                pixel = row + _pixel(ix, tx, TAPS, grid)
-                tl.atomic_add(pixel, share * _weight(fx, tx, TAPS), mask=inside, sem="relaxed")
-        canvas += grid * grid
+            at = column + _pixel(iy, ty, TAPS, grid) * pitch
+            _add_row(at, share * w0, share * w1, share * w2, share * w3, inside, TAPS, VECTOR)
+        canvas += TAPS * grid * pitch
         moved += 2 * sizes.num_vertices
+
+
+@triton.jit(do_not_specialize=["num_pixels"])
+def fold_kernel(images, copies, num_pixels, grid, pitch, TAPS: tl.constexpr, PIXELS: tl.constexpr):
+    """Images (b, grid, grid) from their copies (b, TAPS, grid, pitch): pixel x of copy c is pixel x + c, periodic."""
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    inside = pixel < num_pixels
+    x, row = pixel % grid, pixel // grid
+    image, y = row // grid, row % grid
+    total = tl.zeros((PIXELS,), tl.float32)
+    for copy in tl.static_range(TAPS):
+        line = copies + ((image * TAPS + copy) * grid + y) * pitch
+        at = x - copy
+        total += tl.load(line + tl.where(at < 0, at + grid, at), mask=inside, other=0.0)
+        # what was added past the right edge
+        total += tl.load(line + at + grid, mask=inside & (at >= 0) & (at + grid < pitch), other=0.0)
+    tl.store(images + pixel, total, mask=inside)
 
 
 @triton.jit
@@ -295,13 +342,19 @@ def splat(
 ) -> torch.Tensor:
     """See ``op.splat_voxels``."""
     batch, num_vertices = vertices.shape[:2]
-    images = torch.zeros((batch, grid, grid), dtype=torch.float32, device=values.device)
+    pitch = taps * (triton.cdiv(grid, taps) + 1)  # rows aligned, with room for taps past the right edge
+    copies = torch.zeros((batch, taps, grid, pitch), dtype=torch.float32, device=values.device)
+    images = torch.empty((batch, grid, grid), dtype=torch.float32, device=values.device)
     voxels = Voxels(*_contiguous(values, cells, cell, bary))
     sizes = Sizes(batch, len(values), num_vertices)
     tile = SPLAT_TILE
     with torch.cuda.device_of(values):
         splat_kernel[_programs(len(values), batch, tile)](
-            Views(images, *_contiguous(vertices)), voxels, sizes, grid, TAPS=taps, TILE=tile, num_warps=tile.warps
+            Views(copies, *_contiguous(vertices)), voxels, sizes, grid, pitch, TAPS=taps, TILE=tile,
+            VECTOR=has_vector_atomics(values.device), num_warps=tile.warps,
+        )  # fmt: skip
+        fold_kernel[(triton.cdiv(images.numel(), FOLD_PIXELS),)](
+            images, copies, images.numel(), grid, pitch, TAPS=taps, PIXELS=FOLD_PIXELS
         )
     return images
 
@@ -323,7 +376,7 @@ def splat_adjoint(
     grad_vertices = vertices.new_zeros(vertices.shape if need_vertices else 0)
     voxels = Voxels(*_contiguous(values, cells, cell, bary))
     sizes = Sizes(batch, len(values), num_vertices)
-    tile = ADJOINT_TILE
+    tile = FORCES_TILE if need_vertices else ADJOINT_TILE
     with torch.cuda.device_of(values):
         adjoint_kernel[_programs(len(values), batch, tile)](
             Gradients(grad_values, grad_vertices), Views(*_contiguous(grad_images, vertices)), voxels, sizes,
@@ -331,6 +384,12 @@ def splat_adjoint(
             num_warps=tile.warps,
         )  # fmt: skip
     return grad_values, grad_vertices
+
+
+@cache
+def has_vector_atomics(device: torch.device) -> bool:
+    """Whether the device adds two or four float32 numbers at once."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _programs(num_voxels: int, batch: int, tile: Tile) -> tuple[int, int]:

@@ -84,8 +84,7 @@ def standard_points(dims: int, device: str = "cpu") -> tuple[torch.Tensor, torch
     weight = np.exp(log_weight - np.logaddexp.reduce(log_weight))
     root = np.linalg.cholesky((points * weight[:, None]).T @ points)
     standard = np.linalg.solve(root, points.T).T
-    as_float = dict(dtype=torch.float32, device=device)
-    return torch.as_tensor(standard, **as_float), torch.as_tensor(np.log(weight), **as_float)
+    return torch.from_numpy(standard).float().to(device), torch.from_numpy(np.log(weight)).float().to(device)
 
 
 @dataclass(frozen=True)
