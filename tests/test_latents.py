@@ -12,9 +12,11 @@ from training_sets import bent_flow, masked_consensus, neighbour_r2, predicted_i
 from flexlib.images.batch import split_batches
 from flexlib.imaging.fourier import resample_spectrum
 from flexlib.imaging.image_transforms import plane_weight
+from flexlib.model import moving_map
 from flexlib.model.flow import FlowGenerator
 from flexlib.model.forward import EXACT, CoarseMap, Operator, log_likelihood_loss
 from flexlib.model.moving_map import MovingMap, fisher_information
+from flexlib.model.views import ViewPrior
 from flexlib.projection.op import gather_volume, project, scatter_volume, view_vertices
 from flexlib.train.fields import BASIS_UNIT_A, displacement_basis
 from flexlib.train.latents import (
@@ -99,6 +101,17 @@ def test_information_is_the_squared_change_of_the_prediction(setup, flow, values
         expected = (weight * slope.abs() ** 2).sum((1, 2))
         found = torch.einsum("i,bij,j->b", direction, information, direction)
         assert ((found - expected).abs() < 0.05 * expected).all()
+
+
+def test_information_is_the_same_however_many_parameters_are_probed_at_once(monkeypatch, setup, flow, values, batch):
+    views = ViewPrior(0.02, 1.0, 0.1)
+    parameters = torch.cat([torch.tensor([[0.5, -1.0], [1.2, 0.3]]), 0.3 * torch.ones((2, 6))], 1)
+    model, weight = MovingMap(setup.operator, flow, values, views=views), setup.weight(setup.schedule.full_band)
+    some = batch.take(torch.tensor([3, 7]))
+    whole = fisher_information(model, some, weight, parameters)
+    monkeypatch.setattr(moving_map, "PROBE_BYTES", 1)
+    torch.testing.assert_close(fisher_information(model, some, weight, parameters), whole, rtol=1e-4, atol=1e-3)
+    assert (whole.diagonal(dim1=1, dim2=2) > 0).all()
 
 
 def test_information_in_the_coarse_view_is_that_of_its_shells(setup, flow, values, batch):

@@ -16,6 +16,7 @@ from flexlib.imaging.masks import soft_edge
 from flexlib.mesh.build import build_mesh, mesh_quality
 from flexlib.mesh.lattice import BccLattice, bcc_mesh
 from flexlib.mesh.weights import density_rigidity
+from flexlib.tetra import elastic
 from flexlib.tetra.elastic import elastic_modes, rigid_motions, vertex_masses
 from flexlib.tetra.io import read_mesh, write_mesh
 from flexlib.tetra.rigidity import (
@@ -367,6 +368,15 @@ def test_modes_of_large_meshes_are_found_among_smooth_fields(parted):
     assert (ratio > 1 - 1e-6).all() and ratio[:6].max() < 1.5
     overlap = np.einsum("avi,bvi,v->ab", true_modes[:12], modes, mass)
     assert (overlap**2).sum(1).min() > 0.95
+
+
+def test_dense_and_sparse_factors_give_the_same_modes(monkeypatch):
+    mesh = bcc_mesh(brick(40, (24, 12, 12), (-12, -6, -6)), PIXEL_SIZE_A, 8.0)
+    assert elastic._DENSE_BELOW < 3 * len(mesh.vertices_A) < elastic._DENSE_FACTOR
+    dense = elastic_modes(mesh, 40)
+    monkeypatch.setattr(elastic, "_DENSE_FACTOR", 0)
+    for ours, theirs in zip(elastic_modes(mesh, 40), dense, strict=True):
+        np.testing.assert_allclose(ours[:20], theirs[:20], rtol=1e-5, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_separate_bodies_move_against_each_other_first():
