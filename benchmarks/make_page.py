@@ -63,6 +63,7 @@ def machine_section(result: dict[str, Any]) -> str:
     for part, title, write in (
         ("operator", "The operator", gpu_operator if result["device"] == "cuda" else cpu_operator),
         ("training", "Training", training),
+        ("run", "A whole run", whole_run),
         ("training_parts", "The parts of a training", training_parts),
         ("reconstruction", "Reconstruction", reconstruction),
         ("memory", "Data larger than memory", memory),
@@ -167,6 +168,19 @@ def training(figures: dict[str, Any]) -> str:
             text += f"\n100,000 particles, by proportion and not measured: {scaled:.1f} s an epoch, with "
             text += f"{row['voxels']:,} voxels at box {row['box']}.\n"
     return text
+
+
+def whole_run(figures: dict[str, Any]) -> str:
+    """A run of the workflow by its stages."""
+    total = sum(figures["cpu_s"].values())
+    text = (
+        f"\n{figures['particles']:,} particles, trained at box {figures['box']}, from the user's files to the report, "
+    )
+    text += "default settings, one sweep point. CPU seconds, imports of libraries among them.\n\n"
+    return text + table(
+        ("stage", "CPU s", "share, %"),
+        ((stage, f"{spent:.1f}", f"{100 * spent / total:.1f}") for stage, spent in figures["cpu_s"].items()),
+    )
 
 
 def training_parts(figures: dict[str, Any]) -> str:
