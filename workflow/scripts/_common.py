@@ -26,6 +26,8 @@ _use_own_packages()
 from flexlib.errors import InputError
 from flexlib.workflow_support.estimates import check_free_space
 from flexlib.workflow_support.locks import wait_for_orphan
+from flexlib.workflow_support.places import place_of
+from flexlib.workflow_support.srun import run_tasks, tasks_to_start
 
 
 def run_stage(stage: Callable[[Any], None], snakemake: Any, processes: int = 1) -> None:
