@@ -311,7 +311,7 @@ def test_tasks_of_srun_share_a_training_and_a_reconstruction(runs, shared):
         assert "2 tasks of srun" in log and log.count("2 processes of 2 threads each, on cpu, at ") == 1
     (job,) = trainings(shared / "shared.log", point)
     record = output_of("scontrol", "show", "job", job)
-    assert "NumTasks=2" in record and "gres/gpu=2" in record
+    assert "NumTasks=2" in record and re.search("TresPerNode=gres[:/]gpu:2", record)
     folders = [results / "train" / point for results in (shared / "results/tiny", runs[1])]
     tables = [starfile.read(folder / "latents.star", always_dict=True)["particles"] for folder in folders]
     for axis in ("flexLatent1", "flexLatent2"):  # sums in another order, and images of the linear kernel
