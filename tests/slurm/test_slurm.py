@@ -300,7 +300,7 @@ def shared(driver, runs, tmp_path_factory):
     started = [driver.start(folders[0], logs[0], *THROUGH_SLURM, "--set-resources", *resources)]
     try:
         assert started[0].wait(timeout=PATIENCE_S) == 0, logs[0].read_text()[-8000:]
-        arguments = ["--cores", "2", "--set-threads", "train=2", "--", model]
+        arguments = ["--cores", "4", "--set-threads", "train=4", "--", model]  # two threads each, as the tasks have
         started.append(start_snakemake(folders[1], logs[1], *arguments))
         assert started[1].wait(timeout=PATIENCE_S) == 0, logs[1].read_text()[-8000:]
     finally:
