@@ -41,7 +41,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 PEERS = {"cryodrgn": "cryodrgn==4.3.1", "hax": "hax-em==1.0.4"}
 SMALL, DEFAULT = 256, 1024  # units of a layer of cryoDRGN
 TIMED = 200  # particles that its default networks are timed on
-SCORED = 1000  # particles at most, whose angles are predicted
+SCORED = 500  # particles at most, whose angles are predicted
 
 
 @dataclass(frozen=True)

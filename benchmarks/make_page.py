@@ -212,7 +212,11 @@ def peers(figures: dict[str, Any]) -> str:
     text = PEERS.format(**size, limit_r2=figures["limit_r2"]) + table(header, rows)
     cores = ", ".join(f"{row['cores']:.2f}" for row in figures["rows"] if "cores" in row)
     text += f"\nCores that each kept busy on average, in the order of the table: {cores}.\n"
+    text += f"\n{figures['note']}\n" if "note" in figures else ""
     for row in others:
+        if course := row.get("r2_each_epoch"):
+            text += f"\nR^2 (kernel) of {row['program']} after each of its epochs: "
+            text += ", ".join(f"{r2:.2f}" for r2 in course) + ".\n"
         if row.get("failed"):
             text += f"\n{row['program']} installs by plain pip and does not start here: `{row['failed']}`"
             text += ", a library for GPUs alone.\n" if "cuml" in row["failed"] else ".\n"
