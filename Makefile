@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 DOCS_INSTALLED := .venv/.docs-installed
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: setup demo test test-fast test-gpu test-slurm bench bench-page docs site lint house clean
+.PHONY: setup demo test test-fast test-gpu test-slurm bench bench-peers bench-page docs site lint house clean
 
 setup: $(INSTALLED)
 
@@ -40,6 +40,11 @@ test-slurm: setup
 # minutes, on a machine with nothing else to do; BENCH="--device cuda" on one with a GPU
 bench: setup
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+	$(BIN)/python benchmarks/make_page.py
+
+# cryoDRGN and hax-em beside ours, in environments of their own (5 GB, made once); BENCH="--particles 2000 --epochs 20"
+bench-peers: setup
+	$(BIN)/python benchmarks/bench_peers.py $(BENCH)
 	$(BIN)/python benchmarks/make_page.py
 
 bench-page: setup

@@ -38,6 +38,15 @@ is the median of the run's; the first two also measure the latents' information,
 from the start of training to the first epoch (reading, rigid map, elastic modes, spectral start). Memory is the whole
 process's largest resident set.
 """
+PEERS = """
+{particles:,} simulated antibodies, box {box}, signal over noise {snr} a pixel, two hinge angles, exact poses; the same
+cores for all, no GPU. *Epoch* and *our quality* are over ours: a median epoch over our median epoch, its CPU seconds
+likewise (by the cores that a whole run kept busy), and the time until the latents are as good as ours in the end over
+the time of our whole run, start and final inference included. R^2 is of
+the true angles predicted from the latents, for particles that the fit has not seen: linear, and by kernel ridge
+regression, the measure of our quality, for latents of many dims hold an angle as a curve. The noise leaves
+{limit_r2:.2f} to be had. What was chosen: `benchmarks/bench_peers.py`; `make bench-peers` measures this machine.
+"""
 VARIED = {
     "epochs": "Sizes",
     "voxels": "Against voxels in the mask",
@@ -67,6 +76,7 @@ def machine_section(result: dict[str, Any]) -> str:
         ("training_parts", "The parts of a training", training_parts),
         ("reconstruction", "Reconstruction", reconstruction),
         ("memory", "Data larger than memory", memory),
+        ("peers", "Other programs", peers),
     ):
         if part in result:
             figures = result[part]
@@ -232,6 +242,39 @@ def memory(figures: dict[str, Any]) -> str:
     )
 
 
+def peers(figures: dict[str, Any]) -> str:
+    """Training by other programs."""
+    size, (ours, *others) = figures["size"], figures["rows"]
+    rows = []
+    for row in (ours, *(other for other in others if "epoch_s" in other)):
+        cpu_s, our_cpu_s = (each["epoch_s"] * each["cores"] for each in (row, ours))
+        epoch = [f"{row['epoch_s'] / ours['epoch_s']:.1f}", f"{cpu_s / our_cpu_s:.1f}"]
+        if row is ours:
+            epoch = [f"1 ({row['epoch_s']:.1f} s)", f"1 ({cpu_s:.1f} s)"]
+        cells = [row["program"], row["settings"], row["latent_dims"], *epoch]
+        if "timed_on" in row:
+            cells += ["", f"timed on {row['timed_on']} particles", "", ""]
+        else:
+            aim = row["wall_s"] if row is ours else row["aim_s"]
+            reached = f"{aim / ours['wall_s']:.1f}" if aim else f"not in {row['wall_s'] / ours['wall_s']:.1f}"
+            cells += [row["epochs"], f"1 ({aim:.0f} s)" if row is ours else reached]
+            cells += [f"{row[kind]:.2f}" for kind in ("r2_linear", "r2_kernel")]
+        rows.append(cells)
+    header = ("program", "settings", "dims", "epoch", "its CPU", "epochs", "our quality", "R^2, linear", "R^2, kernel")
+    text = PEERS.format(**size, limit_r2=figures["limit_r2"]) + table(header, rows)
+    cores = ", ".join(f"{row['cores']:.2f}" for row in figures["rows"] if "cores" in row)
+    text += f"\nCores that each kept busy on average, in the order of the table: {cores}.\n"
+    text += f"\n{figures['note']}\n" if "note" in figures else ""
+    for row in others:
+        if course := row.get("r2_each_epoch"):
+            text += f"\nR^2 (kernel) of {row['program']} after each of its epochs: "
+            text += ", ".join(f"{r2:.2f}" for r2 in course) + ".\n"
+        if row.get("failed"):
+            text += f"\n{row['program']} installs by plain pip and does not start here: `{row['failed']}`"
+            text += ", a library for GPUs alone.\n" if "cuml" in row["failed"] else ".\n"
+    return text
+
+
 def page(results: Iterable[dict[str, Any]]) -> str:
     """The whole page."""
     return HEAD + "".join(machine_section(result) for result in results)
@@ -242,9 +285,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
     options = parser.parse_args()
-    files = sorted(options.results.glob("*.json"))
+    results: dict[str, dict[str, Any]] = {}
+    for path in sorted(options.results.glob("*.json")):  # a machine's own, then its peers-*.json
+        machine = path.stem.removeprefix("peers-")
+        results[machine] = read_json(path) | results.get(machine, {})
     with atomic_path(options.out) as temporary:
-        temporary.write_text(page(read_json(path) for path in files))
+        temporary.write_text(page(results.values()))
 
 
 if __name__ == "__main__":

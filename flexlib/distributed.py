@@ -4,10 +4,11 @@ Every process (a *rank*) holds the whole model and works on its share of the par
 is added up over the ranks, so that all go on with the same numbers. ``Ranks`` is what the rest of the code sees of
 this: with one process, ``ALONE``, its methods return what they are given.
 
-``launch`` starts the ranks on this machine as Python processes of their own and watches over them. They are not started
-by ``torch.multiprocessing.spawn``, which was considered: it runs the caller's main script again in each, and
-Snakemake's scripts do their work as they are read. A rank that fails ends all, with its message; SIGTERM is handed on
-to all; ranks whose launcher dies end by themselves, so that no half-dead run goes on writing.
+``launch`` starts the ranks on this machine as Python processes of their own and watches over them. Where srun or
+torchrun has started it beside others, perhaps on other machines, each of them starts one rank (``rendezvous``). Ranks
+are not started by ``torch.multiprocessing.spawn``, which was considered: it runs the caller's main script again in
+each, and Snakemake's scripts do their work as they are read. A rank that fails ends all, with its message; SIGTERM is
+handed on to all; ranks whose launcher dies end by themselves, so that no half-dead run goes on writing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ import torch
 import torch.distributed as dist
 
 from flexlib.errors import InputError
+from flexlib.rendezvous import Meeting, OneMachine
 from flexlib.runtime import resolve_device
+from flexlib.workflow_support.places import Place, place_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +124,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def check_processes(processes: int, device: str) -> str:
+def check_processes(processes: int, device: str, place: Place | None = None) -> str:
     """The kind of device that the ranks compute on, "cuda" or "cpu".
 
     Parameters
@@ -130,6 +133,8 @@ def check_processes(processes: int, device: str) -> str:
         Number of ranks.
     device : str
         As ``resolve_device`` takes it.
+    place : Place, optional
+        Where they are not all started here.
 
     Raises
     ------
@@ -138,7 +143,11 @@ def check_processes(processes: int, device: str) -> str:
     """
     kind = resolve_device(device).type
     gpus = torch.cuda.device_count()
-    if kind == "cuda" and processes > gpus:
+    if place is not None:
+        if kind == "cuda" and place.local_rank >= gpus > 1:
+            number = place.local_rank + 1
+            raise InputError(f"this is process {number} of its machine and needs its GPU {number}; torch sees {gpus}")
+    elif kind == "cuda" and processes > gpus:
         raise InputError(
             f"train.processes: {processes} processes need as many GPUs, and torch sees {gpus} here: ask for more "
             "(resources: gpu), lower train.processes, or set device: cpu"
@@ -150,7 +159,8 @@ def launch(work: Callable[..., None], arguments: Sequence[Any], processes: int =
     """Call ``work(ranks, device, *arguments)`` in each of ``processes`` ranks.
 
     With one, it is called here. Else the ranks are processes of this machine; each gets its part of this process'
-    threads and its own GPU, if any. What rank 0 logs is logged here.
+    threads and its own GPU, if any. What rank 0 logs is logged here. Where this process is itself one of as many that
+    srun or torchrun has started (``places.place_of``), it starts its own rank, which gets all its threads.
 
     Parameters
     ----------
@@ -166,27 +176,32 @@ def launch(work: Callable[..., None], arguments: Sequence[Any], processes: int =
     Raises
     ------
     InputError
-        Raised by a rank; or there are fewer GPUs than processes.
+        Raised by a rank; or there are fewer GPUs than processes, or those on several machines do not find each other.
     RuntimeError
         A rank failed otherwise; the message has its traceback.
     SystemExit
-        After SIGTERM: with status 75 where the ranks left with it, as they can be continued; else with 143.
+        After SIGTERM: with status 75 where the ranks left with it, as they can be continued; else with 143. With 1
+        where a rank failed and the first of several processes that were not started here raises its error.
     """
-    kind = check_processes(processes, device)
+    place = place_of(os.environ, processes)
+    kind = check_processes(processes, device, place)
     if processes == 1:
         work(ALONE, device, *arguments)
         return
-    threads = max(1, torch.get_num_threads() // processes)
-    logger.info("%d processes of %d threads each, on %s", processes, threads, kind)
-    with tempfile.TemporaryDirectory(prefix="flexlib-ranks-") as meeting:
-        ranks = []
+    with tempfile.TemporaryDirectory(prefix="flexlib-ranks-") as folder:
+        meeting = Meeting(place, kind) if place is not None else OneMachine(processes, folder)
+        threads = max(1, torch.get_num_threads() // len(meeting.ranks))
+        if 0 in meeting.ranks:
+            logger.info("%d processes of %d threads each, on %s%s", processes, threads, kind, meeting.describe())
+        ranks: list[_Rank] = []
         try:
-            for rank in range(processes):
-                order = (work, (Ranks(rank, processes), kind, *arguments), f"{meeting}/store", threads)
-                ranks.append(_start_rank(rank, processes, kind, order))
-            _watch(ranks)
+            for rank in meeting.ranks:
+                order = (work, (Ranks(rank, processes), kind, *arguments), meeting.address, threads)
+                ranks.append(_start_rank(rank, meeting, kind, order))
+            _watch(ranks, meeting)
         finally:
             _end(ranks, 0.0)
+            meeting.close()
 
 
 @dataclass(frozen=True)
@@ -198,43 +213,48 @@ class _Failure:
 
 @dataclass
 class _Rank:
+    name: str  # "process 2 of 4"
     process: subprocess.Popen
     connection: Connection  # it sends ("log", record), and ("failed", ...) with what a _Failure holds
     failure: _Failure | None = None
 
 
-def _start_rank(rank: int, size: int, device: str, order: tuple) -> _Rank:
+def _start_rank(rank: int, meeting: OneMachine | Meeting, device: str, order: tuple) -> _Rank:
     ours, theirs = Pipe()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
+    if meeting.interface:
+        environment.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
     if device.startswith("cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [str(number) for number in range(size)]
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[rank]
+        gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[meeting.gpu(rank, len(gpus))]
     program = f"from flexlib.distributed import run_rank; run_rank({theirs.fileno()})"
     process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], env=environment)
     theirs.close()
     with suppress(BrokenPipeError):  # it is dead already; its exit status says how
         ours.send((*order, logging.getLogger().getEffectiveLevel()))
-    return _Rank(process, ours)
+    return _Rank(f"process {rank + 1} of {meeting.size}", process, ours)
 
 
-def _watch(ranks: list[_Rank]) -> None:
+def _watch(ranks: list[_Rank], meeting: OneMachine | Meeting) -> None:
     """Wait for all ranks; raises what ``launch`` raises."""
     with _hand_on_sigterm(ranks) as handed_on:
         running: dict[Any, _Rank] = {rank.connection: rank for rank in ranks}
-        while running and not any(_has_failed(rank) for rank in ranks):
-            for ready in wait(list(running)):
+        elsewhere = None
+        while running and not elsewhere and not any(_has_failed(rank) for rank in ranks):
+            for ready in wait(list(running), meeting.poll_s):
                 if not _receive(running[ready]):
                     running.pop(ready).process.wait()
-        failed = [number for number, rank in enumerate(ranks) if _has_failed(rank)]
+            elsewhere = meeting.failure()
+        failed = [rank for rank in ranks if _has_failed(rank)]
         if failed:
             _end(ranks, _GRACE_S)
+            elsewhere = elsewhere or meeting.settle(_cause(failed))
+        elsewhere = elsewhere or meeting.end()
     if failed and handed_on:  # it came where nothing waits for it, and ended the ranks: so it does here
         sys.exit(128 + signal.SIGTERM)
-    if failed:
-        _raise_cause(ranks, failed)
+    if elsewhere:
+        raise elsewhere
     if any(rank.process.returncode == EXIT_INTERRUPTED for rank in ranks):
         sys.exit(EXIT_INTERRUPTED)
 
@@ -290,19 +310,17 @@ def _end(ranks: list[_Rank], grace_s: float) -> None:
         rank.connection.close()
 
 
-def _raise_cause(ranks: list[_Rank], failed: list[int]) -> None:
-    """Raise what ended the run: a rank that died without a word, else the first error; later ones follow from it."""
-    for number in failed:
-        code = ranks[number].process.returncode
-        if ranks[number].failure is None and code is not None:
+def _cause(failed: list[_Rank]) -> Exception:
+    """What ended the run: a rank that died without a word, else the first error; later ones follow from it."""
+    for rank in failed:
+        code = rank.process.returncode
+        if rank.failure is None and code is not None:
             how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
             hint = " (is memory short?)" if code == -signal.SIGKILL else ""
-            raise RuntimeError(f"process {number + 1} of {len(ranks)} {how}{hint}")
-    number, failure = min(
-        ((number, rank.failure) for number, rank in enumerate(ranks) if rank.failure is not None),
-        key=lambda pair: pair[1].time_s,
-    )
-    raise failure.error or RuntimeError(f"process {number + 1} of {len(ranks)} failed:\n{failure.traceback}")
+            return RuntimeError(f"{rank.name} {how}{hint}")
+    failures = [(rank.name, rank.failure) for rank in failed if rank.failure is not None]
+    name, failure = min(failures, key=lambda pair: pair[1].time_s)
+    return failure.error or RuntimeError(f"{name} failed:\n{failure.traceback}")
 
 
 class _ToLauncher(logging.handlers.QueueHandler):
@@ -316,7 +334,7 @@ def run_rank(descriptor: int) -> None:
     """What the process of a rank does; ``descriptor`` is its end of the pipe to the launcher."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets it too, and ends us
     connection = Connection(descriptor)
-    work, arguments, file, threads, level = connection.recv()
+    work, arguments, address, threads, level = connection.recv()
     ranks, device = arguments[:2]
     threading.Thread(target=_end_with_launcher, args=(connection,), daemon=True).start()
     handler = _ToLauncher(connection)  # type: ignore[arg-type]
@@ -325,9 +343,9 @@ def run_rank(descriptor: int) -> None:
     logging.captureWarnings(True)
     torch.set_num_threads(threads)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    store = dist.FileStore(file, ranks.size)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT)
     try:
+        store = address.open()
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT)
         work(*arguments)
         if ranks.leads:
             store.set("done", "")

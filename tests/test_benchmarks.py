@@ -1,5 +1,6 @@
 """The benchmarks run and report what they should, and the page is what they say. No time is ever asserted."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -88,3 +89,23 @@ def test_results_of_two_checkouts_are_compared(tmp_path, shift, status):
 def test_performance_page_is_made_of_the_committed_results(tmp_path):
     run("make_page.py", "--out", tmp_path / "performance.md")
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("bench_peers")
+
+
+def test_quality_of_latents_is_that_of_angles_not_seen(peers):
+    """A straight and a bent copy of an angle, noise that says nothing of it, and a fit that cannot learn by heart."""
+    random = np.random.default_rng(0)
+    angle = random.uniform(-1, 1, (400, 1))
+    noise = random.standard_normal((400, 4))
+    bent = np.column_stack([np.cos(3 * angle), np.sin(3 * angle)])
+    by_sine = (np.sin(3) / 9 - np.cos(3) / 3) ** 2 / ((0.5 - np.sin(6) / 12) / 3)  # the exact integrals
+    for latents, linear, kernel in ((2 * angle + 1, 1.0, 1.0), (bent, by_sine, 1.0), (noise, 0.0, 0.0)):
+        assert peers.linear_r2(latents, angle) == pytest.approx(linear, abs=0.05)
+        assert peers.kernel_r2(latents, angle) == pytest.approx(kernel, abs=0.05)
+    known = angle + 0.5 * noise[:, :1]  # all that can be known is angle's share of the sum, 1/3 over 1/3 + 1/4
+    assert peers.linear_r2(known, angle) == pytest.approx((1 / 3) / (1 / 3 + 1 / 4), abs=0.05)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from machines import Machines
 from training_sets import latents_of, prepared
 
 from flexlib.distributed import EXIT_INTERRUPTED, Ranks, check_processes, launch
@@ -99,7 +100,7 @@ def checkpoint_of(train_dir: Path) -> dict:
     return torch.load(train_dir / "checkpoints/checkpoint.pt", weights_only=True)
 
 
-def test_two_processes_learn_what_one_learns(one, two):
+def assert_same_but_for_rounding(one: Path, two: Path) -> None:
     """28 steps and what comes before and after: sums in another order, and no more.
 
     One step makes latents differ by 1e-5, for their information is a finite difference in float32.
@@ -119,6 +120,23 @@ def test_two_processes_learn_what_one_learns(one, two):
         assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3), name
     maps = [read_map(folder / "canonical.mrc").data for folder in (one, two)]
     assert np.linalg.norm(maps[0] - maps[1]) < 1e-5 * np.linalg.norm(maps[0])
+
+
+def test_two_processes_learn_what_one_learns(one, two):
+    assert_same_but_for_rounding(one, two)
+
+
+def test_two_machines_learn_what_one_process_learns_though_stopped_on_the_way(clamp, one):
+    out = clamp / "machines"
+    with Machines.joined() as machines:
+        stopped = machines.run(train_smoothly, clamp, out, 20)
+        assert [status for status, _ in stopped] == [EXIT_INTERRUPTED] * 2, stopped
+        assert checkpoint_of(out)["epoch"] == 1 and checkpoint_of(out)["step"] > 0
+        done = machines.run(train_smoothly, clamp, out)
+    assert [status for status, _ in done] == [0, 0], done
+    assert f"by {machines.interfaces[0]}" in done[0][1] and "resumed after epoch 1" in done[0][1]
+    assert "INFO" not in done[1][1]  # the first logs
+    assert_same_but_for_rounding(one, out)
 
 
 def test_sigterm_stops_all_at_the_same_batch_and_they_continue(clamp, two):

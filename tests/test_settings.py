@@ -16,7 +16,7 @@ from flexlib.errors import InputError
 from flexlib.imaging.maps import write_map
 from flexlib.simulate.settings import Simulation
 from flexlib.workflow_support.checks import check_config, check_maps, check_paths
-from flexlib.workflow_support.gpus import gpu_complaint
+from flexlib.workflow_support.gpus import gpu_complaint, tasks_complaint, tasks_of
 from flexlib.workflow_support.schema import made_files
 from flexlib.workflow_support.settings import (
     SECTIONS,
@@ -245,6 +245,23 @@ def test_several_processes_need_a_gpu_each_where_there_are_gpus(monkeypatch):
     monkeypatch.setattr("flexlib.workflow_support.gpus.count_gpus", lambda: 2)
     assert gpu_complaint("cuda", True, {}, 2) is None
     assert "processes: 3, one a GPU, but this machine shows 2: lower it" in gpu_complaint("auto", True, {}, 3)
+
+
+@pytest.mark.parametrize(
+    ("resources", "tasks", "complaint"),
+    [
+        ({}, 1, None),
+        ({"tasks": 4}, 1, None),  # without mpi, SLURM is told so and one process starts the others
+        ({"mpi": "srun", "tasks": "4", "nodes": 2}, 4, None),
+        ({"nodes": 2}, 1, "profile: train: nodes: 2 needs mpi: srun and tasks: 4 beside it"),
+        ({"mpi": "srun", "tasks": 2}, 2, "train.processes: 4, but the profile has tasks: 2 for train"),
+        ({"mpi": "srun", "tasks": 4, "nodes": 5}, 4, "train.processes: 4, but the profile has nodes: 5 for train"),
+    ],
+)
+def test_tasks_of_srun_are_as_many_as_processes(resources, tasks, complaint):
+    assert tasks_of(resources) == tasks
+    told = tasks_complaint("train", resources, 4)
+    assert told is None if complaint is None else complaint in told
 
 
 def test_examples_are_valid():

@@ -255,6 +255,25 @@ def test_slurm_profile_is_found_and_understood(dry_run):
         assert (ROOT / folder / "config.yaml").readlink() == Path("profile.yaml")  # its name before Snakemake 9.19
 
 
+def test_the_profile_spreads_processes_over_nodes(dry_run):
+    """Its commented lines, with the comment taken off."""
+    text = (ROOT / "slurm/profile.yaml").read_text()
+    commented = re.findall(r"^#  (train|reconstruct): (\{mpi.*\})$", text, re.M)
+    resources = {rule: yaml.safe_load(given) for rule, given in commented}
+    assert resources["train"]["slurm_extra"] == yaml.safe_load(text)["set-resources"]["train"]["slurm_extra"]
+    (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
+    (dry_run.folder / "Snakefile").write_text(
+        f'include: "{ROOT}/Snakefile"\nfor name in ("train", "reconstruct"):\n'
+        "    print(name, TASKS[name], A_NODE[name], GPUS[name], file=sys.stderr)\n"
+    )
+    (dry_run.folder / "my.yaml").write_text(yaml.safe_dump({**CONFIG, "train": {"processes": 4}}))
+    given = [f"{rule}:{key}={value}" for rule, each in resources.items() for key, value in each.items()]
+    arguments = ("--configfile", "my.yaml", "--dry-run", "--profile", "slurm", "--set-resources", *given)
+    result = snakemake(dry_run.folder, *arguments, snakefile=dry_run.folder / "Snakefile")
+    assert result.returncode == 0, result.stderr
+    assert "train 4 2 4\nreconstruct 4 2 4\n" in result.stderr
+
+
 HEAVY = ("numpy", "scipy", "pandas", "torch", "numba", "mrcfile", "h5py", "matplotlib", "skimage", "plotly", "PIL")
 
 # Imports what is named, where HEAVY packages are not installed
@@ -422,6 +441,7 @@ def test_slurm_plugin_understands_the_example_of_partitions():
         ({"gres": "gpu"}, 1),
         ({"gres": "gpu:v100"}, 1),
         ({"gres": "lscratch:10,gpu:h100:4"}, 4),
+        ({"gres": "gpu:2", "nodes": "3"}, 6),
         ({"gres": "lscratch:5"}, None),
     ],
 )

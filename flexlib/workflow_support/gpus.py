@@ -54,12 +54,41 @@ def gpus_of(resources: Mapping[str, Any]) -> int | str | None:
     Parameters
     ----------
     resources
-        As Snakemake's SLURM plugin understands them: gpu, gpu_model, or gres (such as gpu:a100:2).
+        As Snakemake's SLURM plugin understands them: gpu, gpu_model, or gres (such as gpu:a100:2, on each node).
     """
     if gres := re.search(r"\bgpu(?::[A-Za-z]\w*)?(?::(\d+))?(?![\w:])", str(resources.get("gres", ""))):
-        return int(gres[1] or 1)
+        return int(gres[1] or 1) * int(resources.get("nodes") or 1)
     gpus = str(resources["gpu"]) if "gpu" in resources else None
     return int(gpus) if gpus is not None and gpus.isdecimal() else gpus
+
+
+def tasks_of(resources: Mapping[str, Any]) -> int:
+    """How many tasks of srun a rule is to start, of one process each; 1 where its processes are all on one machine."""
+    return int(resources.get("tasks") or 1) if resources.get("mpi") else 1
+
+
+def tasks_complaint(rule: str, resources: Mapping[str, Any], processes: int) -> str | None:
+    """Why a rule cannot run on the nodes that its resources ask for, in one line; None where it can.
+
+    Parameters
+    ----------
+    rule
+        Its name.
+    resources
+        As Snakemake's SLURM plugin understands them: nodes, tasks, mpi.
+    processes
+        ``train.processes``.
+    """
+    tasks, nodes = tasks_of(resources), int(resources.get("nodes") or 1)
+    if nodes > 1 and not resources.get("mpi"):
+        return f"profile: {rule}: nodes: {nodes} needs mpi: srun and tasks: {processes} beside it"
+    if resources.get("mpi") and tasks != processes:
+        return (
+            f"config: train.processes: {processes}, but the profile has tasks: {tasks} for {rule}: make them the same"
+        )
+    if nodes > processes:
+        return f"config: train.processes: {processes}, but the profile has nodes: {nodes} for {rule}: lower these"
+    return None
 
 
 def uses_gpu(device: str, local: bool, asked_for: Mapping[str, Any]) -> bool:

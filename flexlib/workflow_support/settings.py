@@ -172,7 +172,7 @@ class TrainSettings:
     processes: int = setting(
         1,
         "Processes that share the particles of a training or reconstruction, one on each GPU or on a part of the "
-        "CPU's cores; changes no result but for rounding.",
+        "CPU's cores, of one machine or of several (docs/workflow.md); changes no result but for rounding.",
         minimum=1,
     )
 

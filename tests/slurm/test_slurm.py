@@ -281,3 +281,45 @@ def restarted(driver, runs, tmp_path_factory):
 def test_after_a_kill_on_the_login_node_the_same_command_goes_on(runs, restarted):
     assert (restarted / "report.html").stat().st_size > 10_000
     assert_same_training(restarted / "train" / POINTS["cancelled"], runs[1] / "train" / POINTS["cancelled"])
+
+
+@pytest.fixture(scope="module")
+def shared(driver, runs, tmp_path_factory):
+    """Folders of a run of one point that two tasks of srun have trained and reconstructed, as the profile's comment has
+    it, and of its training by two processes that were started here.
+    """
+    folders = [clone(tmp_path_factory.mktemp(name)) for name in ("tasks", "processes")]
+    for folder in folders:
+        write_config(folder, **{**CONFIG, "train": {**CONFIG["train"], "rigidity": 0.5, "processes": 2}})
+        for prepared in ("sim", "results/tiny/particles", "results/tiny/mesh"):
+            shutil.copytree(runs[1].parents[1] / prepared, folder / prepared, copy_function=shutil.copy2)
+    asked = ("mpi=srun", "nodes=1", "tasks=2", "gres=gpu:2", "tasks_per_gpu=0")
+    resources = [f"{rule}:{given}" for rule in ("train", "reconstruct") for given in asked]
+    logs = [folder / "snakemake.log" for folder in folders]
+    model = f"results/tiny/train/{POINTS['cancelled']}/model.pt"
+    started = [driver.start(folders[0], logs[0], *THROUGH_SLURM, "--set-resources", *resources)]
+    try:
+        assert started[0].wait(timeout=PATIENCE_S) == 0, logs[0].read_text()[-8000:]
+        arguments = ["--cores", "4", "--set-threads", "train=4", "--", model]  # two threads each, as the tasks have
+        started.append(start_snakemake(folders[1], logs[1], *arguments))
+        assert started[1].wait(timeout=PATIENCE_S) == 0, logs[1].read_text()[-8000:]
+    finally:
+        for run in started:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGINT)
+                run.wait(timeout=60)
+        end_processes_in(folders[0])
+    return folders
+
+
+def test_tasks_of_srun_share_a_training_and_a_reconstruction(shared):
+    tasks, processes = shared
+    point = POINTS["cancelled"]
+    for rule in ("train", "reconstruct"):
+        log = (tasks / f"logs/tiny/{rule}/{point}.log").read_text()
+        assert "2 tasks of srun" in log and log.count("2 processes of 2 threads each, on cpu, at ") == 1
+    (job,) = trainings(tasks / "snakemake.log", point)
+    record = output_of("scontrol", "show", "job", job)
+    assert "NumTasks=2" in record and re.search("TresPerNode=gres[:/]gpu:2", record)
+    assert_same_training(*(folder / "results/tiny/train" / point for folder in (tasks, processes)))
+    assert (tasks / "results/tiny/report.html").stat().st_size > 10_000

@@ -14,7 +14,7 @@ from flexlib.records import ChoiceRecord
 from flexlib.workflow_support import estimates
 from flexlib.workflow_support.checks import check_config, check_maps, check_paths, input_paths
 from flexlib.workflow_support.connections import check_mesh_keys
-from flexlib.workflow_support.gpus import gpu_complaint, gpus_of, uses_gpu
+from flexlib.workflow_support.gpus import gpu_complaint, gpus_of, tasks_complaint, tasks_of, uses_gpu
 from flexlib.workflow_support.locks import remove_dead_locks
 from flexlib.workflow_support.points import select_points, sweep_points
 from flexlib.workflow_support.series import check_series, count_maps
@@ -58,6 +58,9 @@ GPUS = {name: gpus_of(given) for name, given in GIVEN.items()}
 # asked for where the config insists on them and the profile says nothing; with device: auto the profile decides
 MISSING_GPUS = {name: PROCESSES if config["device"] == "cuda" and GPUS[name] is None else 0 for name in GPU_RULES}
 ASKED_FOR = {name: MISSING_GPUS[name] or GPUS[name] or 0 for name in GPU_RULES}
+# where processes are tasks of srun, each is given the rule's threads, and each node the memory of those that it has
+TASKS = {name: tasks_of(given) for name, given in GIVEN.items()}
+A_NODE = {name: -(-PROCESSES // int(given.get("nodes") or 1)) for name, given in GIVEN.items()}
 
 # which of envs/ the jobs run in, with --sdm conda. The jobs' own Snakemakes, perhaps on another machine, must come to
 # the same: they find the choice in the environment.
@@ -222,6 +225,7 @@ def runtime(stage):
 
     def needed(wildcards, attempt, threads):
         dims = int(wildcards.get("dims", 1))
+        threads *= TASKS.get(stage, 1)
         first = runtime_min(stage, data_size(), mesh_vertices(wildcards), repeats(stage, dims), dims, threads)
         return min(estimates.LONGEST_MIN, first * (1 + attempt) // 2)
 
@@ -265,7 +269,10 @@ def check_machine():
             f"ERROR {sys.executable} has no torch, and jobs would run with it: add --sdm conda, which makes them an "
             "environment of their own, or install flexlib here (pip install -e . in its folder)"
         )
-    if complaint := gpu_complaint(config["device"], workflow.local_exec, ASKED_FOR, PROCESSES):
+    complaints = [gpu_complaint(config["device"], workflow.local_exec, ASKED_FOR, PROCESSES)]
+    if not workflow.local_exec:
+        complaints += [tasks_complaint(name, given, PROCESSES) for name, given in GIVEN.items()]
+    for complaint in filter(None, complaints):
         sys.exit(f"ERROR {complaint}")
 
 

@@ -26,9 +26,9 @@ rule reconstruct:
         f"{BENCHMARKS}/reconstruct/{POINT_PATTERN}.tsv"
     conda:
         ENVIRONMENT
-    threads: 8 * PROCESSES
+    threads: 8 * PROCESSES // TASKS["reconstruct"]
     resources:
-        mem_mb=memory("reconstruct", all_in_ram=config["reconstruct"]["all_in_ram"], processes=PROCESSES),
+        mem_mb=memory("reconstruct", all_in_ram=config["reconstruct"]["all_in_ram"], processes=A_NODE["reconstruct"]),
         runtime=runtime("reconstruct"),
         disk_mb=disk("reconstruct"),
         gpu=MISSING_GPUS["reconstruct"],

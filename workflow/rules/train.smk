@@ -33,9 +33,9 @@ rule train:
         f"{BENCHMARKS}/train/{POINT_PATTERN}.tsv"
     conda:
         ENVIRONMENT
-    threads: 8 * PROCESSES
+    threads: 8 * PROCESSES // TASKS["train"]
     resources:
-        mem_mb=memory("train", processes=PROCESSES),
+        mem_mb=memory("train", processes=A_NODE["train"]),
         runtime=runtime("train"),
         disk_mb=disk("train"),
         gpu=MISSING_GPUS["train"],

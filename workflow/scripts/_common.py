@@ -26,21 +26,30 @@ _use_own_packages()
 from flexlib.errors import InputError
 from flexlib.workflow_support.estimates import check_free_space
 from flexlib.workflow_support.locks import wait_for_orphan
+from flexlib.workflow_support.places import place_of
+from flexlib.workflow_support.srun import run_tasks, tasks_to_start
 
 
-def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
+def run_stage(stage: Callable[[Any], None], snakemake: Any, processes: int = 1) -> None:
     """Call ``stage(snakemake)``; ends the process with status 1 and one line on an ``InputError``.
 
-    Threads are set before ``stage`` imports anything, because numba reads its number once.
+    Threads are set before ``stage`` imports anything, because numba reads its number once. Where several
+    ``processes`` are to be tasks of srun, these call ``stage`` and this one waits for them.
     """
     _set_threads(snakemake.threads)
-    wait_for_orphan(snakemake.log[0])
-    _log_to(snakemake.log[0])
     try:
+        place = place_of(os.environ, processes)
+        tasks = tasks_to_start(snakemake.resources, processes)
+        if place is None:
+            wait_for_orphan(snakemake.log[0])  # which the tasks' own starter is to them
+        _log_to(snakemake.log[0], "w" if place is None else "a", place is None or place.rank == 0)
         check_free_space(
             folder(snakemake.output[0]), snakemake.resources.get("disk_mb", 0), f"what {snakemake.rule} writes"
         )
-        stage(snakemake)
+        if tasks:
+            _run_tasks(snakemake, tasks)
+        else:
+            stage(snakemake)
     except InputError as error:
         logging.getLogger(snakemake.rule).error("%s", error)
         sys.exit(1)
@@ -51,6 +60,17 @@ def run_stage(stage: Callable[[Any], None], snakemake: Any) -> None:
     except Exception:
         logging.getLogger(snakemake.rule).exception("failed")
         sys.exit(1)
+
+
+def _run_tasks(snakemake: Any, tasks: int) -> None:
+    """Run this script in several tasks of srun, and end as they do."""
+    logger = logging.getLogger(snakemake.rule)
+    logger.info("%d tasks of srun", tasks)
+    status = run_tasks(snakemake.resources, tasks, snakemake.threads)
+    if status > 1 and status != 75:  # else the first of them has said why
+        logger.error("%s has ended its tasks with status %d", snakemake.resources["mpi"], status)
+    if status:
+        sys.exit(status)
 
 
 def chosen_device(snakemake: Any) -> str:
@@ -83,13 +103,14 @@ def _set_threads(threads: int) -> None:
         os.environ[variable] = str(threads)
 
 
-def _log_to(path: str) -> None:
+def _log_to(path: str, mode: str, leads: bool) -> None:
+    """Log to a file and to standard error; a process that does not lead logs its errors only, and not to the file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.INFO if leads else logging.ERROR,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
-        handlers=[logging.FileHandler(path, mode="w"), logging.StreamHandler(sys.stderr)],
+        handlers=[*([logging.FileHandler(path, mode)] if leads else []), logging.StreamHandler(sys.stderr)],
         force=True,
     )
     logging.captureWarnings(True)

@@ -18,4 +18,4 @@ def run(snakemake):
     )
 
 
-run_stage(run, snakemake)
+run_stage(run, snakemake, snakemake.config["train"]["processes"])

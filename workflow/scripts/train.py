@@ -21,4 +21,4 @@ def run(snakemake):
     )
 
 
-run_stage(run, snakemake)
+run_stage(run, snakemake, snakemake.config["train"]["processes"])
