@@ -58,10 +58,8 @@ class SeriesMovie:
     def add(self, volume: np.ndarray, note: FrameNote) -> None:
         """Render the next frame of the series, (N, N, N)."""
         colour = _BEYOND_COLOUR if note.beyond_data else surface.BLUE
-        small = self._reduced(volume)
-        self._pictures.append(
-            [surface.render_surface(small, self._level, view, self._extent, _SIZE_PX, colour) for view in self._views]
-        )
+        shown = surface.Surface(self._reduced(volume), self._level)
+        self._pictures.append([shown.picture(view, self._extent, _SIZE_PX, colour) for view in self._views])
         self._notes.append(note)
 
     def frames(self) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ _LIGHT = np.array([-0.45, 0.6, 0.66])  # towards the light, from above and the l
 _SHARP_BOX = 128  # smaller boxes are padded in Fourier space to this one, so that voxels do not show
 PAINT = ("#d3dae2", "#f0c27a", "#e2711d", "#a5161c")  # still to moving: grey, sand, orange, red
 _COARSEST_BOX = 8  # for surfaces of few triangles
-_STEP, _LEAP = 0.6, 4  # voxels along a ray, near the surface and where nothing is near
+_STEP, _LEAP = 0.9, 4  # voxels along a ray, near the surface and where nothing is near
 BLUE = (0.58, 0.73, 0.90)
 GREY = (0.72, 0.75, 0.79)
 SAND = (0.88, 0.74, 0.52)
@@ -113,26 +113,58 @@ def render_surface(
     np.ndarray
         (size_px, size_px, 4) uint8, alpha 0 outside.
     """
-    box = volume.shape[0]
-    fine = fourier_pad_map(volume, _SHARP_BOX) if box < _SHARP_BOX else volume
-    zoom = fine.shape[0] / box
-    size = 3 * size_px // 2  # drawn larger, then averaged down
-    height = _march(fine, level, rotation, extent * zoom, size)
-    hit = np.isfinite(height)
-    rgba = np.zeros((size, size, 4))
-    if hit.any():
-        points = _view_points(height, hit, extent * zoom)
-        normal = _normals(fine, points @ rotation) @ rotation.T
-        base = np.broadcast_to(np.array(colour), normal.shape)
-        if paint is not None:
-            low, high = paint_limits
-            values = ndimage.map_coordinates(
-                paint, (points @ rotation / zoom + box // 2)[:, ::-1].T, order=1, mode="nearest"
-            )
-            base = paint_map()(np.clip((values - low) / max(high - low, 1e-12), 0, 1))[:, :3]
-        rgba[hit, :3] = _shade(base, normal, _occlusion(height, hit, extent * zoom)[hit])
-        rgba[hit, 3] = 1.0
-    return _shrink(rgba, size_px)
+    return Surface(volume, level).picture(rotation, extent, size_px, colour, paint, paint_limits)
+
+
+class Surface:
+    """The surface where a volume crosses a level, ready for pictures from any side."""
+
+    def __init__(self, volume: np.ndarray, level: float) -> None:
+        """As for ``render_surface``."""
+        self._box = volume.shape[0]
+        fine = fourier_pad_map(volume, _SHARP_BOX) if self._box < _SHARP_BOX else volume
+        self._fine, self._level = np.ascontiguousarray(fine, np.float32), level
+        self._near = _near_blocks(self._fine, level)
+        self._reach = _reach(self._near, len(fine))
+
+    def picture(
+        self,
+        rotation: np.ndarray,
+        extent: float,
+        size_px: int,
+        colour: tuple[float, float, float] = BLUE,
+        paint: np.ndarray | None = None,
+        paint_limits: tuple[float, float] = (0.0, 1.0),
+    ) -> np.ndarray:
+        """(size_px, size_px, 4) uint8; parameters as for ``render_surface``."""
+        zoom = len(self._fine) / self._box
+        size = 3 * size_px // 2  # drawn larger, then averaged down
+        height = self._march(rotation, extent * zoom, size)
+        hit = np.isfinite(height)
+        rgba = np.zeros((size, size, 4), np.float32)
+        if hit.any():
+            points = _view_points(height, hit, extent * zoom)
+            normal = _normals(self._fine, points @ rotation) @ rotation.T
+            base = np.broadcast_to(np.array(colour), normal.shape)
+            if paint is not None:
+                low, high = paint_limits
+                at = (points @ rotation / zoom + self._box // 2)[:, ::-1].T
+                values = ndimage.map_coordinates(paint, at, order=1, mode="nearest")
+                base = paint_map()(np.clip((values - low) / max(high - low, 1e-12), 0, 1))[:, :3]
+            rgba[hit, :3] = _shade(base, normal, _occlusion(height, hit, extent * zoom)[hit])
+            rgba[hit, 3] = 1.0
+        return _shrink(rgba, size_px)
+
+    def _march(self, rotation: np.ndarray, extent: float, size: int) -> np.ndarray:
+        """Walk each ray from the viewer to the first crossing of the level.
+
+        Returns
+        -------
+        np.ndarray
+            (size, size) view z in voxels of the fine volume, rows from the top, nan where a ray meets nothing.
+        """
+        rotation, pixel = np.ascontiguousarray(rotation, np.float64), _pixel_positions(extent, size)
+        return _march_rays(self._fine, self._near, np.float32(self._level), rotation, pixel, self._reach)
 
 
 def isosurface(volume: np.ndarray, pixel_size_A: float, level: float, max_faces: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,54 +240,33 @@ def _pixel_positions(extent: float, size: int) -> np.ndarray:
     return ((np.arange(size) + 0.5) / size * 2 - 1) * extent
 
 
-def _march(fine: np.ndarray, level: float, rotation: np.ndarray, extent: float, size: int) -> np.ndarray:
-    """Walk each ray from the viewer to the first crossing of ``level``.
-
-    Parameters
-    ----------
-    fine
-        (M, M, M) density.
-    level
-        The density at the surface.
-    rotation
-        (3, 3), view = rotation @ (x, y, z).
-    extent
-        Half the picture's width, in voxels of ``fine``.
-    size
-        The picture's side in pixels.
-
-    Returns
-    -------
-    np.ndarray
-        (size, size) view z in voxels, rows from the top, nan where a ray meets nothing.
-    """
-    return _march_rays(
-        np.ascontiguousarray(fine, np.float32),
-        _near_blocks(fine, level),
-        np.float32(level),
-        np.ascontiguousarray(rotation, np.float64),
-        _pixel_positions(extent, size),
-    )
-
-
 def _near_blocks(fine: np.ndarray, level: float) -> np.ndarray:
     """Of each block of ``_LEAP``^3 voxels whether it or a block beside it reaches ``level``."""
     blocks = -(-fine.shape[0] // _LEAP)
     padded = np.pad(fine, (0, blocks * _LEAP - fine.shape[0]), mode="edge")
-    highest = padded.reshape(blocks, _LEAP, blocks, _LEAP, blocks, _LEAP).max((1, 3, 5))
+    highest = padded.reshape(blocks, _LEAP, blocks, _LEAP, blocks, _LEAP).max(1).max(2).max(3)
     return ndimage.maximum_filter(highest, size=3) >= level
 
 
+def _reach(near: np.ndarray, box: int) -> float:
+    """Radius in voxels, about the box centre, of a sphere around all blocks that are ``near``."""
+    corner = np.abs(np.argwhere(near) * _LEAP + 0.5 * _LEAP - box // 2) + 0.5 * _LEAP
+    return float(np.sqrt((corner**2).sum(1).max(initial=0.0)))
+
+
 @numba.njit(cache=True)
-def _march_rays(fine, near, level, rotation, pixel):  # pragma: no cover
-    """Steps of ``_LEAP`` voxels where nothing is near, else of ``_STEP``; see ``_march``."""
+def _march_rays(fine, near, level, rotation, pixel, reach):  # pragma: no cover
+    """Steps of ``_LEAP`` voxels where nothing is near, else of ``_STEP``; all that is near lies within ``reach``."""
     box, size = fine.shape[0], len(pixel)
-    far = 0.87 * box
     height = np.full((size, size), np.nan)
     for row in range(size):
         for column in range(size):
-            x, y, z = pixel[column], pixel[size - 1 - row], far
-            before = np.float32(-np.inf)
+            x, y = pixel[column], pixel[size - 1 - row]
+            aside = reach * reach - x * x - y * y
+            if aside <= 0:
+                continue
+            far = np.sqrt(aside)
+            z, before = far, np.float32(-np.inf)
             while z > -far:
                 px = rotation[0, 0] * x + rotation[1, 0] * y + rotation[2, 0] * z + box // 2
                 py = rotation[0, 1] * x + rotation[1, 1] * y + rotation[2, 1] * z + box // 2

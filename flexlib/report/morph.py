@@ -44,15 +44,19 @@ class Morph:
         return surface.half_extent(list(self.volumes), self.level)
 
     @cached_property
+    def _shown(self) -> tuple[surface.Surface, ...]:
+        return tuple(surface.Surface(volume, self.level) for volume in self.volumes)
+
+    @cached_property
     def fronts(self) -> tuple[np.ndarray, ...]:
         """Each frame rendered in ``rotation``: (size, size, 4) uint8."""
-        return tuple(surface.render_surface(v, self.level, self.rotation, self.extent, _SIZE_PX) for v in self.volumes)
+        return tuple(shown.picture(self.rotation, self.extent, _SIZE_PX) for shown in self._shown)
 
     @cached_property
     def sides(self) -> tuple[np.ndarray, ...]:
         """The same after a turn by 90 degrees about the vertical."""
         view = surface.quarter_turn(self.rotation)
-        return tuple(surface.render_surface(v, self.level, view, self.extent, _SIZE_PX) for v in self.volumes)
+        return tuple(shown.picture(view, self.extent, _SIZE_PX) for shown in self._shown)
 
     @cached_property
     def stills(self) -> tuple[np.ndarray, ...]:
@@ -73,7 +77,7 @@ class Morph:
         """The two ends in two colours over each other, from the front, cropped as ``stills``."""
         box = shown_box(self.fronts)
         ends = [
-            surface.render_surface(self.volumes[i], self.level, self.rotation, self.extent, _SIZE_PX, colour)[box]
+            self._shown[i].picture(self.rotation, self.extent, _SIZE_PX, colour)[box]
             for i, colour in ((0, surface.SAND), (-1, surface.BLUE))
         ]
         first, last = (surface.over_white(picture).astype(float) for picture in ends)
@@ -211,8 +215,9 @@ def paint_displacement(results: Results, rotation: np.ndarray | None) -> Painted
     limits = (0.0, max(float(np.quantile(values[canonical.data >= level], 0.99)), 1e-3))
     nearest = ndimage.distance_transform_edt(values == 0, return_distances=False, return_indices=True)
     filled = values[tuple(nearest)]
+    shown = surface.Surface(canonical.data, level)
     drawn = [
-        surface.render_surface(canonical.data, level, turned, extent, 480, paint=filled, paint_limits=limits)
+        shown.picture(turned, extent, 480, paint=filled, paint_limits=limits)
         for turned in _both_sides(np.eye(3) if rotation is None else rotation)
     ]
     rows = shown_box(drawn)[0]
