@@ -211,13 +211,14 @@ def accumulate_normal_equations(
     )
 
 
-def default_batch_size(box: int, oversampling: int, groups: int = 1) -> int:
+def default_batch_size(box: int, oversampling: float, groups: int = 1) -> int:
     """Images per batch so that a batch and its oversampled temporaries stay within ``BATCH_BYTES``.
 
-    Of voxels in groups each group's projections are held.
+    Of voxels in groups each group's projections are held. The CPU takes eight images at once: whole blocks of them.
     """
     per_image = 4 * box**2 * (3 + 4 * oversampling**2 + 2 * (groups - 1))
-    return int(np.clip(BATCH_BYTES // per_image, 1, 128))
+    images = int(np.clip(BATCH_BYTES // per_image, 1, 128))
+    return images // 8 * 8 if images > 8 else images
 
 
 def _hessian_per_shell(power: torch.Tensor) -> torch.Tensor:
