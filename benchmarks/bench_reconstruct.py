@@ -43,7 +43,7 @@ def measure(
     from flexlib.mesh.lattice import bcc_mesh
     from flexlib.model.flex_model import FlexModel
     from flexlib.model.flow import FlowGenerator
-    from flexlib.model.forward import EXACT, Operator
+    from flexlib.model.forward import Operator, solving_accuracy
     from flexlib.projection.op import gather_volume
     from flexlib.reconstruct.normal_equations import accumulate_normal_equations
     from flexlib.reconstruct.run import flow_displacements
@@ -64,7 +64,7 @@ def measure(
     else:
         mesh = single_cell_mesh(extent_A)
         moved = None
-    operator = Operator.on_mesh(mesh, mask > 1e-3, PIXEL_SIZE_A, device, EXACT)
+    operator = Operator.on_mesh(mesh, mask > 1e-3, PIXEL_SIZE_A, device, solving_accuracy(device))
     voxels, mask_values = operator.voxels, gather_volume(mask, operator.voxels)
     stacks, particles = open_stacks(_particles(folder / "noise.mrcs", count, box))
     sigma = np.ones((1, box // 2))
