@@ -1,11 +1,12 @@
 """Time a whole reconstruction, rigid and flexible, from images on disk to half-maps and FSC: nothing is scaled.
 
-    python benchmarks/bench_half_maps.py --out /scratch/clamp256 [--num-particles 5000] [--box 256] [--threads 1]
-    python benchmarks/bench_half_maps.py --out /scratch/clamp256 --maps other --against reconstruct
+    python benchmarks/bench_half_maps.py --out /scratch/clamp [--num-particles 5000] [--distinct 300] [--threads 1]
+    python benchmarks/bench_half_maps.py --out /scratch/clamp --maps other --against reconstruct
 
-Simulates a clamp whose jaw opens, prepares it, and writes a model that knows the motion: a flow of two fields that turn
-the mesh about the hinge, with the true angles as latents. So no training is waited for, and the flexible map is as good
-as it can be. What is already there is not done again. ``--maps`` names the folder of the maps; ``--against`` compares
+Simulates a clamp whose jaw opens, prepares it, repeats it to the number of particles that is asked for, and writes a
+model that knows the motion: a flow of two fields that turn the mesh about the hinge, with the true angles as latents.
+So no training is waited for, and the flexible map is as good as it can be. (Resolutions mean something where
+``--distinct`` is as large as ``--num-particles``.) What is already there is not done again. ``--maps`` names the folder of the maps; ``--against`` compares
 them, shell by shell, with those of another run, as of another version of flexlib. Figures: docs/reconstruct.md.
 """
 
@@ -16,12 +17,14 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from machine import describe_machine
+from particle_sets import repeat_set
 from scipy.spatial import cKDTree
 
 from flexlib.files import read_json
@@ -42,10 +45,10 @@ EXTENT_A = 320.0  # of the box
 ATOMS = 8  # near a vertex, whose motion it takes
 
 
-def write_model(folder: Path, cells: int) -> None:
+def write_model(folder: Path, count: int, cells: int) -> None:
     """A model of the true motion, for the prepared particles, into ``folder``/train."""
     molecule = make_phantom(PHANTOM)
-    angles_rad = np.load(folder / "data" / "truth.npz")["angles_rad"][:, 0]
+    angles_rad = np.load(folder / "distinct" / "sim" / "truth.npz")["angles_rad"][:, 0]
     mask = read_map(folder / "particles" / "mask.mrc")
     mesh = bcc_mesh(mask.data > 0, mask.pixel_size_A, mask.box * mask.pixel_size_A / cells)
     steps = np.linspace(angles_rad.min(), angles_rad.max(), 9)
@@ -58,29 +61,28 @@ def write_model(folder: Path, cells: int) -> None:
     with torch.no_grad():
         flow.linear.copy_(torch.eye(2))
     latents = np.stack([np.cos(angles_rad) - 1, np.sin(angles_rad)], 1).astype(np.float32)
+    latents = latents[np.arange(count) % len(latents)]
     canonical = read_map(folder / "particles" / "consensus.mrc")
     FlexModel(mesh, flow, latents, canonical.data, mask.box, mask.pixel_size_A).save(folder / "train" / "model.pt")
 
 
-def make_inputs(folder: Path, count: int, box: int, train_box: int, cells: int, snr: float) -> None:
-    """Particles, prepared, and a model; each unless it is there."""
-    data, particles = folder / "data", folder / "particles"
+def make_inputs(folder: Path, distinct: int, count: int, simulation: Simulation, train_box: int, cells: int) -> None:
+    """Particles, prepared and repeated, and a model; each unless it is there."""
+    data, prepared = folder / "distinct" / "sim", folder / "distinct" / "particles"
     if not (data / "truth.npz").exists():
-        pixel_size_A = EXTENT_A / box
-        simulate_particles(
-            data, Simulation(phantom=PHANTOM, num_particles=count, box=box, pixel_size_A=pixel_size_A, snr=snr)
-        )
-    if not (particles / "prepared.json").exists():
-        settings = PrepareSettings(train_box=train_box)
+        simulate_particles(data, replace(simulation, num_particles=distinct))
+    if not (prepared / "prepared.json").exists():
         prepare_particles(
             data / "particles.star",
             data / "consensus.mrc",
-            particles,
-            settings=settings,
+            prepared,
+            settings=PrepareSettings(train_box=train_box),
             mask_settings=MaskSettings(),
         )
+    if not (folder / "particles" / "prepared.json").exists():
+        repeat_set(folder / "distinct", folder, count)
     if not (folder / "train" / "model.pt").exists():
-        write_model(folder, cells)
+        write_model(folder, count, cells)
 
 
 def compare(maps: Path, others: Path, mask: np.ndarray) -> None:
@@ -108,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num-particles", type=int, default=5000)
+    parser.add_argument("--distinct", type=int, default=300, help="particles that are simulated")
     parser.add_argument("--box", type=int, default=256)
     parser.add_argument("--train-box", type=int, default=64)
     parser.add_argument("--cells", type=int, default=20, help="mesh cells across the box")
@@ -119,7 +122,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     torch.set_num_threads(options.threads)
-    make_inputs(options.out, options.num_particles, options.box, options.train_box, options.cells, options.snr)
+    distinct = min(options.distinct, options.num_particles)
+    simulation = Simulation(phantom=PHANTOM, box=options.box, pixel_size_A=EXTENT_A / options.box, snr=options.snr)
+    make_inputs(options.out, distinct, options.num_particles, simulation, options.train_box, options.cells)
     maps = options.out / options.maps
     if not (maps / "resolution.json").exists():
         began, began_cpu = time.perf_counter(), time.process_time()

@@ -146,7 +146,7 @@ def test_a_sum_too_large_for_memory_is_done_without(monkeypatch):
     problem = Problem()
     source = FakeSource(60, problem.values, problem.points_A(), noise=1.0)
     with_it, _ = problem.solve(source, tolerance=1e-4)
-    monkeypatch.setattr(at_rest, "MAX_BYTES", 0)
+    monkeypatch.setattr(at_rest, "largest_grid_mb", lambda box: 0)
     assert problem.equations(source).resting is None
     without, course = problem.solve(source, tolerance=1e-4, max_iterations=60)
     assert course.converged and relative(with_it, without) < 2e-3

@@ -23,8 +23,8 @@ from flexlib.projection.fitted import TAPS, grid_side, kernel_coefficients, kern
 from flexlib.projection.op import VoxelTensors
 from flexlib.reconstruct.spread_cpu import spread_planes
 from flexlib.runtime import share_threads_with_numba
+from flexlib.workflow_support.estimates import largest_grid_mb
 
-MAX_BYTES = 2**31  # of the grid that the kernel is summed up on: twice as much is needed for its transform
 _OVERSAMPLING = 1.25  # of that grid, over the kernel's extent; far out, where it aliases, the kernel is weak
 
 
@@ -91,8 +91,9 @@ class RestingSum:
 
     @staticmethod
     def fits(voxels: VoxelTensors) -> bool:
-        """Whether the grid stays within ``MAX_BYTES``."""
-        return 4 * int(np.prod(_grid_shape(Block.around(voxels).extent))) <= MAX_BYTES
+        """Whether the grid is no larger than jobs are given memory for."""
+        grid_mb = 4 * int(np.prod(_grid_shape(Block.around(voxels).extent))) / 2**20
+        return grid_mb <= largest_grid_mb(voxels.box)
 
     def add(self, weight: torch.Tensor, rotation: torch.Tensor) -> None:
         """Views with ``weight`` (b, N, N//2+1), the squared transfer functions, and ``rotation`` (b, 3, 3)."""
@@ -107,16 +108,19 @@ class RestingSum:
             slabs = torch.get_num_threads()
             spread_planes(seen, waves, turns, table.astype(np.float32), self._shape, slabs, self._grid.numpy())
         else:
-            for some_weights, some_axes in zip(weights, axes, strict=True):
-                _spread(some_weights, self._waves @ some_axes, table, self._shape, self._grid)
+            places = (self._waves @ axes).flatten(0, 1)
+            _spread(weights.flatten(), places, table, self._shape, self._grid)
 
     def total(self, ranks: Ranks) -> RestingHessian:
         """The Hessian of all views of all ranks; the sum itself is used up."""
         (nz, ny, nx), (pz, py, px) = self._block.extent, self._shape
-        self._grid[:, :TAPS] += self._grid[:, py:]
-        self._grid[:, :, :TAPS] += self._grid[:, :, px:]
-        kernel = torch.fft.rfftn(self._grid[:, :py, :px]).real
-        del self._grid
+        grid = self._grid
+        del self._grid  # one copy is enough
+        grid[:, :TAPS] += grid[:, py:]
+        grid[:, :, :TAPS] += grid[:, :, px:]
+        grid = grid[:, :py, :px].contiguous()
+        kernel = torch.fft.rfftn(grid).real
+        del grid
         steps = [torch.cat([torch.arange(n), torch.arange(1 - n, 0)]).to(kernel.device) for n in (nz, ny)]
         right = kernel[steps[0] % pz][:, steps[1] % py][:, :, :nx].clone()  # dx >= 0
         for axis, (offsets, side) in enumerate(zip((*steps, torch.arange(nx)), (pz, py, px), strict=True)):
@@ -141,7 +145,7 @@ def _grid_shape(extent: tuple[int, int, int]) -> tuple[int, int, int]:
 def _spread(
     weights: torch.Tensor, places: torch.Tensor, table: np.ndarray, shape: tuple[int, int, int], grid: torch.Tensor
 ) -> None:
-    """``spread_planes`` of one image in plain torch: ``weights`` (pixels,) at ``places`` (pixels, 3) x, y, z."""
+    """``spread_planes`` in plain torch: ``weights`` (m,) at ``places`` (m, 3) x, y, z."""
     below = torch.floor(places)
     fraction = places - below
     along = torch.zeros_like(fraction)[..., None]
