@@ -6,8 +6,9 @@
 Simulates a clamp whose jaw opens, prepares it, repeats it to the number of particles that is asked for, and writes a
 model that knows the motion: a flow of two fields that turn the mesh about the hinge, with the true angles as latents.
 So no training is waited for, and the flexible map is as good as it can be. (Resolutions mean something where
-``--distinct`` is as large as ``--num-particles``.) What is already there is not done again. ``--maps`` names the folder of the maps; ``--against`` compares
-them, shell by shell, with those of another run, as of another version of flexlib. Figures: docs/reconstruct.md.
+``--distinct`` is as large as ``--num-particles``.) What is already there is not done again. ``--maps`` names the folder
+of the maps; ``--against`` compares them, shell by shell, with those of another run, as of another version of flexlib.
+Figures: docs/reconstruct.md.
 """
 
 from __future__ import annotations
