@@ -10,8 +10,19 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from flexlib.imaging.image_transforms import plane_weight
 from flexlib.projection import cpu
-from flexlib.projection.op import VoxelTensors, gather_volume, project, scatter_volume, splat_voxels, view_vertices
+from flexlib.projection.fitted import OVERSAMPLING, kernel_coefficients, kernel_transfer
+from flexlib.projection.op import (
+    VoxelTensors,
+    gather_volume,
+    image_grid,
+    project,
+    project_adjoint,
+    scatter_volume,
+    splat_voxels,
+    view_vertices,
+)
 from flexlib.tetra.tetmesh import MeshVoxels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,8 +36,10 @@ ERROR_BOUNDS = {
     ("cubic", 1): (1.6e-6, 1.6e-4, 2.7e-3, 2.7e-2, 2.0e-1),
     ("linear", 2): (1.7e-4, 3.0e-3, 2.1e-2, 6.7e-2, 2.2e-1),
     ("cubic", 2): (2.4e-7, 1.6e-5, 3.0e-4, 1.5e-3, 1.0e-2),
+    ("fitted", OVERSAMPLING): (7.1e-6, 3.9e-5, 1.9e-4, 1.6e-3, 5.3e-3),
 }
 ALL_KERNELS = list(ERROR_BOUNDS)
+SPLINES = [kernel for kernel in ALL_KERNELS if kernel[0] != "fitted"]  # those with gradients
 
 
 def cube_mesh(box: int, cubes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +179,7 @@ def test_unmoved_volume_seen_along_z_is_its_sum(bend):
     assert band_errors(found.numpy(), expected.numpy())[:4].max() < 2e-3
 
 
-@pytest.mark.parametrize(("kernel", "oversampling"), ALL_KERNELS)
+@pytest.mark.parametrize(("kernel", "oversampling"), SPLINES)
 def test_gradients_against_finite_differences(tiny, kernel, oversampling):
     values, vertices_px, voxels = tiny
     torch.autograd.gradcheck(
@@ -256,7 +269,7 @@ def test_results_do_not_depend_on_thread_count(bend, kernel):
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize(("kernel", "oversampling"), ALL_KERNELS)
+@pytest.mark.parametrize(("kernel", "oversampling"), SPLINES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_backward_is_the_adjoint(bend, kernel, oversampling, dtype):
     _, vertices_px, voxels, _ = bend
@@ -309,3 +322,83 @@ def test_unknown_kernel_raises(bend):
     values, vertices_px, voxels, _ = bend
     with pytest.raises(KeyError):
         project(values, vertices_px, voxels, "quintic")
+
+
+def test_fitted_kernel_aliases_less_than_the_spline_where_maps_are_weak():
+    """Amplitude of all images of the band relative to the band, at equal taps; the spline on the larger grid."""
+
+    def aliasing(transfer, oversampling):
+        band = np.array([0.05, 0.1, 0.2, 0.3, 0.4, 0.5]) / oversampling
+        images = [transfer(band + m) for m in range(-9, 10) if m]
+        return np.sqrt(np.square(images).sum(0)) / np.abs(transfer(band))
+
+    fitted = aliasing(kernel_transfer, OVERSAMPLING)
+    assert (fitted < [8e-5, 1.4e-4, 3.6e-4, 8e-4, 1.7e-3, 2.1e-3]).all(), fitted
+    spline = aliasing(lambda k: np.sinc(k) ** 4, 2)
+    assert (fitted[3:] < spline[3:]).all() and fitted[-1] < 0.2 * spline[-1]
+    flipped = [np.polyval(kernel_coefficients()[:, tap], 0.8) for tap in range(4)]
+    weights = [np.polyval(kernel_coefficients()[:, tap], 0.2) for tap in range(4)]
+    np.testing.assert_allclose(weights, flipped[::-1], rtol=1e-9)
+
+
+def test_grids_of_the_fitted_kernel_have_fast_transforms_and_are_wide_enough():
+    assert image_grid(256, OVERSAMPLING) == 448 and image_grid(64, 2) == 128
+    for box in range(16, 520, 2):
+        grid = image_grid(box, OVERSAMPLING)
+        assert grid % 2 == 0 and OVERSAMPLING * box <= grid < 2.1 * box
+
+
+@pytest.mark.parametrize("shift", [0.0, 21.3, -131.7], ids=["centred", "across the edge", "boxes away"])
+def test_fitted_kernel_on_the_cpu_matches_the_reference(bend, shift, monkeypatch):
+    """11 images are a block of eight and a part of one, and the map's sums are added a block at a time."""
+    values, vertices_px, voxels, _ = bend
+    monkeypatch.setattr(cpu, "PARTIAL_SUMS", len(values))
+    vertices_px = torch.cat([vertices_px * (1 - 0.03 * k) + 0.7 * k for k in range(4)])[:11] + shift
+    spectra = torch.as_tensor(np.random.default_rng(4).normal(size=(11, 48, 48)))
+    spectra = torch.fft.rfft2(spectra) * (plane_weight(48) > 0)
+    results = []
+    for dtype, complex_dtype in ((torch.float32, torch.complex64), (torch.float64, torch.complex128)):
+        own = replace(voxels, bary=voxels.bary.to(dtype))
+        at = (vertices_px.to(dtype), own, "fitted", OVERSAMPLING)
+        results.append((project(values.to(dtype), *at), project_adjoint(spectra.to(complex_dtype), *at)))
+    for fast, reference in zip(*results, strict=True):
+        assert (fast - reference).norm() / reference.norm() < (1e-5 if abs(shift) < 100 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fitted_adjoint_is_that_of_the_projection(bend, dtype):
+    _, vertices_px, voxels, _ = bend
+    own = replace(voxels, bary=voxels.bary.to(dtype))
+    values = torch.randn(len(voxels.index), generator=torch.Generator().manual_seed(2), dtype=dtype)
+    images = torch.as_tensor(np.random.default_rng(3).normal(size=(3, 48, 48))).to(dtype)
+    spectra = torch.fft.rfft2(images) * (plane_weight(48) > 0)
+    projected = project(values, vertices_px.to(dtype), own, "fitted", OVERSAMPLING)
+    back = project_adjoint(spectra, vertices_px.to(dtype), own, "fitted", OVERSAMPLING)
+    in_images = (plane_weight(48).double() * (projected.conj() * spectra).real.double()).sum()
+    scale = float(projected.norm() * spectra.norm())
+    assert abs(in_images - (values.double() @ back.double())) < (1e-6 if dtype == torch.float32 else 1e-12) * scale
+
+
+def test_fitted_results_do_not_depend_on_thread_count(bend):
+    values, vertices_px, voxels, _ = bend
+    vertices_px = torch.cat([vertices_px, vertices_px + 0.3, vertices_px - 0.4, vertices_px * 0.9]).float()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        spectra = project(values.float(), vertices_px, as_float32(voxels), "fitted", OVERSAMPLING)
+        results.append((spectra, project_adjoint(spectra, vertices_px, as_float32(voxels), "fitted", OVERSAMPLING)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_fitted_kernel_refuses_what_it_cannot_do(bend):
+    values, vertices_px, voxels, _ = bend
+    with pytest.raises(ValueError, match="no gradients"):
+        project(values.clone().requires_grad_(), vertices_px, voxels, "fitted", OVERSAMPLING)
+    broken = vertices_px.float()
+    broken[1, 7, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        project(values.float(), broken, as_float32(voxels), "fitted", OVERSAMPLING)
+    far = (vertices_px * torch.tensor([1e12, -1e9])).float()
+    spectra = project(values.float(), far, as_float32(voxels), "fitted", OVERSAMPLING)
+    torch.testing.assert_close(spectra[:, 0, 0].real.double(), values.sum().expand(3), rtol=2e-3, atol=0)

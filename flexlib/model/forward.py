@@ -12,6 +12,7 @@ import torch
 from flexlib.images.batch import ImageBatch
 from flexlib.imaging.fourier import resample_spectrum, shell_number
 from flexlib.imaging.image_transforms import fourier_resample
+from flexlib.projection.fitted import OVERSAMPLING
 from flexlib.projection.op import (
     VoxelTensors,
     gather_volume,
@@ -29,7 +30,7 @@ class Accuracy:
     """How finely voxels are splatted: see ``projection.op.project``."""
 
     kernel: str
-    oversampling: int
+    oversampling: float
 
 
 # Relative errors of a projection between 0.1, 0.2, 0.3, 0.4 and 0.5 cycles/pixel, against the exact transform of a bent
@@ -37,6 +38,12 @@ class Accuracy:
 TRAINING = Accuracy("linear", 2)  # 2e-3, 1.4e-2, 4.5e-2, 1.5e-1: a quarter of the taps, for bands up to 0.4
 STATISTICS = Accuracy("cubic", 1)  # 1e-4, 1.8e-3, 1.8e-2, 1.3e-1: sums over many images, as of noise and scale
 EXACT = Accuracy("cubic", 2)  # 1e-5, 2e-4, 1e-3, 7e-3: where every shell counts
+SOLVING = Accuracy("fitted", OVERSAMPLING)  # 3e-5, 1.3e-4, 1e-3, 4e-3: a map alone, without gradients
+
+
+def solving_accuracy(device: torch.device | str) -> Accuracy:
+    """What maps are solved for with: ``SOLVING``, where the device has a kernel for it."""
+    return SOLVING if torch.device(device).type == "cpu" else EXACT
 
 
 @dataclass(frozen=True)

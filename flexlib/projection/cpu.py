@@ -1,4 +1,4 @@
-"""Numba backend of the operator for the CPU, float32: what ``op.py`` calls, over the kernels of ``cpu_blocks.py``."""
+"""Numba backend of the operator for the CPU, float32: what ``op.py`` calls, over the kernels of ``cpu_*.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from flexlib.projection.cpu_blocks import LANES, adjoint_blocks, splat_blocks
+from flexlib.projection.cpu_blocks import adjoint_blocks, splat_blocks
+from flexlib.projection.cpu_fitted import gather_map_blocks, splat_map_blocks
+from flexlib.projection.cpu_vectors import LANES
 from flexlib.runtime import share_threads_with_numba
 
 PARTIAL_SUMS = 2**25  # numbers in the blocks' gradients by the map that are kept at once
@@ -62,6 +64,48 @@ def splat_adjoint(
         if need_values:
             _add_blocks(sums, grad_values.numpy())
     return grad_values, grad_vertices
+
+
+def splat_fitted(
+    values: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    grid: int,
+    coefficients: np.ndarray,
+) -> torch.Tensor:
+    """See ``reference.splat_fitted``."""
+    images = torch.empty((len(vertices), grid, grid), dtype=torch.float32)
+    finite = np.ones(_num_blocks(images), np.bool_)
+    *voxels, turns = _arrays(values, cells, cell, bary, vertices / grid)
+    splat_map_blocks(tuple(voxels), turns, coefficients.astype(np.float32), images.numpy(), finite)
+    _check(finite)
+    return images
+
+
+def gather_fitted(
+    images: torch.Tensor,
+    vertices: torch.Tensor,
+    cells: torch.Tensor,
+    cell: torch.Tensor,
+    bary: torch.Tensor,
+    coefficients: np.ndarray,
+) -> torch.Tensor:
+    """See ``reference.gather_fitted``."""
+    total = torch.zeros(len(cell))
+    *voxels, turns, pixels = _arrays(total, cells, cell, bary, vertices / images.shape[-1], images)
+    table = coefficients.astype(np.float32)
+    at_once = LANES * max(1, PARTIAL_SUMS // max(1, len(cell)))
+    for first in range(0, len(images), at_once):
+        some = slice(first, first + at_once)
+        blocks = _num_blocks(pixels[some])
+        finite = np.ones(blocks, np.bool_)
+        sums = np.empty((blocks, len(cell)), np.float32)
+        gather_map_blocks(pixels[some], tuple(voxels), turns[some], table, sums, finite)
+        _check(finite)
+        _add_blocks(sums, total.numpy())
+    return total
 
 
 def view(

@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 from flexlib.projection import reference
-from flexlib.projection.spectrum import images_to_spectrum, spectrum_to_images
+from flexlib.projection.fitted import grid_side, kernel_coefficients
+from flexlib.projection.spectrum import KERNELS, images_to_spectrum, spectrum_to_images
 from flexlib.runtime import has_triton
 from flexlib.tetra.tetmesh import MeshVoxels
 
 logger = logging.getLogger(__name__)
-
-KERNELS = {"linear": 2, "cubic": 4}  # taps per axis; B-splines of degree 1 and 3
 
 
 @dataclass(frozen=True)
@@ -194,12 +193,18 @@ for _device in ("cpu", "cuda"):
     _register(_device)
 
 
+def image_grid(box: int, oversampling: float) -> int:
+    """Side of the grid that voxels are splatted into: ``oversampling`` boxes, or the next one with fast transforms."""
+    side = box * oversampling
+    return int(side) if float(oversampling).is_integer() else grid_side(side)
+
+
 def project(
     values: torch.Tensor,
     vertices_px: torch.Tensor,
     voxels: VoxelTensors,
     kernel: str = "cubic",
-    oversampling: int = 1,
+    oversampling: float = 1,
 ) -> torch.Tensor:
     """Fourier transforms of the projections of a deformed volume.
 
@@ -212,9 +217,11 @@ def project(
         displacement, rotation and shift.
     voxels : VoxelTensors
     kernel : str
-        "linear" (4 taps) or "cubic" (16 taps).
-    oversampling : int
-        Image grid over box, 1 or 2; 2 lowers the aliasing error by orders of magnitude at the same taps.
+        "linear" (4 taps), "cubic" (16 taps) or "fitted" (16 taps; ``fitted.py``): the last has no gradients, and no
+        kernel for CUDA devices, where plain torch computes it.
+    oversampling : float
+        Image grid over box; 2 instead of 1 lowers the aliasing error by orders of magnitude at the same taps. At least
+        ``fitted.OVERSAMPLING`` for "fitted".
 
     Returns
     -------
@@ -227,10 +234,14 @@ def project(
     KeyError
         The kernel is unknown.
     """
-    box, taps = voxels.box, KERNELS[kernel]
-    grid = box * oversampling
-    images = splat_voxels(values, vertices_px * oversampling, voxels.cells, voxels.cell, voxels.bary, grid, taps)
-    return images_to_spectrum(images, box, taps)
+    grid = image_grid(voxels.box, oversampling)
+    mesh = (vertices_px * (grid / voxels.box), voxels.cells, voxels.cell, voxels.bary)
+    if kernel == "fitted":
+        _refuse_gradients(values, vertices_px)
+        images = _fitted_backend(values).splat_fitted(values, *mesh, grid, kernel_coefficients())
+    else:
+        images = splat_voxels(values, *mesh, grid, KERNELS[kernel])
+    return images_to_spectrum(images, voxels.box, kernel)
 
 
 def project_adjoint(
@@ -238,7 +249,7 @@ def project_adjoint(
     vertices_px: torch.Tensor,
     voxels: VoxelTensors,
     kernel: str = "cubic",
-    oversampling: int = 1,
+    oversampling: float = 1,
 ) -> torch.Tensor:
     """Adjoint of ``project`` for the inner product of the full Fourier plane.
 
@@ -254,19 +265,25 @@ def project_adjoint(
     torch.Tensor
         (nvox,) ``Re sum_i sum_k spectra_ik exp(+2 pi i k . p_ij / box)``, k over the full plane.
     """
-    taps = KERNELS[kernel]
-    images = spectrum_to_images(spectra, voxels.box * oversampling, taps)
-    density, _ = splat_voxels_adjoint(
-        images.contiguous(),
-        voxels.bary.new_zeros(len(voxels.index)),
-        vertices_px * oversampling,
-        voxels.cells,
-        voxels.cell,
-        voxels.bary,
-        taps,
-        needs=[True, False],
-    )
+    grid = image_grid(voxels.box, oversampling)
+    images = spectrum_to_images(spectra, grid, kernel).contiguous()
+    mesh = (vertices_px * (grid / voxels.box), voxels.cells, voxels.cell, voxels.bary)
+    if kernel == "fitted":
+        _refuse_gradients(spectra, vertices_px)
+        return _fitted_backend(images).gather_fitted(images, *mesh, kernel_coefficients())
+    nothing = voxels.bary.new_zeros(len(voxels.index))
+    density, _ = splat_voxels_adjoint(images, nothing, *mesh, KERNELS[kernel], needs=[True, False])
     return density
+
+
+def _fitted_backend(like: torch.Tensor) -> ModuleType:
+    """The module with ``splat_fitted`` and ``gather_fitted`` for tensors such as this."""
+    return reference if like.device.type != "cpu" else backend("cpu", like.dtype)
+
+
+def _refuse_gradients(*tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("the fitted kernel has no gradients; take the cubic one")
 
 
 def view_vertices(

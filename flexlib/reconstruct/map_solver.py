@@ -3,10 +3,11 @@
 The objective (see ``normal_equations``) is quadratic. L-BFGS with an exact line search on a quadratic takes the same
 steps as preconditioned conjugate gradients started with the same matrix (L. Nazareth, SIAM J. Numer. Anal. 16, 794
 (1979)), so that is what is computed: one projection and one adjoint per image and iteration, no history to store, and
-*the images themselves are read only once*, for the right-hand side. The start is zero, so nothing is shared between the
-half-sets but the mask, the flow and the latents. By hand: ``scipy.sparse.linalg.cg`` was considered, but it works on
-one process' arrays in the host's memory. Density is assumed to lie inside the mask: what lies outside is not
-modelled.
+*the images themselves are read only once*, for the right-hand side. The preconditioner is the Hessian of particles at
+rest, a convolution (``at_rest``); where they are at rest, no view is gone through after the first pass. The start is
+zero, so nothing is shared between the half-sets but the mask, the flow and the latents. By hand:
+``scipy.sparse.linalg.cg`` was considered, but it works on one process' arrays in the host's memory, and with a
+preconditioner that does not change. Density is assumed to lie inside the mask: what lies outside is not modelled.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ def conjugate_gradients(
         else:
             new_gradient = equations.hessian(x) - equations.data
         scaled = equations.precondition(new_gradient)
-        # Polak-Ribiere: equal to Fletcher-Reeves in exact arithmetic, and forgets a direction that rounding spoiled
+        # Polak-Ribiere: equal to Fletcher-Reeves where the preconditioner is linear and arithmetic exact, which neither
+        # is, and forgets a direction that was spoiled
         beta = max(0.0, float((new_gradient - gradient) @ scaled) / size)
         gradient, size = new_gradient, float(new_gradient @ scaled)
         direction = beta * direction - scaled

@@ -28,10 +28,13 @@ from flexlib.imaging.fourier import shell_counts, shell_number, stored_means
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.model.forward import Operator
 from flexlib.projection.op import scatter_volume
+from flexlib.reconstruct.at_rest import Block, RestingHessian, RestingSum
 from flexlib.reconstruct.weighing import OccupancyOperator
 
 RIDGE = 3e-3  # least prior, of the data's mean weight inside the sphere |k| < N/2
 LEAST_SNR = 0.25  # assumed of a shell: noise models are not so exact that less could be distinguished from none
+INNER_TOLERANCE = 0.1  # that the preconditioner's own gradient falls to
+INNER_ITERATIONS = 30  # of the preconditioner, at most
 BATCH_BYTES = 2**28  # memory of one batch of images and its temporaries
 
 Displacements = Callable[[np.ndarray], torch.Tensor]
@@ -121,7 +124,12 @@ class ShellFilters:
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """``hessian(x) = data`` of the least-squares problem (see the module's head); each rank holds them whole."""
+    """``hessian(x) = data`` of the least-squares problem (see the module's head); each rank holds them whole.
+
+    ``resting`` is what particles at rest would make of the data's part of the Hessian. Where they are at rest, it is
+    that part: no view is gone through again. Where they move, the preconditioner is the inverse of the Hessian that it
+    makes; where it would need too much memory, the Hessian's shell averages are all that there is.
+    """
 
     operator: Operator
     mask_values: torch.Tensor  # (nvox,) density of a unit of x: the mask, over a part's root mean square presence
@@ -131,13 +139,22 @@ class NormalEquations:
     signal_to_noise: torch.Tensor  # (N//2,)
     filters: ShellFilters
     ranks: Ranks
+    mask: torch.Tensor  # (nvox,)
+    block: Block
+    resting: RestingHessian | None = None
+    at_rest: bool = False  # whether that is exact
 
     def density(self, x: torch.Tensor) -> torch.Tensor:
         """The masked density of a solution (nvox,), freed of the mean shrinkage by the prior."""
         return self._filtered(x, self.filters.restoring).to(self.mask_values.dtype) * self.mask_values
 
     def hessian(self, x: torch.Tensor) -> torch.Tensor:
-        """``(m A^T W A m + prior) x`` for (nvox,) float64 ``x``: one pass over the particles, no image read."""
+        """``(m A^T W A m + prior) x`` for (nvox,) float64 ``x``: one pass over the particles, no image read.
+
+        No pass at all where they are at rest and ``resting`` is known.
+        """
+        if self.at_rest and self.resting is not None:
+            return self._resting_hessian(x, self.resting, self.mask_values)
         values = x.to(self.mask_values.dtype) * self.mask_values
         result = torch.zeros_like(self.data)
         for views in self.views:
@@ -146,14 +163,26 @@ class NormalEquations:
         return result + self._filtered(x, self.filters.prior)
 
     def precondition(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Divide (nvox,) by the Hessian's shell averages in Fourier space; symmetric and positive."""
+        """Divide (nvox,) by the Hessian of particles at rest, nearly; else by shell averages in Fourier space.
+
+        The quotient is that of a few conjugate gradients, so that it is not quite linear in ``gradient``.
+        """
+        resting = self.resting
+        if resting is None:
+            return self._shell_average_inverse(gradient)
+        # parts that are rarely there have larger unknowns, in which their own block of the Hessian is as at rest
+        return _solve(lambda x: self._resting_hessian(x, resting, self.mask), gradient, self._shell_average_inverse)
+
+    def _resting_hessian(self, x: torch.Tensor, resting: RestingHessian, mask: torch.Tensor) -> torch.Tensor:
+        data = mask * resting(x.to(mask.dtype) * mask)
+        return data.double() + self._filtered(x, self.filters.prior)
+
+    def _shell_average_inverse(self, gradient: torch.Tensor) -> torch.Tensor:
+        """(nvox,) symmetric and positive."""
         return self._filtered(gradient, self.filters.inverse_diagonal)
 
     def _filtered(self, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        voxels = self.operator.voxels
-        spectrum = torch.fft.rfftn(scatter_volume(x.to(factors.dtype), voxels))
-        spectrum *= factors
-        return torch.fft.irfftn(spectrum, s=(voxels.box,) * 3).reshape(-1)[voxels.index].double()
+        return self.block.convolve(x.to(factors.dtype), factors).double()
 
 
 def accumulate_normal_equations(
@@ -182,6 +211,7 @@ def accumulate_normal_equations(
     views = Views(source, batches, operator, displacements)
     kept: list[BatchViews] = []
     data = torch.zeros(len(mask), dtype=torch.float64, device=device)
+    resting = RestingSum(operator.voxels, dtype) if RestingSum.fits(operator.voxels) else None
     energy = torch.zeros(1, dtype=torch.float64)
     power = torch.zeros(box // 2, dtype=torch.float64, device=device)
     plane = plane_weight(box).to(device)
@@ -193,6 +223,8 @@ def accumulate_normal_equations(
         of_batch = views.of(batch)
         data += (unknowns * views.adjoint(batch.images * batch.transfer.conj(), of_batch)).double()
         power.index_add_(0, shell.flatten(), (plane * of_batch.weight).sum(0).flatten().double())
+        if resting is not None:
+            resting.add(of_batch.weight, batch.rotation)
         if keep_views:
             kept.append(of_batch)
     ranks.add(data, power)
@@ -208,16 +240,44 @@ def accumulate_normal_equations(
         signal_to_noise=signal_to_noise,
         filters=ShellFilters.of_shells(hessian, signal_to_noise, dtype),
         ranks=ranks,
+        mask=mask,
+        block=Block.around(operator.voxels),
+        resting=None if resting is None else resting.total(ranks),
+        at_rest=displacements is None and not isinstance(operator, OccupancyOperator),
     )
 
 
-def default_batch_size(box: int, oversampling: int, groups: int = 1) -> int:
+def _solve(
+    hessian: Callable[[torch.Tensor], torch.Tensor],
+    gradient: torch.Tensor,
+    precondition: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """``x`` of ``hessian(x) = gradient``, (nvox,) float64, to ``INNER_TOLERANCE`` of the preconditioned gradient."""
+    x, rest = torch.zeros_like(gradient), gradient
+    scaled = precondition(rest)
+    direction, size = scaled, float(rest @ scaled)
+    aim = INNER_TOLERANCE**2 * size
+    for _ in range(INNER_ITERATIONS):
+        if size <= aim:
+            break
+        curved = hessian(direction)
+        step = size / float(direction @ curved)
+        x = x + step * direction
+        rest = rest - step * curved
+        scaled = precondition(rest)
+        before, size = size, float(rest @ scaled)
+        direction = scaled + size / before * direction
+    return x
+
+
+def default_batch_size(box: int, oversampling: float, groups: int = 1) -> int:
     """Images per batch so that a batch and its oversampled temporaries stay within ``BATCH_BYTES``.
 
-    Of voxels in groups each group's projections are held.
+    Of voxels in groups each group's projections are held. The CPU takes eight images at once: whole blocks of them.
     """
     per_image = 4 * box**2 * (3 + 4 * oversampling**2 + 2 * (groups - 1))
-    return int(np.clip(BATCH_BYTES // per_image, 1, 128))
+    images = int(np.clip(BATCH_BYTES // per_image, 1, 128))
+    return images // 8 * 8 if images > 8 else images
 
 
 def _hessian_per_shell(power: torch.Tensor) -> torch.Tensor:

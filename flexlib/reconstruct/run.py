@@ -29,7 +29,7 @@ from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.layout import ParticlesFolder, ReconstructFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel
-from flexlib.model.forward import EXACT, Operator
+from flexlib.model.forward import Operator, solving_accuracy
 from flexlib.model.part_labels import labels_at
 from flexlib.particles.pose_change import PoseChange
 from flexlib.reconstruct.fsc_table import fsc_table
@@ -68,7 +68,7 @@ class _Kind:
 
     def operator(self, device: torch.device) -> Operator:
         """What projects the map."""
-        operator = Operator.of_voxels(self.mesh, self.voxels, device, EXACT)
+        operator = Operator.of_voxels(self.mesh, self.voxels, device, solving_accuracy(device))
         if self.occupancy is None or self.labels is None:
             return operator
         return OccupancyOperator.of_labels(operator, self.labels, self.occupancy)

@@ -31,6 +31,8 @@ FIELDS_KB = 9.7  # a flow: 806 fields of float32 numbers (``train/fields.py``)
 MODES_KB = (
     125.0  # train: the elastic modes, in double precision, with spare vectors and factors, then the flow's fields
 )
+RESTING_MAPS, RESTING_MB = 8, 2048.0  # reconstruct: the grid of ``reconstruct/at_rest.py``, at most; in maps, in MiB
+RESTING_GRIDS = 2.5  # with its transform
 BATCH_ROW_KB = 0.16  # train: a particle's displacements in a mini-batch, and what follows from them
 MESH_KB = 10.0  # cells, faces and neighbours of the mesh while it is built
 
@@ -187,13 +189,19 @@ def memory_mb(
     if stage == "reconstruct":
         # half of the rows' transfer functions, squared, and moved vertices
         held = 0.5 * rows_mb * (4.5 * size.full_box**2 + 10 * vertices) if all_in_ram else 0.0
-        each = BASE_MB + 12 * _map_mb(size.full_box) + 2000 * rows_mb + 4 * fields_mb
+        maps_mb = 12 * _map_mb(size.full_box) + RESTING_GRIDS * largest_grid_mb(size.full_box)
+        each = BASE_MB + maps_mb + 2000 * rows_mb + 4 * fields_mb
         return round(processes * each + held)
     if stage == "checksum":  # the particles' metadata
         return round(BASE_MB + 4000 * rows_mb)
     if stage == "report":
         return round(BASE_MB + 10 * _map_mb(size.full_box) + 4000 * rows_mb + 2 * fields_mb)
     return 600
+
+
+def largest_grid_mb(box: int) -> float:
+    """Largest grid that reconstruct may sum up the Hessian of particles at rest on, in MiB."""
+    return min(RESTING_MAPS * _map_mb(box), RESTING_MB)
 
 
 def runtime_min(
