@@ -206,9 +206,9 @@ def test_overfitting_lowers_the_held_out_score(tmp_path):
     """At low signal a rigidity far too low fits the noise of the training particles, and the others' score falls.
 
     It falls to where nothing is confirmed: a flow that follows noise predicts other pixels hardly better than a rigid
-    molecule does. Half of the particles are held out, so that the difference stands out of the scatter. (Rounding, as by
-    the number of threads, moves either score by up to a standard error: at a signal of .05 the loose one came to .44 and
-    to .51, where .5 is confirmed; here to -.07.)
+    molecule does. Half of the particles are held out, so that the difference stands out of the scatter. Rounding, as by
+    the number of threads, moves either score by up to a standard error: at a signal of .05 the loose one came to .44
+    and to .51, where .5 is confirmed; here to -.07.
     """
     prepared(tmp_path, "clamp", 1200, 0.035)
     gains, errors = [], []
