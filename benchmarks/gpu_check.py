@@ -50,7 +50,8 @@ FULL = Sizes((128, 256), 128, 100_000, 200, 30, (256, 384), 2000)
 QUICK = Sizes((32,), 32, 200, 100, 3, (32, 48), 20)
 CELLS = (20, 40)
 SCRATCH = Path(tempfile.gettempdir()) / "flexlib-gpu-check"
-LIMITS_S = {"data": 120, "tests": 120, "operator": 90, "training_20": 150, "training_40": 150}
+LIMITS_S = {"data": 90, "tests": 70, "operator": 80, "training_20": 130, "training_40": 110}  # all: ten minutes
+LIMIT_S = 55  # of any other
 OPERATOR_KERNELS = ("splat", "adjoint", "gather")  # in the names of the operator's own kernels
 
 
@@ -287,7 +288,7 @@ def run_step(name: str, out: Path) -> bool:
     with (out / f"{name}.log").open("w") as log:
         try:
             code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, timeout=LIMITS_S.get(name, 90)
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=LIMITS_S.get(name, LIMIT_S)
             ).returncode
         except subprocess.TimeoutExpired:
             code = -1

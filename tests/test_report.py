@@ -28,7 +28,7 @@ from flexlib.model.motion import rms_displacement_A
 from flexlib.particles.star import read_tables
 from flexlib.particles.star_write import write_star
 from flexlib.records import ChecksumsRecord, InputFile, PreparedRecord, ResolutionRecord, ValidationRecord
-from flexlib.render.surface import isosurface, quarter_turn, render_surface
+from flexlib.render.surface import Surface, isosurface, quarter_turn
 from flexlib.report import facts, morph, sections, sentences, sweep_plots, write_report, write_summary_figure
 from flexlib.report.facts import neighbour_r2
 from flexlib.report.morph import Gallery
@@ -270,14 +270,15 @@ def test_rendered_view_keeps_the_hand() -> None:
     def ball(cx, cy, cz):
         return np.exp(-((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2) / 8.0).astype(np.float32)
 
-    picture = render_surface(ball(8, 0, 0) + ball(0, 5, 0), 0.5, np.eye(3), extent=16, size_px=64)
+    picture = Surface(ball(8, 0, 0) + ball(0, 5, 0), 0.5).picture(np.eye(3), extent=16, size_px=64)
     rows, columns = np.nonzero(picture[..., 3] > 128)
     right = columns > 40
     assert right.any() and abs(rows[right].mean() - 31.5) < 1.5
     assert rows[~right].mean() < 25  # up is towards the first row
     paint = (z > 0).astype(np.float32)
-    both = render_surface(ball(0, 0, 9) + ball(0, 0, -9), 0.5, np.eye(3), 16, 64, paint=paint)
-    behind = render_surface(ball(0, 0, 9) + ball(0, 0, -9), 0.5, np.diag([1.0, -1, -1]), 16, 64, paint=paint)
+    shown = Surface(ball(0, 0, 9) + ball(0, 0, -9), 0.5)
+    both = shown.picture(np.eye(3), 16, 64, paint=paint)
+    behind = shown.picture(np.diag([1.0, -1, -1]), 16, 64, paint=paint)
     assert both[32, 32, 0] > 1.5 * both[32, 32, 2]  # 1 is painted red,
     assert behind[32, 32, 0] < 1.1 * behind[32, 32, 2]  # 0 is grey
     turned = quarter_turn(np.eye(3)) @ [0, 0, 1.0]

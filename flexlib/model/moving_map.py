@@ -153,7 +153,8 @@ def fisher_information(
         probes |= {axis: turn for axis in range(dims, dims + 3)}
     base, slopes = _slices_and_slopes(model, batch, parameters, lacks, probes)
     if model.views is not None:
-        slopes = torch.cat([slopes, _view_slopes(model, base, rotation_known=len(probes) > dims - fixed)], 1)
+        by_latents, by_rotation = slopes.tensor_split([dims - fixed], 1)
+        slopes = torch.cat([by_latents, _view_slopes(model, base, by_rotation)], 1)
     tangent = torch.view_as_real(slopes * (batch.transfer * weight.sqrt())[:, None]).flatten(2)
     known = tangent @ tangent.transpose(1, 2)
     if not fixed:
@@ -199,33 +200,31 @@ def _slices_at(
 ) -> torch.Tensor:
     """(m, b, box, box//2+1) ``_slices`` of the batch at each of m parameters (m, b, P)."""
     times = len(parameters)
-    again = (
-        batch
-        if times == 1
-        else replace(
-            batch,
-            rows=np.tile(batch.rows, times),
-            rotation=batch.rotation.repeat(times, 1, 1),
-            origin_px=batch.origin_px.repeat(times, 1),
-            contrast=None if batch.contrast is None else batch.contrast.repeat(times),
-        )
+    again = replace(
+        batch,
+        rows=np.tile(batch.rows, times),
+        rotation=batch.rotation.repeat(times, 1, 1),
+        origin_px=batch.origin_px.repeat(times, 1),
+        contrast=None if batch.contrast is None else batch.contrast.repeat(times),
     )
     lacked = None if lacks is None else lacks.repeat(times, 1)
     return _slices(model, again, parameters.flatten(0, 1), lacked).unflatten(0, (times, -1))
 
 
-def _view_slopes(model: MovingMap, base: torch.Tensor, rotation_known: bool) -> torch.Tensor:
-    """(b, 3 or 6, box, box//2+1) derivatives of the slices ``base`` by shift and contrast, and rotation where unknown.
+def _view_slopes(model: MovingMap, base: torch.Tensor, by_rotation: torch.Tensor) -> torch.Tensor:
+    """(b, 6, box, box//2+1) derivatives of the slices ``base`` by the view's parameters: zero where one has no width.
 
-    Those by parameters that have no width are zero.
+    ``by_rotation`` (b, 3, box, box//2+1); (b, 0, ...) where rotations have none.
     """
     assert model.views is not None
     views, slopes = model.views, base.new_zeros((len(base), NUM_VIEW_PARAMETERS, *base.shape[1:]))
+    if views.rotation_rad > 0:
+        slopes[:, ROTATION] = by_rotation
     if views.shift_A > 0:
         slopes[:, SHIFT] = views.shift_A * shift_slopes(base, model.operator.pixel_size_A)
     if views.log_contrast > 0:
         slopes[:, CONTRAST] = views.log_contrast * base[:, None]
-    return slopes[:, ROTATION.stop :] if rotation_known else slopes
+    return slopes
 
 
 @lru_cache(maxsize=64)

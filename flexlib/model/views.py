@@ -214,15 +214,15 @@ def rotation_matrices(vectors_rad: torch.Tensor) -> torch.Tensor:
 
 def shift_slopes(slices: torch.Tensor, pixel_size_A: float) -> torch.Tensor:
     """(b, 2, N, N//2+1) derivatives per Angstrom of images' transforms (b, N, N//2+1) by a shift along x and y."""
-    return slices[:, None] * _shift_slopes(slices.shape[-2], pixel_size_A, str(slices.device)).to(slices.dtype)
+    return slices[:, None] * _shift_slopes(slices.shape[-2], pixel_size_A, str(slices.device), slices.dtype)
 
 
 @lru_cache(maxsize=32)
-def _shift_slopes(box: int, pixel_size_A: float, device: str) -> torch.Tensor:
-    """(2, N, N//2+1) complex128 what ``shift_slopes`` multiplies with."""
+def _shift_slopes(box: int, pixel_size_A: float, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """(2, N, N//2+1) complex: what ``shift_slopes`` multiplies with."""
     kx = torch.arange(box // 2 + 1, dtype=torch.float64).expand(box, -1)
     ky = torch.from_numpy(wavenumbers(box)).double()[:, None].expand(-1, box // 2 + 1)
-    return (-2j * torch.pi / (box * pixel_size_A) * torch.stack([kx, ky])).to(device)
+    return (-2j * torch.pi / (box * pixel_size_A) * torch.stack([kx, ky])).to(device=device, dtype=dtype)
 
 
 @lru_cache(maxsize=64)

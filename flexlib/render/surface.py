@@ -77,50 +77,11 @@ def half_extent(volumes: list[np.ndarray], level: float) -> float:
     return float(min(1.06 * radius + 1.0, 0.87 * box))
 
 
-def render_surface(
-    volume: np.ndarray,
-    level: float,
-    rotation: np.ndarray,
-    extent: float,
-    size_px: int = 400,
-    colour: tuple[float, float, float] = BLUE,
-    paint: np.ndarray | None = None,
-    paint_limits: tuple[float, float] = (0.0, 1.0),
-) -> np.ndarray:
-    """Picture of the surface where ``volume`` (N, N, N) crosses ``level``.
-
-    Parameters
-    ----------
-    volume
-        (N, N, N) density.
-    level
-        The density at the surface.
-    rotation
-        (3, 3), view = rotation @ (x, y, z).
-    extent
-        Half the picture's width, in voxels.
-    size_px
-        The picture's side.
-    colour
-        Red, green and blue of the surface, 0 to 1.
-    paint
-        (N, N, N) values that colour the surface (``PAINT`` between ``paint_limits``) instead of ``colour``.
-    paint_limits
-        Values of the first and the last colour.
-
-    Returns
-    -------
-    np.ndarray
-        (size_px, size_px, 4) uint8, alpha 0 outside.
-    """
-    return Surface(volume, level).picture(rotation, extent, size_px, colour, paint, paint_limits)
-
-
 class Surface:
     """The surface where a volume crosses a level, ready for pictures from any side."""
 
     def __init__(self, volume: np.ndarray, level: float) -> None:
-        """As for ``render_surface``."""
+        """Where ``volume`` (N, N, N) crosses the density ``level``."""
         self._box = volume.shape[0]
         fine = fourier_pad_map(volume, _SHARP_BOX) if self._box < _SHARP_BOX else volume
         self._fine, self._level = np.ascontiguousarray(fine, np.float32), level
@@ -131,12 +92,33 @@ class Surface:
         self,
         rotation: np.ndarray,
         extent: float,
-        size_px: int,
+        size_px: int = 400,
         colour: tuple[float, float, float] = BLUE,
         paint: np.ndarray | None = None,
         paint_limits: tuple[float, float] = (0.0, 1.0),
     ) -> np.ndarray:
-        """(size_px, size_px, 4) uint8; parameters as for ``render_surface``."""
+        """Picture of the surface.
+
+        Parameters
+        ----------
+        rotation
+            (3, 3), view = rotation @ (x, y, z).
+        extent
+            Half the picture's width, in voxels.
+        size_px
+            The picture's side.
+        colour
+            Red, green and blue of the surface, 0 to 1.
+        paint
+            (N, N, N) values that colour the surface (``PAINT`` between ``paint_limits``) instead of ``colour``.
+        paint_limits
+            Values of the first and the last colour.
+
+        Returns
+        -------
+        np.ndarray
+            (size_px, size_px, 4) uint8, alpha 0 outside.
+        """
         zoom = len(self._fine) / self._box
         size = 3 * size_px // 2  # drawn larger, then averaged down
         height = self._march(rotation, extent * zoom, size)

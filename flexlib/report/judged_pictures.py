@@ -126,10 +126,8 @@ def _painted_part(canonical: np.ndarray, inside: np.ndarray) -> bytes:
     front = clearest_view(canonical >= level, inside)
     extent = surface.half_extent([canonical], level)
     paint = ndimage.grey_dilation(inside.astype(np.float32), 3)  # the surface lies at the outermost voxels' edge
-    drawn = [
-        surface.render_surface(canonical, level, view, extent, 380, paint=paint)
-        for view in (front, surface.quarter_turn(front))
-    ]
+    shown = surface.Surface(canonical, level)
+    drawn = [shown.picture(view, extent, 380, paint=paint) for view in (front, surface.quarter_turn(front))]
     rows = shown_box(drawn)[0]
     pair = [surface.over_white(one[rows, shown_box([one])[1]]) for one in drawn]
     picture = np.hstack([pair[0], np.full((len(pair[0]), 30, 3), 255, np.uint8), pair[1]])

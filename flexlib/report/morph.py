@@ -266,9 +266,10 @@ def compare_maps(results: Results, rotation: np.ndarray | None) -> list[Compared
     front = np.eye(3) if rotation is None else rotation
     extent = surface.half_extent(volumes, level)
     colours = {"rigid": surface.GREY, "flexible": surface.BLUE}
+    shown = [surface.Surface(volume, level) for volume in volumes]
     views = [
-        [surface.render_surface(v, level, view, extent, _SIZE_PX, colours[label]) for view in _both_sides(front)]
-        for (label, _), v in zip(maps, volumes, strict=True)
+        [one.picture(view, extent, _SIZE_PX, colours[label]) for view in _both_sides(front)]
+        for (label, _), one in zip(maps, shown, strict=True)
     ]
     crop = shown_box([picture for pair in views for picture in pair])
     return [
