@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 DOCS_INSTALLED := .venv/.docs-installed
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: setup demo test test-fast test-gpu test-slurm bench bench-peers bench-page docs site lint house clean
+.PHONY: setup demo test test-slow test-gpu test-slurm bench bench-peers bench-page docs site lint house clean
 
 setup: $(INSTALLED)
 
@@ -21,12 +21,15 @@ demo: setup
 	$(BIN)/snakemake --cores $(CORES) --set-threads train=1 generate=1
 	@echo "Report: $(CURDIR)/results/demo/report.html"
 
-test: setup
-	$(BIN)/python -m pytest
+# a worker for each core, each test file in one of them
+PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadscope
 
-# without what takes more than some 20 s each
-test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+test: setup
+	$(PYTEST) -m "not slow"
+
+# the trainings and whole runs that are left out above
+test-slow: setup
+	$(PYTEST) -m slow
 
 # on a machine with a CUDA device
 test-gpu: setup

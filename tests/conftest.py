@@ -1,10 +1,13 @@
-"""Options of the test run."""
+"""Options of the test run, and how several workers (``-n``) share the machine."""
 
+import os
 from pathlib import Path
 
+import numba
 import pytest
 import torch
 from driver import Driver
+from threadpoolctl import threadpool_limits
 
 from flexlib.runtime import tune_process
 
@@ -12,6 +15,18 @@ from flexlib.runtime import tune_process
 def pytest_configure(config):
     """As the stages do, before any thread is started: threads inherit how the processor treats denormal numbers."""
     tune_process()
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        use_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+
+
+def use_threads(number):
+    """Let this worker, and the processes that it starts unless told otherwise, use so many threads."""
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, str(number))
+    threadpool_limits(number)
+    torch.set_num_threads(number)
+    numba.set_num_threads(min(number, numba.config.NUMBA_NUM_THREADS))
 
 
 def pytest_addoption(parser):

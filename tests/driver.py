@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tomllib
 import venv
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ import mrcfile
 import numpy as np
 import starfile
 import yaml
+from conda.bin.linked_packages import link_packages
 from run_snakemake import ROOT, small_config, start
 
 POISON = "raise ImportError(\"this flexlib is of Snakemake's environment, not the workflow's\")\n"
 IN_CONDA = ("--sdm", "conda")
+PACKAGES_AT_HAND = [path for path in sys.path if path.endswith("site-packages")]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Driver:
             shutil.rmtree(folder, ignore_errors=True)
             venv.create(folder, with_pip=True)
             packages = ["snakemake>=9,<10", "snakemake-executor-plugin-slurm>=2.8", "snakedeploy"]
+            link_packages(packages, folder, PACKAGES_AT_HAND, but=["snakemake"])
             subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", *packages], check=True)
             (folder / "made").touch()
         return driver
@@ -68,7 +72,11 @@ class Driver:
         """Variables of a shell in which it is active and conda is at hand; none of the tests' own environment."""
         kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         path = [self.folder / "bin", ROOT / "tests/conda/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin"]
-        return kept | {"PATH": os.pathsep.join(map(str, path)), "SNAKEMAKE_CONDA_PREFIX": str(self.conda_prefix)}
+        return kept | {
+            "PATH": os.pathsep.join(map(str, path)),
+            "PACKAGES_AT_HAND": os.pathsep.join(PACKAGES_AT_HAND),
+            "SNAKEMAKE_CONDA_PREFIX": str(self.conda_prefix),
+        }
 
     def start(self, folder: Path, log: Path, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start Snakemake in ``folder``, in a process group of its own."""
@@ -96,6 +104,9 @@ def clone(folder: Path) -> Path:
         if (ROOT / name).exists() or (ROOT / name).is_symlink():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    for compiled in ROOT.glob("flexlib/**/__pycache__/*.nb[ic]"):  # numba's, of these very files: a minute of work
+        (folder / compiled.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy2(compiled, folder / compiled.relative_to(ROOT))
     who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
     for arguments in (("init", "--quiet"), ("add", "--all"), (*who, "commit", "--quiet", "--message=x"), ("tag", "v1")):
         subprocess.run(["git", *arguments], cwd=folder, check=True)

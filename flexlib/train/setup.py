@@ -33,7 +33,8 @@ from flexlib.workflow_support.settings import TrainSettings
 RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
 COARSE_BOX = 64  # training boxes from here on have a coarse map too
 BATCH_SIZE = 200  # rows of a mini-batch, at most
-PASS_ROWS, PASS_BYTES = 2000, 2**29  # at once on a GPU, where nothing is learnt from one batch to the next
+PASS_ROWS = 2000  # at once, at most, where nothing is learnt from one batch to the next
+PASS_BYTES, CPU_PASS_BYTES = 2**29, 2**22  # of images and displacements: a GPU's memory, a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,10 @@ class Setup:
 
     @cached_property
     def pass_size(self) -> int:
-        """Rows that are looked at together where results do not depend on it: a GPU waits for its host with fewer."""
-        if self.device.type == "cpu":
-            return self.batch_size
+        """Rows that are looked at together where results do not depend on it: few cost as much of the host's time."""
         box, num_vertices = self.source.box, len(self.operator.vertices_A)
-        fitting = PASS_BYTES // (8 * box * (box // 2 + 1) + 24 * num_vertices)
+        at_once = CPU_PASS_BYTES if self.device.type == "cpu" else PASS_BYTES
+        fitting = at_once // (8 * box * (box // 2 + 1) + 24 * num_vertices)
         return max(self.batch_size, min(PASS_ROWS, fitting))
 
     @property

@@ -45,6 +45,7 @@ POINTS = {
 # no accounting database here: finished jobs are asked of squeue, which remembers them
 THROUGH_SLURM = ["--configfile", "my.yaml", "--profile", "slurm", *IN_CONDA, "--slurm-status-command", "squeue"]
 THROUGH_SLURM += ["--slurm-init-seconds-before-status-checks", "5"]
+POLLING = {"PYTHONPATH": str(Path(__file__).parent / "polling")}
 PATIENCE_S = 300
 
 
@@ -121,7 +122,8 @@ def runs(driver, tmp_path_factory):
     orders = folder / "eat"
     orders.mkdir()
     logs = {name: folder / f"{name}.log" for name in ("disturbed", "undisturbed")}
-    run = driver.start(disturbed, logs["disturbed"], *THROUGH_SLURM, PYTHONPATH_IN_CONDA=faulty, EAT_MEMORY=str(orders))
+    fault = {"PYTHONPATH_IN_CONDA": faulty, "EAT_MEMORY": str(orders)}
+    run = driver.start(disturbed, logs["disturbed"], *THROUGH_SLURM, **POLLING, **fault)
     other = None
     try:
         jobs, pids = {}, {}
@@ -243,16 +245,40 @@ def test_everything_ends_as_undisturbed(runs):
     assert (runs[0] / "report.html").stat().st_size > 10_000
 
 
-@pytest.fixture(scope="module")
-def restarted(driver, runs, tmp_path_factory):
-    """Folder of a run of one point whose Snakemake was killed while it trained; log of the training's second job."""
-    folder = clone(tmp_path_factory.mktemp("restarted"))
-    point = POINTS["cancelled"]
-    write_config(folder, **{**CONFIG, "train": {**CONFIG["train"], "rigidity": 0.5}})
+def one_point(runs, folder: Path, **train: object) -> Path:
+    """A clone to train one point in, with what has been prepared."""
+    write_config(clone(folder), **{**CONFIG, "train": {**CONFIG["train"], "rigidity": 0.5, **train}})
     for prepared in ("sim", "results/tiny/particles", "results/tiny/mesh"):
         shutil.copytree(runs[1].parents[1] / prepared, folder / prepared, copy_function=shutil.copy2)
+    return folder
+
+
+def end(run: subprocess.Popen) -> None:
+    """Snakemake and, through it, its jobs."""
+    if run.poll() is None:
+        os.killpg(run.pid, signal.SIGINT)
+        run.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def tasks(driver, runs, tmp_path_factory):
+    """Folder and run of one point that two tasks of srun train and reconstruct, as the profile's comment has it."""
+    folder = one_point(runs, tmp_path_factory.mktemp("tasks"), processes=2)
+    asked = ("mpi=srun", "nodes=1", "tasks=2", "gres=gpu:2", "tasks_per_gpu=0")
+    resources = [f"{rule}:{given}" for rule in ("train", "reconstruct") for given in asked]
+    run = driver.start(folder, folder / "snakemake.log", *THROUGH_SLURM, "--set-resources", *resources, **POLLING)
+    yield folder, run
+    end(run)
+    end_processes_in(folder)
+
+
+@pytest.fixture(scope="module")
+def restarted(driver, runs, tasks, tmp_path_factory):
+    """Folder of a run of one point, beside ``tasks``, whose Snakemake was killed while it trained."""
+    folder = one_point(runs, tmp_path_factory.mktemp("restarted"))
+    point = POINTS["cancelled"]
     first, second = folder / "first.log", folder / "second.log"
-    run = driver.start(folder, first, *THROUGH_SLURM)
+    run = driver.start(folder, first, *THROUGH_SLURM, **POLLING)
     checkpoint = folder / "results/tiny/train" / point / "checkpoints/checkpoint.pt"
     wait_for("a checkpoint", checkpoint.exists, run, first)
     (job,) = trainings(first, point)
@@ -260,7 +286,7 @@ def restarted(driver, runs, tmp_path_factory):
     os.kill(pid, signal.SIGSTOP)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    again = driver.start(folder, second, *THROUGH_SLURM)
+    again = driver.start(folder, second, *THROUGH_SLURM, **POLLING)
     try:
 
         def waits() -> bool:
@@ -271,9 +297,7 @@ def restarted(driver, runs, tmp_path_factory):
         os.kill(pid, signal.SIGCONT)
         assert again.wait(timeout=PATIENCE_S) == 0, second.read_text()[-8000:]
     finally:
-        if again.poll() is None:
-            os.killpg(again.pid, signal.SIGINT)
-            again.wait(timeout=60)
+        end(again)
         end_processes_in(folder)
     return folder / "results/tiny"
 
@@ -284,32 +308,19 @@ def test_after_a_kill_on_the_login_node_the_same_command_goes_on(runs, restarted
 
 
 @pytest.fixture(scope="module")
-def shared(driver, runs, tmp_path_factory):
-    """Folders of a run of one point that two tasks of srun have trained and reconstructed, as the profile's comment has
-    it, and of its training by two processes that were started here.
-    """
-    folders = [clone(tmp_path_factory.mktemp(name)) for name in ("tasks", "processes")]
-    for folder in folders:
-        write_config(folder, **{**CONFIG, "train": {**CONFIG["train"], "rigidity": 0.5, "processes": 2}})
-        for prepared in ("sim", "results/tiny/particles", "results/tiny/mesh"):
-            shutil.copytree(runs[1].parents[1] / prepared, folder / prepared, copy_function=shutil.copy2)
-    asked = ("mpi=srun", "nodes=1", "tasks=2", "gres=gpu:2", "tasks_per_gpu=0")
-    resources = [f"{rule}:{given}" for rule in ("train", "reconstruct") for given in asked]
-    logs = [folder / "snakemake.log" for folder in folders]
+def shared(runs, tasks, tmp_path_factory):
+    """Folders of the finished run of ``tasks`` and of its training by two processes that were started here."""
+    folder = one_point(runs, tmp_path_factory.mktemp("processes"), processes=2)
+    log = folder / "snakemake.log"
     model = f"results/tiny/train/{POINTS['cancelled']}/model.pt"
-    started = [driver.start(folders[0], logs[0], *THROUGH_SLURM, "--set-resources", *resources)]
+    arguments = ["--cores", "4", "--set-threads", "train=4", "--", model]  # two threads each, as the tasks have
+    here = start_snakemake(folder, log, *arguments)
     try:
-        assert started[0].wait(timeout=PATIENCE_S) == 0, logs[0].read_text()[-8000:]
-        arguments = ["--cores", "4", "--set-threads", "train=4", "--", model]  # two threads each, as the tasks have
-        started.append(start_snakemake(folders[1], logs[1], *arguments))
-        assert started[1].wait(timeout=PATIENCE_S) == 0, logs[1].read_text()[-8000:]
+        assert here.wait(timeout=PATIENCE_S) == 0, log.read_text()[-8000:]
     finally:
-        for run in started:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGINT)
-                run.wait(timeout=60)
-        end_processes_in(folders[0])
-    return folders
+        end(here)
+    assert tasks[1].wait(timeout=PATIENCE_S) == 0, (tasks[0] / "snakemake.log").read_text()[-8000:]
+    return tasks[0], folder
 
 
 def test_tasks_of_srun_share_a_training_and_a_reconstruction(shared):
