@@ -24,8 +24,6 @@ from flexlib.workflow_support.settings import ReconstructSettings, TrainSettings
 
 SETTINGS = TrainSettings(latent_dims=2, epochs=2, validation_fraction=0.1)
 
-pytestmark = pytest.mark.slow  # trains
-
 
 @pytest.fixture(scope="module")
 def clamp(tmp_path_factory) -> Path:
@@ -122,10 +120,12 @@ def assert_same_but_for_rounding(one: Path, two: Path) -> None:
     assert np.linalg.norm(maps[0] - maps[1]) < 1e-5 * np.linalg.norm(maps[0])
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(one, two):
     assert_same_but_for_rounding(one, two)
 
 
+@pytest.mark.slow
 def test_two_machines_learn_what_one_process_learns_though_stopped_on_the_way(clamp, one):
     out = clamp / "machines"
     with Machines.joined() as machines:
@@ -139,6 +139,7 @@ def test_two_machines_learn_what_one_process_learns_though_stopped_on_the_way(cl
     assert_same_but_for_rounding(one, out)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_at_the_same_batch_and_they_continue(clamp, two):
     out = clamp / "parts"
     with pytest.raises(SystemExit) as stopped:
@@ -181,6 +182,7 @@ def test_a_checkpoint_fits_any_number_of_processes(clamp):
     assert run.run_identity(*folders, SETTINGS) == run.run_identity(*folders, replace(SETTINGS, processes=2))
 
 
+@pytest.mark.slow
 def test_two_processes_reconstruct_what_one_does(clamp, one):
     settings = ReconstructSettings(max_bfgs_iterations=4, cache_dir=clamp / "cache")
     for processes in (1, 2):

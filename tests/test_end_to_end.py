@@ -19,7 +19,6 @@ CONFIG = small_config(
     simulate={"num_particles": 300, "box": 32, "pixel_size_A": 8.0, "snr": 1.0},
     train={"latent_dims": 2, "rigidity": [0.5, 2.0], "epochs": 5, "validation_fraction": 0.25},
 )
-pytestmark = pytest.mark.slow  # the run that all tests look at
 POINTS = [f"cells~6/dims~2/rigidity~{rigidity}/seed~0" for rigidity in ("0.5", "2.0")]
 
 

@@ -32,8 +32,6 @@ from flexlib.workflow_support.settings import MeshSettings, TrainSettings
 BOX, NUM, MISSING = 32, 800, 1 / 3
 QUICK = TrainSettings(latent_dims=1, epochs=6, validation_fraction=0.1, occupancy="auto")
 
-pytestmark = pytest.mark.slow  # trains
-
 
 def part_at_one_end(consensus: np.ndarray) -> np.ndarray:
     """(N, N, N) bool: a twelfth of the mass, at the end of the molecule's longest axis."""
@@ -78,6 +76,7 @@ def fading(tmp_path_factory):
     return folder, part, absent
 
 
+@pytest.mark.slow
 def test_part_is_found_and_told(fading):
     folder, part, absent = fading
     model = FlexModel.load(folder / "train")
@@ -90,6 +89,7 @@ def test_part_is_found_and_told(fading):
     assert abs(model.occupancy_share[0] - (1 - absent.mean())) < 0.05
 
 
+@pytest.mark.slow
 def test_files_say_so(fading):
     folder, part, _ = fading
     record = json.loads((folder / "train/validation.json").read_text())["occupancy"]
@@ -106,12 +106,14 @@ def test_files_say_so(fading):
     assert np.linalg.norm(record[0]["centre_A"] - centre_A) < 14
 
 
+@pytest.mark.slow
 def test_motion_is_judged_apart(fading):
     """The particles do not move: what the missing part changes is no motion."""
     scores = json.loads((fading[0] / "train/validation.json").read_text())
     assert scores["validation_gain"] == 0 and scores["rms_displacement_A"] == 0
 
 
+@pytest.mark.slow
 def test_no_part_is_invented(complete):
     training.train(complete / "particles", complete / "mesh", complete / "train", QUICK)
     model = FlexModel.load(complete / "train")
@@ -120,6 +122,7 @@ def test_no_part_is_invented(complete):
     assert not (complete / "train/occupancy_parts.mrc").exists()
 
 
+@pytest.mark.slow
 def test_segments_that_the_mesh_has_not_are_refused(fading):
     folder, _, _ = fading
     for segment, message in ((7, r"no segment 7; its segments are 0"), (0, "is all of the molecule")):
@@ -129,6 +132,7 @@ def test_segments_that_the_mesh_has_not_are_refused(fading):
             )
 
 
+@pytest.mark.slow
 def test_named_segment_is_told_and_an_interrupted_run_ends_the_same(fading, monkeypatch):
     folder, part, absent = fading
     write_label_map(folder / "halves.mrc", 1 + part.astype(np.int16), 7.0)

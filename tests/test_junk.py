@@ -107,6 +107,7 @@ def test_score_of_noise_is_nobodys(setup):
     assert gain(setup.source, 1.0) == pytest.approx(gain(setup.source, np.inf), rel=0.15)
 
 
+@pytest.mark.slow
 def test_junk_is_found_and_motion_survives_it(tmp_path):
     settings = TrainSettings(latent_dims=1, validation_fraction=0.1, epochs=8)
     latents, records, probability = {}, {}, {}
