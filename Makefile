@@ -22,7 +22,7 @@ demo: setup
 	@echo "Report: $(CURDIR)/results/demo/report.html"
 
 # a worker for each core, each test file in one of them
-PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadscope
+PYTEST := $(BIN)/python -m pytest -n $(CORES) --dist loadscope --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) -m "not slow"

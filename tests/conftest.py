@@ -11,6 +11,9 @@ from threadpoolctl import threadpool_limits
 
 from flexlib.runtime import tune_process
 
+# files with whole runs and trainings: first, so that no worker has one left when the others are done
+LONGEST = ["test_end_to_end", "test_workflow", "test_driver", "test_training", "test_distributed", "test_views"]
+
 
 def pytest_configure(config):
     """As the stages do, before any thread is started: threads inherit how the processor treats denormal numbers."""
@@ -18,6 +21,10 @@ def pytest_configure(config):
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         use_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def use_threads(number):

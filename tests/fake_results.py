@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,17 @@ NASTY = '<script>alert("x")</script> & co'
 def finished_report(folder: Path) -> Path:
     """A run of 1,500 particles, of which prepare kept some nine in ten, with its report; made once, not to be changed.
 
-    Its name would do harm where it is not escaped.
+    Its name would do harm where it is not escaped. ``folder`` is the test run's; its workers share one above theirs.
     """
-    root = folder / "finished_report" / "antibody"
-    write_fake_results(root, box=40, pixel_size_A=6.0, frames=5, num_particles=1500)
-    config = {**CONFIG, "name": NASTY, "image_root": Path("/some/where")}
-    write_report(root, root / "report.html", config, root / "truth.npz")
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    root = shared / "finished_report" / "antibody"
+    with (shared / "finished_report.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "finished_report/made").exists():
+            write_fake_results(root, box=40, pixel_size_A=6.0, frames=5, num_particles=1500)
+            config = {**CONFIG, "name": NASTY, "image_root": Path("/some/where")}
+            write_report(root, root / "report.html", config, root / "truth.npz")
+            (shared / "finished_report/made").touch()
     return root
 
 

@@ -345,6 +345,7 @@ def test_exact_poses_of_a_rigid_set_are_left_alone_and_wrong_ones_are_found(tmp_
     assert rigid_model(setup, rigid.values, None).views is None
 
 
+@pytest.mark.slow
 def test_poses_of_a_refinement_are_known_for_what_they_are(tmp_path):
     """Poses fitted to these very images agree with them too well: held at first, and open under the rigid map."""
     folder = prepared(tmp_path, "rigid", 600, 0.1, box=BOX, cells=10, poses="consensus")
