@@ -95,6 +95,9 @@ class PreparedRecord(Record):
     background_radius_A: float = 0.0  # of the circle outside which backgrounds are fitted
     left_out: dict[str, int] = field(default_factory=dict)  # images that cannot be used: how many for each reason
     num_repaired: int = 0  # images of which a few extreme pixels are replaced
+    # "num_images" compared with the consensus; the share of them that match it better in their "own_pose" than in
+    # another's, and better than its mirror image ("hand")
+    match: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:

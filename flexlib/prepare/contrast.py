@@ -1,4 +1,4 @@
-"""The contrast of images: alike within an optics group, white in all."""
+"""The contrast of map and images: white density, in images alike within an optics group, white in all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+from scipy.stats import skew
 
+from flexlib.imaging.fourier import lowpass_map
 from flexlib.particles.table import Particles
 from flexlib.prepare.fit import ShellSums, noise_and_scale
 
@@ -19,6 +21,20 @@ _MIXED = 0.01  # share of an optics group's images that speak against the others
 _MOST_UNDECIDED = 0.06  # share of images of less than a quarter of the median evidence; of a normal variable it is 0.13
 _MIXED_STACK = 0.1  # the same of a stack, above which its images are asked one by one
 _CHUNK = 2000  # images that are asked at a time
+_DARK_SKEWNESS = -1.0  # of a low-passed map's voxels: particles stand out of the solvent, by 2 to 10, to one side
+_LOWPASS_A = 20.0
+
+
+def white_density(density: np.ndarray, pixel_size_A: float, name: str) -> np.ndarray:
+    """A map (N, N, N), inverted where its density is dark, which a warning tells; ``name`` is the map's."""
+    smooth = lowpass_map(density, pixel_size_A, max(_LOWPASS_A, 3 * pixel_size_A))
+    skewness = float(skew(smooth, axis=None))
+    if not skewness < _DARK_SKEWNESS:
+        return density
+    log.warning(
+        "%s: the density is dark (skewness of its voxels %.2g, low-passed): the map is inverted", name, skewness
+    )
+    return -density
 
 
 def contrast_signs(

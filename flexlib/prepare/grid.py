@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 _PIXEL_SIZE_TOLERANCE = 0.01  # between map and images
 _SAME_PIXEL_SIZE = 1e-4  # relative difference that is rounding
 _MIN_BOX = 16
+_EXTENT_RATIO = 2.5  # of map and images, beyond which they are not of one molecule in one box, or one padded or cropped
 
 
 def common_grid(particles: Particles) -> tuple[int, float]:
@@ -99,15 +100,16 @@ def match_grid(volume: Map, box: int, pixel_size_A: float, name: str) -> np.ndar
     Raises
     ------
     InputError
-        The pixel sizes would still differ by more than 1 %, or do so at the same box: then the header's voxel size is
-        most likely wrong.
+        The pixel sizes would still differ by more than 1 %, or do so at the same box, or one is far wider than the
+        other: then the header's voxel size is most likely wrong.
     """
     ratio = volume.pixel_size_A / pixel_size_A
     if volume.box == box and abs(ratio - 1) <= _PIXEL_SIZE_TOLERANCE:
         if abs(ratio - 1) > 1e-3:
             log.warning("%s: %.5g A/px taken as the images' %.5g A/px", name, volume.pixel_size_A, pixel_size_A)
         return volume.data
-    if volume.box == box:
+    wider = volume.box * volume.pixel_size_A / (box * pixel_size_A)
+    if volume.box == box or not 1 / _EXTENT_RATIO < wider < _EXTENT_RATIO:
         raise InputError(
             f"{name}: {volume.box} voxels of {volume.pixel_size_A:.5g} A, but the images have {box} px of "
             f"{pixel_size_A:.5g} A: correct the voxel size in the map's header, or resample the map"

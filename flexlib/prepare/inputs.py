@@ -16,9 +16,10 @@ from flexlib.imaging.maps import Map, read_map
 from flexlib.imaging.symmetry import symmetry_rotations
 from flexlib.particles.read import read_particles
 from flexlib.particles.table import Particles
-from flexlib.prepare.contrast import invert_dark_contrast
+from flexlib.prepare.contrast import invert_dark_contrast, white_density
 from flexlib.prepare.grid import choose_boxes, common_grid, match_grid
-from flexlib.prepare.mask import consensus_mask, mask_reach_A, read_mask
+from flexlib.prepare.mask import check_crop, consensus_mask, mask_reach_A, read_mask
+from flexlib.prepare.match import Match, Views, check_match
 from flexlib.prepare.noise import draw_samples, measure_noise
 from flexlib.prepare.screening import LeftOut, screen_images
 from flexlib.prepare.selection import select_particles
@@ -82,12 +83,14 @@ def check_inputs(files: InputFiles, settings: PrepareSettings, mask_settings: Ma
     crop_box, train_box = choose_boxes(settings, full_box)
     volume = read_map(files.consensus)
     density = match_grid(volume, full_box, pixel_size_A, str(files.consensus))
+    density = white_density(density, pixel_size_A, str(files.consensus))
     check_symmetry(density, rotations, settings.symmetry, str(files.consensus))
     soft_mask = (
         consensus_mask(density, pixel_size_A, mask_settings)
         if files.mask is None
         else read_mask(files.mask, full_box, pixel_size_A)
     )
+    check_crop(soft_mask, crop_box)
     kept, half_sets = select_particles(everything, settings)
     log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), full_box, pixel_size_A)
     return CheckedInputs(
@@ -115,6 +118,7 @@ class Calibrated:
     normalisation: Normalisation
     left_out: LeftOut
     num_repaired: int  # images of which a few extreme pixels are replaced
+    match: Match
 
 
 def calibrate(inputs: CheckedInputs) -> Calibrated:
@@ -123,7 +127,7 @@ def calibrate(inputs: CheckedInputs) -> Calibrated:
     Raises
     ------
     InputError
-        The images show no trace of the consensus, or nearly all are bad.
+        The images do not match the consensus, or match its mirror image better; or nearly all are bad.
     """
     soft_mask, pixel_size_A = inputs.soft_mask, inputs.pixel_size_A
     screened = screen_images(inputs.kept, inputs.stacks, mask_reach_A(soft_mask, pixel_size_A), inputs.rotations)
@@ -131,9 +135,19 @@ def calibrate(inputs: CheckedInputs) -> Calibrated:
         screened.kept, inputs.stacks, (inputs.full_box, pixel_size_A),
         inputs.density * soft_mask, soft_mask > 0, screened.normalisation,
     )  # fmt: skip
+    views = Views(
+        measured.particles,
+        inputs.stacks,
+        measured.normalisation,
+        inputs.density * soft_mask,
+        soft_mask > 0,
+        pixel_size_A,
+    )
+    match = check_match(views, inputs.volume, measured.sample, measured.calibration)
+    measured.check_scale()
     kept, image_scale = invert_dark_contrast(measured.particles, measured.calibration.image_scale)
     calibration = replace(measured.calibration, image_scale=image_scale)
-    return Calibrated(kept, calibration, measured.normalisation, screened.left_out, screened.num_repaired)
+    return Calibrated(kept, calibration, measured.normalisation, screened.left_out, screened.num_repaired, match)
 
 
 def sample_of(inputs: CheckedInputs) -> CheckedInputs:

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from flexlib.errors import InputError
-from flexlib.imaging.maps import read_map
+from flexlib.imaging.maps import crop_or_pad_real, read_map
 from flexlib.imaging.masks import TRAINING_FLOOR, make_mask, resample_mask
 from flexlib.prepare.grid import match_grid
 from flexlib.workflow_support.settings import MaskSettings
 
 log = logging.getLogger(__name__)
 
+_MOST_CUT = 0.02  # share of the mask that a smaller box may cut off
 _OVERSHOOT = 0.01  # beyond 0 and 1, of a mask that was resampled
 
 
@@ -67,3 +68,18 @@ def consensus_mask(density: np.ndarray, pixel_size_A: float, settings: MaskSetti
     mask = make_mask(density, pixel_size_A, settings.lowpass_A, settings.threshold, settings.dilate_A, settings.pad_A)
     log.info("mask made from the consensus: %.3g %% of the box", 100 * float(mask.mean()))
     return mask
+
+
+def check_crop(mask: np.ndarray, crop_box: int) -> None:
+    """Refuse a box for reconstruction that does not hold the (N, N, N) mask; a warning tells of a little that is cut.
+
+    Raises
+    ------
+    InputError
+        More than 2 % of the mask lie outside.
+    """
+    cut = 1 - float(crop_or_pad_real(mask, crop_box).sum(dtype=np.float64) / mask.sum(dtype=np.float64))
+    if cut > _MOST_CUT:
+        raise InputError(f"prepare.crop_box: {crop_box} px cut away {cut:.0%} of the mask: a larger box is needed")
+    if cut > 1e-4:
+        log.warning("prepare.crop_box: %d px cut away %.2g %% of the mask", crop_box, 100 * cut)

@@ -47,6 +47,19 @@ class Measured:
     particles: Particles  # their scale divided by the noise level where only the noise varies from image to image
     calibration: Calibration  # scales are negative where contrast is inverted
     normalisation: Normalisation  # what of the proposed one the images bear out
+    scale_error: np.ndarray  # (groups,) standard error of the scale
+    sample: np.ndarray  # (m,) rows that were looked at, ascending by optics group
+
+    def check_scale(self) -> None:
+        """Raise InputError where the images of an optics group show no trace of the consensus."""
+        for optics, scale, error in zip(
+            self.particles.optics, self.calibration.image_scale, self.scale_error, strict=True
+        ):
+            if abs(scale) < _MIN_SIGNIFICANCE * error:
+                raise InputError(
+                    f"{self.particles.source_path}: the images of optics group {optics.name} do not match projections "
+                    f"of the consensus (scale {scale:.3g} +- {error:.2g}): other map, poses or half of the images?"
+                )
 
 
 def measure_noise(
@@ -71,12 +84,7 @@ def measure_noise(
         (box, box, box) bool.
     proposed
         Backgrounds and noise levels as the images alone suggest them.
-
-    Raises
-    ------
-    InputError
-        The images show no trace of the consensus.
-    """  # fmt: skip
+    """
     box, pixel_size_A = grid
     samples, groups = draw_samples(particles), len(particles.optics)
     rows = np.concatenate(samples)
@@ -89,25 +97,25 @@ def measure_noise(
         return compare_with_consensus(source, density, mask, some)
 
     normalisation, sums = _with_background(proposed, compared, group_of_row, large)
-    band = _scale_band(box, pixel_size_A)
+    band = scale_band(box, pixel_size_A)
     sign = contrast_signs(particles, rows, sums, band, lambda some: compared(normalisation, some))
     particles = replace(particles, contrast_sign=particles.contrast_sign * sign)
     sums = sums.scaled(sign[rows], np.ones(len(rows)))
-    sigma, image_scale = np.empty((groups, box // 2)), np.empty(groups)
+    sigma, (image_scale, scale_error) = np.empty((groups, box // 2)), np.empty((2, groups))
     particle_scale, level = np.ones(len(particles)), proposed.level.copy()
     for group in range(groups):
         own, members = particles.optics_index == group, group_of_row == (group if large[group] else -1)
         found = best_fit(sums.subset(members), proposed.level[rows[members]], band)
-        _check_scale(particles, group, found)
+        _log_scale(particles.optics[group].name, found)
         if found.noise_varies and (proposed.level[own] != 1).any():
             _log_levels(particles.optics[group].name, found)
-        sigma[group], image_scale[group] = found.sigma, found.scale
+        sigma[group], image_scale[group], scale_error[group] = found.sigma, found.scale, found.error
         level[own] = proposed.level[own] if found.noise_varies else 1.0
         particle_scale[own] = 1 / level[own] if found.noise_varies and not found.signal_varies else 1.0
         _log_odd_aberrations(particles, group, sums.subset(particles.optics_index[rows] == group), found)
     particles = _with_scale(particles, particle_scale)
     calibration = replace(unknown, image_scale=image_scale, sigma=sigma)
-    return Measured(particles, calibration, replace(normalisation, level=level))
+    return Measured(particles, calibration, replace(normalisation, level=level), scale_error, rows)
 
 
 def _with_scale(particles: Particles, factor: np.ndarray) -> Particles:
@@ -169,18 +177,11 @@ def _low_residual(sums: ShellSums) -> float:
     return float(np.log(np.median(residual[:, low], axis=0) + 1e-300).sum())
 
 
-def _check_scale(particles: Particles, group: int, found: Fit) -> None:
-    """Log what was found of an optics group. Raises InputError where its images show no trace of the consensus."""
-    name = particles.optics[group].name
+def _log_scale(name: str, found: Fit) -> None:
     log.info(
         "optics group %s: image scale %.4g +- %.2g, noise sigma %.4g (low shells) to %.4g (high), from %d images",
         name, found.scale, found.error, found.sigma[1], found.sigma[-1], found.num_images,
     )  # fmt: skip
-    if abs(found.scale) < _MIN_SIGNIFICANCE * found.error:
-        raise InputError(
-            f"{particles.source_path}: the images of optics group {name} do not match projections of the consensus "
-            f"(scale {found.scale:.3g} +- {found.error:.2g}): other map, poses or half of the images?"
-        )
 
 
 def _log_levels(name: str, found: Fit) -> None:
@@ -219,7 +220,13 @@ def _log_odd_aberrations(particles: Particles, group: int, sums: ShellSums, foun
         )  # fmt: skip
 
 
-def compare_with_consensus(source: FullImages, density: np.ndarray, mask: np.ndarray, rows: np.ndarray) -> ShellSums:
+def compare_with_consensus(
+    source: FullImages,
+    density: np.ndarray,
+    mask: np.ndarray,
+    rows: np.ndarray,
+    seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> ShellSums:
     """Shell sums of the images at ``rows`` against predictions from the consensus.
 
     Parameters
@@ -230,6 +237,8 @@ def compare_with_consensus(source: FullImages, density: np.ndarray, mask: np.nda
         See ``measure_noise``.
     rows
         (m,) rows of the source.
+    seen
+        What the CTF is replaced by, (b, N, N//2+1) each; None for itself.
     """
     box = source.box
     mesh = single_cell_mesh(box * source.pixel_size_A)
@@ -237,9 +246,11 @@ def compare_with_consensus(source: FullImages, density: np.ndarray, mask: np.nda
     values = gather_volume(np.ascontiguousarray(density, np.float32), operator.voxels)
     parts: list[tuple[np.ndarray, ...]] = []
     step = max(1, CHUNK_PIXELS // box**2)
-    for start in tqdm(range(0, len(rows), step), desc="noise and scale", unit="chunk", disable=None):
+    for start in tqdm(range(0, len(rows), step), desc="comparing with the consensus", unit="chunk", disable=None):
         batch = source.batch(rows[start : start + step])
         projected = operator.slices(values, batch)
+        if seen is not None:
+            batch = replace(batch, transfer=seen(batch.transfer))
         predicted = projected * batch.transfer
         crosses = [_plane_sums((batch.images * predicted.conj()).real)]
         if batch.transfer.is_complex():
@@ -258,7 +269,7 @@ def _plane_sums(values: torch.Tensor) -> np.ndarray:
     return shell_sums(values, 2, rim=True).numpy()
 
 
-def _scale_band(box: int, pixel_size_A: float) -> np.ndarray:
+def scale_band(box: int, pixel_size_A: float) -> np.ndarray:
     """(shells,) bool: shells used for the scale; the mean and the first shell depend on background subtraction."""
     shells = np.arange(box // 2)
     return (shells >= 2) & (shells <= max(box * pixel_size_A / _BAND_A, box / 4))

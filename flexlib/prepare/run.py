@@ -112,6 +112,7 @@ def _prepare(
         background_radius_A=found.normalisation.radius_A,
         left_out=found.left_out.counts(),
         num_repaired=found.num_repaired,
+        match=asdict(found.match),
         settings=asdict(settings),
         mask_settings={item.name: getattr(mask_settings, item.name) for item in fields(MaskSettings)},
     )
