@@ -69,6 +69,11 @@ class ParticlesFolder(Folder):
         return self.path / "left_out.csv"
 
     @property
+    def outlying(self) -> Path:
+        """The images that are used but unlike the others."""
+        return self.path / "outlying.csv"
+
+    @property
     def record(self) -> Path:
         """``records.PreparedRecord``."""
         return self.path / "prepared.json"

@@ -67,6 +67,15 @@ class OpticsRecord:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """A line of the health check."""
+
+    topic: str
+    sentence: str
+    warning: bool  # something to look at
+
+
+@dataclass(frozen=True)
 class PreparedRecord(Record):
     """``prepared.json``: what prepare read and made. A row is a particle in one of its equivalent poses."""
 
@@ -98,12 +107,14 @@ class PreparedRecord(Record):
     # "num_images" compared with the consensus; the share of them that match it better in their "own_pose" than in
     # another's, and better than its mirror image ("hand")
     match: dict[str, float] = field(default_factory=dict)
+    health: list[Finding] = field(default_factory=list)  # of the particle set
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Self:
         """See ``Record``."""
         groups = [group if is_dataclass(group) else OpticsRecord(**group) for group in content.get("optics_groups", [])]
-        return super().from_json(content | {"optics_groups": groups})
+        health = [Finding(**finding) for finding in content.get("health", [])]
+        return super().from_json(content | {"optics_groups": groups, "health": health})
 
 
 @dataclass(frozen=True)

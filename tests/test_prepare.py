@@ -421,7 +421,7 @@ def test_images_of_something_else_are_refused(dataset, tmp_path):
     table["alignments3D/shift"] += 9
     with (dataset / "wrong.cs").open("wb") as file:
         np.save(file, table)
-    with pytest.raises(InputError, match=r"the images do not match projections of the consensus: .*another map or other poses"):
+    with pytest.raises(InputError, match=r"do not match projections of the consensus: .*another map or other poses"):
         prepare(dataset, tmp_path, particles="wrong.cs")
 
 

@@ -199,7 +199,13 @@ def _with(views: Views, **columns: object) -> Views:
 
 def _mirrored(given: Views) -> Iterator[Mistake]:
     """The map mirrored along each axis, and through the centre."""
-    for words, axes in {"along z": 0, "along y": 1, "along x": 2, "through the centre": (0, 1, 2)}.items():
+    ways: dict[str, tuple[int, ...]] = {
+        "along z": (0,),
+        "along y": (1,),
+        "along x": (2,),
+        "through the centre": (0, 1, 2),
+    }
+    for words, axes in ways.items():
         density, mask = (np.roll(np.flip(volume, axes), 1, axes) for volume in (given.density, given.mask))
         yield words, replace(given, density=density, mask=mask)
 

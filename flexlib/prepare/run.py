@@ -19,8 +19,8 @@ from flexlib.images.sources import FullImages, resampled_optics
 from flexlib.imaging.fsc import frequencies_1_per_A
 from flexlib.imaging.maps import Map
 from flexlib.layout import ParticlesFolder
-from flexlib.particles.plausible import implausible_values
 from flexlib.prepare.grid import log_groups
+from flexlib.prepare.health import findings, write_outlying
 from flexlib.prepare.inputs import InputFiles, calibrate, check_inputs
 from flexlib.prepare.writing import write_maps, write_particles, write_training_stack
 from flexlib.records import OpticsRecord, PreparedRecord
@@ -77,8 +77,6 @@ def _prepare(
     full_box, pixel_size_A = inputs.full_box, inputs.pixel_size_A
     crop_box, train_box = inputs.crop_box, inputs.train_box
     log_groups(inputs.kept, full_box, pixel_size_A)
-    for sentence in implausible_values(inputs.kept):
-        log.warning("%s: %s", files.particles, sentence)
 
     found = calibrate(inputs)
     kept, measured = found.kept, found.calibration
@@ -86,6 +84,10 @@ def _prepare(
     write_training_stack(full, folder.images, train_box)
     write_noise(folder.noise, measured.sigma, frequencies_1_per_A(full_box, pixel_size_A))
     found.left_out.write(folder.left_out)
+    write_outlying(folder.outlying, kept, found.normalisation)
+    health = findings(inputs, found)
+    for finding in health:
+        log.log(logging.WARNING if finding.warning else logging.INFO, "%s: %s", files.particles, finding.sentence)
     mask_share = write_maps(
         folder, Map(inputs.density, pixel_size_A), inputs.soft_mask, inputs.volume, crop_box, train_box
     )
@@ -113,6 +115,7 @@ def _prepare(
         left_out=found.left_out.counts(),
         num_repaired=found.num_repaired,
         match=asdict(found.match),
+        health=health,
         settings=asdict(settings),
         mask_settings={item.name: getattr(mask_settings, item.name) for item in fields(MaskSettings)},
     )

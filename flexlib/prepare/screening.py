@@ -99,7 +99,7 @@ def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotatio
     for row in twins:
         reason[row] = f"{DUPLICATE} of row {particles.source_row[first[row]] + 1}"
     kept = reason == ""
-    left_out = LeftOut(particles.source_row[~kept] + 1, list(_image_names(particles, ~kept)), list(reason[~kept]))
+    left_out = LeftOut(particles.source_row[~kept] + 1, list(image_names(particles, ~kept)), list(reason[~kept]))
     _log(particles, left_out, kept & np.isfinite(reach))
     if len(np.unique(particles.half_set[kept])) < 2:
         raise InputError(f"{particles.source_path}: one of the two half-sets has no image that can be used")
@@ -171,7 +171,7 @@ def first_twins(rotation: np.ndarray, digest: np.ndarray, usable: np.ndarray, ro
     return first
 
 
-def _image_names(particles: Particles, rows: np.ndarray) -> Iterator[str]:
+def image_names(particles: Particles, rows: np.ndarray) -> Iterator[str]:
     """``000001@stack`` of ``rows``, as particles.star names original images."""
     for stack, index in zip(particles.stack_index[rows], particles.image_index[rows], strict=True):
         yield f"{index + 1:06d}@{particles.stack_paths[stack].absolute()}"
@@ -182,15 +182,17 @@ def _log(particles: Particles, left_out: LeftOut, repaired: np.ndarray) -> None:
     kinds = pd.Series(left_out.reason, dtype=object).str.partition(" of row")[0].to_numpy() if left_out.reason else []
     for kind, count in left_out.counts().items():
         rows = left_out.row[np.asarray(kinds) == kind]
-        log.warning("%s: %d images %s and are left out: %s", particles.source_path, count, _MEANINGS[kind], _some(rows))
+        log.warning(
+            "%s: %d images %s and are left out: %s", particles.source_path, count, _MEANINGS[kind], some_rows(rows)
+        )
     if repaired.any():
         log.warning(
             "%s: %d images hold a few extreme pixels (X-ray hits, dead pixels), which are set to the background: %s",
-            particles.source_path, repaired.sum(), _some(particles.source_row[repaired] + 1),
+            particles.source_path, repaired.sum(), some_rows(particles.source_row[repaired] + 1),
         )  # fmt: skip
 
 
-def _some(rows: np.ndarray) -> str:
+def some_rows(rows: np.ndarray) -> str:
     """``row 5``, ``rows 5, 9, 11 ...``: the first of some rows."""
     named = ", ".join(map(str, rows[:_NAMED_ROWS]))
     return f"row{'s' if len(rows) > 1 else ''} {named}{' ...' if len(rows) > _NAMED_ROWS else ''}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import LogNorm, Normalize
@@ -65,6 +66,20 @@ def defocus_histogram(defocus_um: np.ndarray) -> bytes:
     axes.hist(defocus_um, bins=min(60, max(10, int(np.sqrt(len(defocus_um))))), color=FLEX, alpha=0.85)
     axes.set_xlabel("defocus (µm, underfocus positive)")
     axes.set_ylabel("particles")
+    return png(figure)
+
+
+def noise_spectra(table: pd.DataFrame) -> bytes:
+    """Standard deviation of the noise by frequency, each optics group's over its own mean; shell 0 is left out."""
+    figure = new_figure(4.6, 2.9)
+    axes = figure.add_subplot()
+    shells = table[table["shell"] > 0]
+    many = shells["group"].nunique() > 1
+    for _, own in shells.groupby("group"):
+        axes.plot(own["frequency_1_per_A"], own["sigma"] / own["sigma"].mean(), color=FLEX, alpha=0.4 if many else 0.9)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("frequency (1/Å)")
+    axes.set_ylabel("noise over its mean")
     return png(figure)
 
 

@@ -88,6 +88,11 @@ class Results:
         return _record(PreparedRecord, self.run.particles.record)
 
     @cached_property
+    def noise(self) -> pd.DataFrame | None:
+        """Noise spectra of the optics groups."""
+        return _csv(self.run.particles.noise)
+
+    @cached_property
     def consensus(self) -> Map | None:
         """The consensus map at the training box."""
         return _map(self.run.particles.consensus)

@@ -48,6 +48,8 @@ def input_section(results: Results) -> Markup:
         shown["view_directions"] = pictures.view_directions(*angles)
     if consensus is not None:
         shown["consensus"] = pictures.map_slices([("consensus", consensus)], results.mask)
+    shown["health"] = [] if results.prepared is None else results.prepared.health
+    shown["noise"] = None if results.noise is None else pictures.noise_spectra(results.noise)
     return render("input", **shown)
 
 

@@ -42,6 +42,7 @@ rule prepare:
         full_mask=RUN.particles.full_mask,
         noise=RUN.particles.noise,
         left_out=RUN.particles.left_out,
+        outlying=RUN.particles.outlying,
         record=RUN.particles.record,
     log:
         f"{LOGS}/prepare.log",
