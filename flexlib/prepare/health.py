@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from flexlib.prepare.inputs import Calibrated, CheckedInputs
 from flexlib.prepare.match import Match
 from flexlib.prepare.screening import image_names, some_rows
 from flexlib.records import Finding
+
+log = logging.getLogger(__name__)
 
 _LEAST_OWN_POSE = 0.7  # share of images that match best in their own orientation; a half do where nothing matches
 _MOST_SCALES = 2.0  # ratio of optics groups' scales beyond which they should be looked at
@@ -54,6 +57,13 @@ def findings(inputs: CheckedInputs, found: Calibrated) -> list[Finding]:
         result.append(Finding("noise level", sentence, True))
     result += [Finding("metadata", f"{sentence}.", True) for sentence in implausible_values(inputs.kept)]
     return result
+
+
+def log_findings(health: list[Finding], path: Path) -> None:
+    """Log, of the particles at ``path``, what has not been where it was found."""
+    for finding in health:
+        if finding.topic in ("match", "scale", "noise", "metadata"):
+            log.log(logging.WARNING if finding.warning else logging.INFO, "%s: %s", path, finding.sentence)
 
 
 def _images(rows: np.ndarray) -> str:

@@ -19,7 +19,8 @@ from flexlib.particles.table import Particles
 from flexlib.prepare.contrast import invert_dark_contrast, white_density
 from flexlib.prepare.grid import choose_boxes, common_grid, match_grid
 from flexlib.prepare.mask import check_crop, consensus_mask, mask_reach_A, read_mask
-from flexlib.prepare.match import Match, Views, check_match
+from flexlib.prepare.match import Match, check_match
+from flexlib.prepare.mistakes import Views
 from flexlib.prepare.noise import draw_samples, measure_noise
 from flexlib.prepare.screening import LeftOut, screen_images
 from flexlib.prepare.selection import select_particles

@@ -20,7 +20,7 @@ from flexlib.imaging.fsc import frequencies_1_per_A
 from flexlib.imaging.maps import Map
 from flexlib.layout import ParticlesFolder
 from flexlib.prepare.grid import log_groups
-from flexlib.prepare.health import findings, write_outlying
+from flexlib.prepare.health import findings, log_findings, write_outlying
 from flexlib.prepare.inputs import InputFiles, calibrate, check_inputs
 from flexlib.prepare.writing import write_maps, write_particles, write_training_stack
 from flexlib.records import OpticsRecord, PreparedRecord
@@ -86,8 +86,7 @@ def _prepare(
     found.left_out.write(folder.left_out)
     write_outlying(folder.outlying, kept, found.normalisation)
     health = findings(inputs, found)
-    for finding in health:
-        log.log(logging.WARNING if finding.warning else logging.INFO, "%s: %s", files.particles, finding.sentence)
+    log_findings(health, files.particles)
     mask_share = write_maps(
         folder, Map(inputs.density, pixel_size_A), inputs.soft_mask, inputs.volume, crop_box, train_box
     )
