@@ -1,6 +1,7 @@
 """Training on small simulated sets: the motion is found, interruptions change nothing, bad input is refused."""
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from training_sets import latents_of, neighbour_r2, prepared
 from flexlib import train as training
 from flexlib.errors import InputError
 from flexlib.imaging.maps import read_map
-from flexlib.layout import MeshFolder, ParticlesFolder
+from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
 from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
@@ -58,6 +59,47 @@ def test_motion_is_found(trained, clamp):
     scores = json.loads((trained / "validation.json").read_text())
     assert scores["validation_gain"] > 3 * scores["validation_gain_se"]
     assert 0.5 < scores["rms_displacement_A"] < 20
+
+
+def once(function, fault):
+    """``function``, but its fourth call is a ``fault``."""
+    calls = itertools.count(1)
+
+    def faulty(*arguments):
+        result = function(*arguments)
+        return fault(result) if next(calls) == 4 else result
+
+    return faulty
+
+
+def raises(_):
+    raise FloatingPointError("mesh vertices are not finite")
+
+
+@pytest.mark.parametrize("fault", [raises, lambda totals: totals * float("nan")])
+def test_a_divergence_is_gone_back_from(clamp, tmp_path, monkeypatch, caplog, fault):
+    """The CPU's operator says so at once, a GPU's through the loss."""
+    monkeypatch.setattr(epoch, "take_step", once(epoch.take_step, fault))
+    training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=1))
+    assert "going back to the last checkpoint" in caplog.text
+    assert np.isfinite(latents_of(tmp_path)).all()
+    saved = torch.load(TrainFolder(tmp_path).checkpoint, weights_only=True)
+    assert saved["slowed"] == training.run.SLOWED
+    assert saved["optimiser"]["param_groups"][0]["lr"] <= training.run.SLOWED * FLOW_RATE
+
+
+def test_a_second_divergence_is_explained(clamp, tmp_path, monkeypatch):
+    monkeypatch.setattr(epoch, "take_step", lambda *_: raises(None))
+    with pytest.raises(
+        InputError, match=r"training diverged again, at lower rates, in epoch 1 \(mesh vertices are not"
+    ):
+        training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=1))
+
+
+def test_a_displacement_larger_than_the_molecule_is_a_divergence(clamp, tmp_path, monkeypatch):
+    monkeypatch.setattr(epoch, "rms_displacement_A", lambda *_: 1348.0)
+    with pytest.raises(InputError, match=r"density moves by 1.35e\+03 A rms in a box of 224 A"):
+        training.train(clamp / "particles", clamp / "mesh", tmp_path, replace(QUICK, epochs=1))
 
 
 def test_model_file_holds_what_was_trained(trained):

@@ -43,7 +43,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     Raises
     ------
     FloatingPointError
-        The loss is not finite.
+        The loss is not finite, or density moves by more than half the box: training has diverged.
     """
     epoch, began = state.epoch, time.perf_counter()
     anneal = setup.schedule.anneal(epoch, state.anneal_from)
@@ -51,7 +51,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
     assert state.totals is not None
     loss, strain = (state.totals / len(setup.training_rows)).tolist()
     if not math.isfinite(loss):  # the CPU's operator says so itself; a GPU's would have to be waited for
-        raise FloatingPointError(f"training diverged in epoch {epoch + 1}: the loss is {loss}")
+        raise FloatingPointError(f"the loss is {loss}")
     if epoch == BAND_EPOCHS:
         leave_wrong_minima(setup, state)
     if setup.settings.find_junk:
@@ -61,6 +61,9 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         measure_widths(setup, state)
     standardise(setup, state)
     state.follow_first(setup.ranks)
+    rms_A, box_A = rms_displacement_A(setup, state, LOGGED_ROWS), setup.source.box * setup.source.pixel_size_A
+    if not rms_A < 0.5 * box_A:
+        raise FloatingPointError(f"density moves by {rms_A:.3g} A rms in a box of {box_A:.3g} A")
     follow_parts(setup, state)
     score = score_now(setup, state, steps=6 if epoch == 0 else 2, search=epoch in (0, BAND_EPOCHS))
     state.hold(score.parameters, score.rigid_views)
@@ -71,7 +74,7 @@ def run_epoch(setup: Setup, state: State, after_batch: Callable[[], None]) -> No
         "rate": anneal,
         "loss": loss,
         "rigidity": strain,
-        "rms_displacement_A": rms_displacement_A(setup, state, LOGGED_ROWS),
+        "rms_displacement_A": rms_A,
         "junk_share": state.junk.share,
         "validation_gain": score.gain,
         "validation_gain_se": score.standard_error,
@@ -101,13 +104,13 @@ def _learn(setup: Setup, state: State, anneal: float, after_batch: Callable[[], 
     for images in _with_progress(setup, ahead, len(batches), state.step, f"epoch {epoch + 1}"):
         torch.manual_seed(derived_seed(settings.seed, 6, epoch, state.step))
         for parameters in state.optimiser.param_groups:
-            parameters["lr"] = schedule.flow_rate(epoch, state.step, anneal)
+            parameters["lr"] = state.slowed * schedule.flow_rate(epoch, state.step, anneal)
         batch = MiniBatch(
             rows=batches[state.step],
             images=images,
             weight=weight,
             band=band,
-            map_rate=schedule.map_rate * anneal,
+            map_rate=state.slowed * schedule.map_rate * anneal,
             measures_information=measures,
             measures_ratio=measures and state.step == 0,
         )

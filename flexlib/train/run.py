@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flexlib.distributed import EXIT_INTERRUPTED, Ranks, launch
+from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
 from flexlib.model.forward import TRAINING, Accuracy
@@ -27,12 +28,13 @@ from flexlib.train.finish import final_score, infer_all
 from flexlib.train.results import write_log, write_model, write_results
 from flexlib.train.settle import settle_shape, take_out_mean_pose
 from flexlib.train.setup import Setup, set_up
-from flexlib.train.start import start_or_resume
+from flexlib.train.start import resume, start_or_resume
 from flexlib.train.state import State
 from flexlib.workflow_support.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
+SLOWED = 0.3  # of all rates, after a divergence
 CHECKPOINT_EVERY_S = 600.0  # between the checkpoints at the ends of epochs
 
 
@@ -110,7 +112,7 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
     identity = run_identity(job.particles, job.mesh, job.settings)
     state = start_or_resume(setup, job.out.checkpoint, identity, job.discard_other_checkpoint)
     clock = _Clock(began, state.wall_s)
-    _run_epochs(setup, state, job.out, identity, clock)
+    state = _run_epochs(setup, state, job.out, identity, clock)
     evidence = confirm_parts(setup, state)
     found = infer_all(setup, state)
     score, rejected = final_score(setup, state)
@@ -135,13 +137,16 @@ class _Clock:
         return self.before_s + time.perf_counter() - self.began
 
 
-def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str, str], clock: _Clock) -> None:
-    """The epochs that are still to be done, with a checkpoint now and then."""
+def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str, str], clock: _Clock) -> State:
+    """The epochs that are still to be done, with a checkpoint now and then.
+
+    A training that diverges goes back to the last checkpoint, once, and on at lower rates.
+    """
     stop, written = _StopFlag(), time.perf_counter()
 
     def save() -> None:
         nonlocal written
-        if not setup.ranks.leads:
+        if not setup.ranks.leads or (state.totals is not None and not bool(state.totals.isfinite().all())):
             return
         written = time.perf_counter()
         state.wall_s = clock.wall_s()
@@ -155,6 +160,8 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
             save()
 
     with stop:
+        if not out.checkpoint.exists():
+            save()
         while state.epoch < setup.schedule.planned_epochs(state.anneal_from):
             try:
                 run_epoch(setup, state, after_batch)
@@ -162,10 +169,31 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
                 save()
                 logger.warning("SIGTERM: checkpoint written in epoch %d; run again to continue", state.epoch + 1)
                 sys.exit(EXIT_INTERRUPTED)
+            except FloatingPointError as error:
+                state = _gone_back(setup, state, out, error)
+                continue
             save()
             if setup.ranks.leads:
                 write_log(out.log, state.log)
                 write_model(out.checkpoint_model, setup, state)
+    return state
+
+
+def _gone_back(setup: Setup, diverged: State, out: TrainFolder, error: FloatingPointError) -> State:
+    """The last checkpoint, to go on from at lower rates. Raises InputError where that has been tried."""
+    if diverged.slowed < 1 or setup.ranks.size > 1:  # other processes may not know that this one has diverged
+        again = "again, at lower rates" if diverged.slowed < 1 else "in one of several processes"
+        raise InputError(
+            f"{out.path}: training diverged {again}, in epoch {diverged.epoch + 1} ({error}): look at what prepare "
+            "says of the images, and try a coarser mesh, fewer latent_dims or a higher rigidity"
+        ) from error
+    logger.warning(
+        "training diverged in epoch %d (%s): going back to the last checkpoint, and on at %g of the rates",
+        diverged.epoch + 1, error, SLOWED,
+    )  # fmt: skip
+    state = resume(setup, torch.load(out.checkpoint, map_location=setup.device, weights_only=True))
+    state.slowed = SLOWED
+    return state
 
 
 def run_identity(particles: ParticlesFolder, mesh: MeshFolder, settings: TrainSettings) -> dict[str, str]:

@@ -45,6 +45,7 @@ class State:
     anneal_from: int | None = None  # epoch at which annealing started
     totals: torch.Tensor | None = None  # (2,) loss and rigidity energy, summed over the particles of a part epoch
     wall_s: float = 0.0
+    slowed: float = 1.0  # factor on all rates: below 1 after a divergence
 
     def checkpoint(self) -> dict[str, Any]:
         """All fields, as ``torch.save`` writes and ``weights_only`` reads them."""
@@ -52,6 +53,7 @@ class State:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over the fields of a checkpoint."""
+        saved = {"slowed": 1.0} | saved  # older ones lack it
         for item in fields(self):
             current = getattr(self, item.name)
             if hasattr(current, "load_state_dict"):
