@@ -10,14 +10,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from flexlib.images.noise import write_noise
 from flexlib.imaging.fourier import lowpass_map
-from flexlib.imaging.fsc import fsc
+from flexlib.imaging.fsc import frequencies_1_per_A, fsc
 from flexlib.imaging.maps import write_map
 from flexlib.imaging.masks import make_mask
 from flexlib.layout import ReconstructFolder, RunFolder, TrainFolder
 from flexlib.mesh.build import build_mesh
 from flexlib.particles.star_write import write_star
-from flexlib.records import ChecksumsRecord, InputFile, OpticsRecord, PreparedRecord, ResolutionRecord, ValidationRecord
+from flexlib.records import (
+    ChecksumsRecord,
+    Finding,
+    InputFile,
+    OpticsRecord,
+    PreparedRecord,
+    ResolutionRecord,
+    ValidationRecord,
+)
 from flexlib.report import write_report
 from flexlib.simulate.phantoms import Phantom, make_phantom
 from flexlib.simulate.signal import atoms_to_map
@@ -145,7 +154,10 @@ def _write_particles(
         train_box=box,
         train_pixel_size_A=pixel_size_A,
         optics_groups=[OpticsRecord("opticsGroup1", box, pixel_size_A, "", box, 1.0)],
+        health=[Finding("match", "All images match.", False), Finding("left out", "9 images are left out.", True)],
     ).write(run.particles.record)
+    frequencies = frequencies_1_per_A(box, pixel_size_A)
+    write_noise(run.particles.noise, np.ones((2, len(frequencies))), frequencies)
 
 
 def _write_training(folder: TrainFolder, rng: np.random.Generator) -> None:

@@ -52,7 +52,10 @@ def prepared(simulated, out, particles=None, consensus=None, images=None):
 
 
 def test_images_that_match_are_told(simulated, tmp_path):
-    match = prepared(simulated, tmp_path).match
+    record = prepared(simulated, tmp_path)
+    assert not any(finding.warning for finding in record.health)
+    match = record.match
+    assert f"Of 200 images, {match['own_pose']:.0%} match the consensus better" in record.health[0].sentence
     assert match["num_images"] == 200
     assert match["own_pose"] > 0.95 and match["hand"] > 0.8
 

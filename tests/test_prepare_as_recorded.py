@@ -332,6 +332,12 @@ def test_bad_images_are_told_and_left_out(clean, undisturbed, dirty, caplog):
     assert len(told) == 5
     assert any("2 images are blank (all pixels equal) and are left out: rows 5, 12" in line for line in told)
     assert any("2 images hold a few extreme pixels" in line and "rows 34, 35" in line for line in told)
+    health = {finding["sentence"]: finding["warning"] for finding in record["health"]}
+    assert health["2 images had extreme pixels replaced (rows 34, 35)."]
+    assert health["4 images are left out: duplicate."]
+    with (dirty / "outlying.csv").open() as file:
+        outlying = [(int(row["input_row"]), row["what"]) for row in csv.DictReader(file)]
+    assert outlying == [(34, "extreme pixels beyond"), (35, "extreme pixels beyond")]
     source = open_training_images(dirty)
     assert len(source) == COUNT - 9
     table = starfile.read(dirty / "particles.star")["particles"]

@@ -144,6 +144,13 @@ def test_inputs_are_shown_and_the_record_of_the_run_is_linked(results: Path, tmp
     assert "No checksums of the input files were taken." in html and "href" not in html
 
 
+def test_the_health_check_comes_first(results: Path) -> None:
+    html = sections.input_section(Results(results, CONFIG))
+    assert "<li>All images match.</li>" in html
+    assert '<li class="warning">9 images are left out.</li>' in html
+    assert 'alt="Noise spectra of the optics groups"' in html
+
+
 def test_user_text_is_escaped(results: Path) -> None:
     html = (results / "report.html").read_text()
     assert NASTY not in html
