@@ -115,6 +115,7 @@ class Calibrated:
     normalisation: Normalisation
     left_out: LeftOut
     num_repaired: int  # images of which a few extreme pixels are replaced
+    digest: np.ndarray  # (n,) uint64 checksums of the images kept
 
 
 def calibrate(inputs: CheckedInputs) -> Calibrated:
@@ -133,7 +134,9 @@ def calibrate(inputs: CheckedInputs) -> Calibrated:
     )  # fmt: skip
     kept, image_scale = invert_dark_contrast(measured.particles, measured.calibration.image_scale)
     calibration = replace(measured.calibration, image_scale=image_scale)
-    return Calibrated(kept, calibration, measured.normalisation, screened.left_out, screened.num_repaired)
+    return Calibrated(
+        kept, calibration, measured.normalisation, screened.left_out, screened.num_repaired, screened.digest
+    )
 
 
 def sample_of(inputs: CheckedInputs) -> CheckedInputs:

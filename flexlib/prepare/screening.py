@@ -66,6 +66,7 @@ class Screened:
     normalisation: Normalisation  # as the images propose it, before they are compared with the consensus
     left_out: LeftOut
     num_repaired: int  # images of which a few extreme pixels are replaced
+    digest: np.ndarray  # (n,) uint64 checksums of the images kept
 
 
 def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotations: np.ndarray) -> Screened:
@@ -111,7 +112,7 @@ def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotatio
         reach=reach[kept],
         level=noise_levels(chosen, facts),
     )
-    return Screened(chosen, normalisation, left_out, int(np.isfinite(reach[kept]).sum()))
+    return Screened(chosen, normalisation, left_out, int(np.isfinite(reach[kept]).sum()), facts.digest)
 
 
 def _extreme_pixels(particles: Particles, stacks: Stacks, facts: ImageFacts) -> tuple[np.ndarray, np.ndarray]:
