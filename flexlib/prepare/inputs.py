@@ -21,7 +21,7 @@ from flexlib.prepare.grid import choose_boxes, common_grid, match_grid
 from flexlib.prepare.mask import consensus_mask, mask_reach_A, read_mask
 from flexlib.prepare.noise import draw_samples, measure_noise
 from flexlib.prepare.screening import LeftOut, screen_images
-from flexlib.prepare.selection import select_particles
+from flexlib.prepare.selection import check_enough, select_particles, warn_of_few
 from flexlib.prepare.symmetry import check_symmetry
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
 
@@ -89,6 +89,8 @@ def check_inputs(files: InputFiles, settings: PrepareSettings, mask_settings: Ma
         else read_mask(files.mask, full_box, pixel_size_A)
     )
     kept, half_sets = select_particles(everything, settings)
+    check_enough(kept)
+    warn_of_few(kept)
     log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), full_box, pixel_size_A)
     return CheckedInputs(
         everything=everything,

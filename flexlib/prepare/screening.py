@@ -17,7 +17,7 @@ from flexlib.images.normalisation import Normalisation
 from flexlib.images.stack import Stacks
 from flexlib.particles.table import Particles
 from flexlib.prepare.levels import background_terms, noise_levels
-from flexlib.prepare.selection import drop_empty_groups
+from flexlib.prepare.selection import check_enough, drop_empty_groups
 from flexlib.prepare.survey import ImageFacts, survey_images
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotatio
     Raises
     ------
     InputError
-        Nearly all images are bad, or a half-set has none left.
+        Nearly all images are bad, or too few are left.
     """
     facts = survey_images(particles, stacks, radius_A)
     reach, too_many = _extreme_pixels(particles, stacks, facts)
@@ -102,9 +102,8 @@ def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotatio
     kept = reason == ""
     left_out = LeftOut(particles.source_row[~kept] + 1, list(_image_names(particles, ~kept)), list(reason[~kept]))
     _log(particles, left_out, kept & np.isfinite(reach))
-    if len(np.unique(particles.half_set[kept])) < 2:
-        raise InputError(f"{particles.source_path}: one of the two half-sets has no image that can be used")
     chosen, facts = drop_empty_groups(particles.subset(kept)), facts.subset(kept)
+    check_enough(chosen)
     normalisation = Normalisation(
         terms=background_terms(chosen, facts),
         radius_A=radius_A,
