@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import logging
 import platform
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexlib.errors import InputError
 
@@ -61,6 +62,35 @@ def tune_process() -> None:
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     mallopt(_M_TOP_PAD, 1 << 26)
     mallopt(_M_ARENA_MAX, 1)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a function as ``numba.njit(**options)``, its machine code kept for the next process.
+
+    It is kept beside the source, or else in the user's cache folder (``NUMBA_CACHE_DIR`` names another). Where neither
+    can be written, every process compiles for itself, which a warning tells once.
+    """
+    from numba import njit
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError as error:
+            if "cannot cache function" not in str(error):
+                raise
+        _warn_uncached()
+        return njit(**options)(function)
+
+    return decorate
+
+
+@cache
+def _warn_uncached() -> None:
+    logger.warning(
+        "compiled code can be kept neither in %s nor in the user's cache folder, and every job compiles it anew: let "
+        "NUMBA_CACHE_DIR name a folder that can be written",
+        Path(__file__).parent,
+    )
 
 
 def share_threads_with_numba() -> None:

@@ -182,7 +182,9 @@ def prepared_poses(
         particles = replace(particles, half_set=np.arange(len(kept)) % 2)
     optics = particles.optics if optics is None else optics
     as_they_are = Normalisation.none(len(optics), len(particles))
-    write_particles(ParticlesFolder(folder), particles, optics, rotations, as_they_are)
+    write_particles(
+        ParticlesFolder(folder), particles, optics, rotations, as_they_are, np.zeros(len(particles), np.uint64)
+    )
     record = replace(
         prepared_record(len(kept) * len(rotations), BOX, BOX),
         particles=str(path),

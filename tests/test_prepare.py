@@ -390,8 +390,9 @@ def test_train_box_no_smaller_than_the_images(dataset, tmp_path, caplog):
         ({"train_box": 33}, "prepare.train_box: 33 px: an even number"),
         ({"symmetry": "C2"}, r"prepare.symmetry: C2: the consensus .* does not have this symmetry .* \(correlation"),
         ({"symmetry": "I5"}, "prepare.symmetry: 'I5' is no point group"),
-        ({"min_scale": 5.0}, "prepare.min_scale: 5 leaves 0 particles"),
-        ({"max_particles": 1}, "prepare.max_particles: 1"),
+        ({"min_scale": 5.0}, "prepare.min_scale: 5 leaves 0 particles: at least 20 are needed"),
+        ({"max_particles": 1}, "prepare.max_particles: 1: at least 20 are needed"),
+        ({"max_particles": 19}, "prepare.max_particles: 19: at least 20 are needed"),
     ],
 )
 def test_settings_errors(dataset, tmp_path, settings, message):

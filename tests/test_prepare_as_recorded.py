@@ -378,7 +378,7 @@ def test_a_half_set_without_good_images_is_refused(clean, undisturbed, tmp_path)
     images = stored(clean)
     halves = starfile.read(clean / "particles.star")["particles"]["rlnRandomSubset"].to_numpy()
     images[halves == 2] = 0.0
-    with pytest.raises(InputError, match="one of the two half-sets has no image that can be used"):
+    with pytest.raises(InputError, match="half-set 2 has 0 particles that can be used: at least 5 are needed"):
         prepared(clean, tmp_path / "run", images)
 
 

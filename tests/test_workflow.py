@@ -184,6 +184,10 @@ def test_another_working_folder(dry_run, tmp_path_factory, snakefile):
         ),
         ("generate: {series: axis}", "generate.series: 'axis' is not understood; known are axes, curve, "),
         ("reconstruct: {points: [{cells: 5}]}", "config: reconstruct.points: {'cells': 5} is no point of the sweep"),
+        (
+            "train: {validation_fraction: 0, rigidity: [1, 2]}",
+            "config: train.validation_fraction: 0 holds no particle out, so that none of 2 points is best",
+        ),
         ("sweep: {exclude: [{cells: 5}]}", "config: sweep.exclude: {'cells': 5} is no point of the sweep"),
     ],
 )

@@ -18,6 +18,7 @@ import torch
 from flexlib.errors import InputError
 from flexlib.images.batch import ImageBatch, to_device
 from flexlib.images.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
+from flexlib.images.digest import check_digests
 from flexlib.images.noise import Calibration, read_noise, sigma_at
 from flexlib.images.normalisation import Normalisation
 from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
@@ -301,7 +302,7 @@ def open_full_images(particles_dir: str | Path) -> FullImages:
     Raises
     ------
     InputError
-        Files are missing or do not agree.
+        Files are missing or do not agree, or the stacks hold other images than when prepare read them.
     """
     folder = ParticlesFolder(Path(particles_dir))
     record, particles, table = _read_prepared(folder)
@@ -325,6 +326,8 @@ def open_full_images(particles_dir: str | Path) -> FullImages:
         extra={"image_column": "flexImageName"},
     )
     stacks, particles = open_stacks(particles)
+    if "flexImageDigest" in table:  # not in what older versions have prepared
+        check_digests(particles, stacks, table["flexImageDigest"].tolist())
     terms = np.array([group.background_terms for group in record.optics_groups])
     return FullImages(
         stacks,

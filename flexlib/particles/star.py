@@ -67,7 +67,7 @@ _PARTICLE = (
     "flexContrastSign",
     "flexScale",
 )
-_TEXT = ("rlnImageName", "rlnOpticsGroupName", "rlnOddZernike", "rlnEvenZernike", "flexImageName")
+_TEXT = ("rlnImageName", "rlnOpticsGroupName", "rlnOddZernike", "rlnEvenZernike", "flexImageName", "flexImageDigest")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from flexlib.prepare.match import Match, check_match
 from flexlib.prepare.mistakes import Views
 from flexlib.prepare.noise import draw_samples, measure_noise
 from flexlib.prepare.screening import LeftOut, screen_images
-from flexlib.prepare.selection import select_particles
+from flexlib.prepare.selection import check_enough, select_particles, warn_of_few
 from flexlib.prepare.symmetry import check_symmetry
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings
 
@@ -93,6 +93,8 @@ def check_inputs(files: InputFiles, settings: PrepareSettings, mask_settings: Ma
     )
     check_crop(soft_mask, crop_box)
     kept, half_sets = select_particles(everything, settings)
+    check_enough(kept)
+    warn_of_few(kept)
     log.info("%d of %d particles, images of %d px, %.4g A/px", len(kept), len(everything), full_box, pixel_size_A)
     return CheckedInputs(
         everything=everything,
@@ -120,6 +122,7 @@ class Calibrated:
     left_out: LeftOut
     num_repaired: int  # images of which a few extreme pixels are replaced
     match: Match
+    digest: np.ndarray  # (n,) uint64 checksums of the images kept
 
 
 def calibrate(inputs: CheckedInputs) -> Calibrated:
@@ -148,7 +151,9 @@ def calibrate(inputs: CheckedInputs) -> Calibrated:
     measured.check_scale()
     kept, image_scale = invert_dark_contrast(measured.particles, measured.calibration.image_scale)
     calibration = replace(measured.calibration, image_scale=image_scale)
-    return Calibrated(kept, calibration, measured.normalisation, screened.left_out, screened.num_repaired, match)
+    return Calibrated(
+        kept, calibration, measured.normalisation, screened.left_out, screened.num_repaired, match, screened.digest
+    )
 
 
 def sample_of(inputs: CheckedInputs) -> CheckedInputs:

@@ -91,7 +91,7 @@ def _prepare(
         folder, Map(inputs.density, pixel_size_A), inputs.soft_mask, inputs.volume, crop_box, train_box
     )
     training_optics = resampled_optics(kept.optics, full.sides_px, train_box)
-    write_particles(folder, kept, training_optics, inputs.rotations, found.normalisation)
+    write_particles(folder, kept, training_optics, inputs.rotations, found.normalisation, found.digest)
     copies = len(inputs.rotations)
     if copies > 1:
         log.info("symmetry %s: %d rows, %d of each particle", settings.symmetry, len(kept) * copies, copies)

@@ -17,7 +17,7 @@ from flexlib.images.normalisation import Normalisation
 from flexlib.images.stack import Stacks
 from flexlib.particles.table import Particles
 from flexlib.prepare.levels import background_terms, noise_levels
-from flexlib.prepare.selection import drop_empty_groups
+from flexlib.prepare.selection import check_enough, drop_empty_groups
 from flexlib.prepare.survey import ImageFacts, survey_images
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Screened:
     normalisation: Normalisation  # as the images propose it, before they are compared with the consensus
     left_out: LeftOut
     num_repaired: int  # images of which a few extreme pixels are replaced
+    digest: np.ndarray  # (n,) uint64 checksums of the images kept
 
 
 def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotations: np.ndarray) -> Screened:
@@ -83,7 +84,7 @@ def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotatio
     Raises
     ------
     InputError
-        Nearly all images are bad, or a half-set has none left.
+        Nearly all images are bad, or too few are left.
     """
     facts = survey_images(particles, stacks, radius_A)
     reach, too_many = _extreme_pixels(particles, stacks, facts)
@@ -101,9 +102,8 @@ def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotatio
     kept = reason == ""
     left_out = LeftOut(particles.source_row[~kept] + 1, list(image_names(particles, ~kept)), list(reason[~kept]))
     _log(particles, left_out, kept & np.isfinite(reach))
-    if len(np.unique(particles.half_set[kept])) < 2:
-        raise InputError(f"{particles.source_path}: one of the two half-sets has no image that can be used")
     chosen, facts = drop_empty_groups(particles.subset(kept)), facts.subset(kept)
+    check_enough(chosen)
     normalisation = Normalisation(
         terms=background_terms(chosen, facts),
         radius_A=radius_A,
@@ -111,7 +111,7 @@ def screen_images(particles: Particles, stacks: Stacks, radius_A: float, rotatio
         reach=reach[kept],
         level=noise_levels(chosen, facts),
     )
-    return Screened(chosen, normalisation, left_out, int(np.isfinite(reach[kept]).sum()))
+    return Screened(chosen, normalisation, left_out, int(np.isfinite(reach[kept]).sum()), facts.digest)
 
 
 def _extreme_pixels(particles: Particles, stacks: Stacks, facts: ImageFacts) -> tuple[np.ndarray, np.ndarray]:

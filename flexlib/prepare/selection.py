@@ -14,6 +14,11 @@ from flexlib.workflow_support.settings import PrepareSettings
 
 log = logging.getLogger(__name__)
 
+LEAST_PARTICLES, LEAST_IN_HALF = (
+    20,
+    5,
+)  # fewer give no noise spectrum, no held-out score and no half-map that mean anything
+_FEW = 500
 _SEED = 0
 
 
@@ -41,13 +46,44 @@ def select_particles(particles: Particles, settings: PrepareSettings) -> tuple[P
     Raises
     ------
     InputError
-        Fewer than two particles would be left.
+        ``min_scale`` or ``max_particles`` would leave too few particles.
     """
     rng = np.random.default_rng(_SEED)
     keep = _large_enough(particles, settings.min_scale)
     half_set, origin = _half_sets(particles, keep, settings.resplit, rng)
     keep = _draw(keep, half_set, settings.max_particles, rng)
     return drop_empty_groups(replace(particles, half_set=half_set).subset(keep)), origin
+
+
+def check_enough(particles: Particles) -> None:
+    """Refuse a set, each with a half-set, of which nothing could be told.
+
+    Raises
+    ------
+    InputError
+        Fewer than 20 images (rows of one image count once), or fewer than 5 in a half-set.
+    """
+    shown = _image_numbers(particles, np.arange(len(particles)))
+    if len(np.unique(shown)) < LEAST_PARTICLES:
+        raise InputError(
+            f"{particles.source_path}: {len(np.unique(shown))} particles can be used: "
+            f"at least {LEAST_PARTICLES} are needed"
+        )
+    for half in (0, 1):
+        if (count := len(np.unique(shown[particles.half_set == half]))) < LEAST_IN_HALF:
+            raise InputError(
+                f"{particles.source_path}: half-set {half + 1} has {count} particles that can be used: "
+                f"at least {LEAST_IN_HALF} are needed (prepare.resplit draws new half-sets)"
+            )
+
+
+def warn_of_few(particles: Particles) -> None:
+    """Say so where a set is so small that motion can hardly be told from noise."""
+    if len(particles) < _FEW:
+        log.warning(
+            "%s: with only %d particles motion can hardly be told from noise: some thousands are needed",
+            particles.source_path, len(particles),
+        )  # fmt: skip
 
 
 def drop_empty_groups(particles: Particles) -> Particles:
@@ -65,8 +101,10 @@ def _large_enough(particles: Particles, min_scale: float | None) -> np.ndarray:
     scale = particles.ctf_scale * (1.0 if particles.particle_scale is None else particles.particle_scale)
     keep = keep[scale >= min_scale]
     log.info("min_scale %g drops %d particles", min_scale, len(particles) - len(keep))
-    if len(keep) < 2:
-        raise InputError(f"prepare.min_scale: {min_scale:g} leaves {len(keep)} particles")
+    if len(keep) < LEAST_PARTICLES:
+        raise InputError(
+            f"prepare.min_scale: {min_scale:g} leaves {len(keep)} particles: at least {LEAST_PARTICLES} are needed"
+        )
     return keep
 
 
@@ -99,8 +137,8 @@ def _draw(keep: np.ndarray, half_set: np.ndarray, max_particles: int | None, rng
     """At most ``max_particles`` of the rows ``keep``, ascending, as evenly from both halves as they allow."""
     if max_particles is None or max_particles >= len(keep):
         return keep
-    if max_particles < 2:
-        raise InputError(f"prepare.max_particles: {max_particles}: at least 2 are needed")
+    if max_particles < LEAST_PARTICLES:
+        raise InputError(f"prepare.max_particles: {max_particles}: at least {LEAST_PARTICLES} are needed")
     halves = [rng.permutation(keep[half_set[keep] == half]) for half in (0, 1)]
     first = min(len(halves[0]), max((max_particles + 1) // 2, max_particles - len(halves[1])))
     return np.sort(np.concatenate([halves[0][:first], halves[1][: max_particles - first]]))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields
 
 import numpy as np
 from tqdm import tqdm
 
+from flexlib.images.digest import image_digests
 from flexlib.images.normalisation import PARABOLOID, polynomials
 from flexlib.images.stack import Stacks
 from flexlib.particles.table import Particles
@@ -17,7 +17,6 @@ _PARTS = 4  # quadrants of an image, whose noise levels are compared
 _PART_PIXELS = 512  # looked at in each, outside the particle
 _MAD = 1.4826  # standard deviations in a median absolute deviation
 _WINSOR = 3.0  # standard deviations beyond which a pixel counts as if it were there
-_HASHED_ROWS = 8  # of an image's pixels, through its centre
 _SEED = 0
 
 
@@ -91,7 +90,6 @@ class _Look:
         self.pixels = np.concatenate([np.sort(rng.permutation(own)[:length]) for own in quadrants])
         self.enlarged = (len(outside) / len(self.pixels)) ** 0.5  # so that coefficients are as of all pixels
         self.basis = np.linalg.qr(basis[self.pixels].astype(np.float64))[0].astype(np.float32)
-        self.rows = slice(max(0, box // 2 - _HASHED_ROWS // 2), box // 2 + _HASHED_ROWS // 2)
 
     def at(self, images: np.ndarray) -> ImageFacts:
         """What is seen of (b, N, N) float32 images."""
@@ -123,7 +121,7 @@ class _Look:
             level_error=0.5 * np.log(power).std(1, ddof=1) / _PARTS**0.5,
             peak=peak,
             background=self.enlarged * background / level[:, None],
-            digest=np.array([_digest(image) for image in images[:, self.rows]], np.uint64),
+            digest=image_digests(images),
         )
 
 
@@ -131,7 +129,3 @@ def _winsorise(pixels: np.ndarray, deviations: float) -> None:
     """Bring (b, m) pixels of median about 0, in place, within so many robust standard deviations of 0."""
     reach = deviations * _MAD * np.median(np.abs(pixels), axis=1, keepdims=True)
     np.clip(pixels, -reach, reach, out=pixels)
-
-
-def _digest(pixels: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")

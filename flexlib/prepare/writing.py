@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flexlib.files import atomic_path
+from flexlib.images.digest import digest_texts
 from flexlib.images.normalisation import Normalisation
 from flexlib.images.sources import FullImages
 from flexlib.images.stack import ImageStackWriter
@@ -77,6 +78,7 @@ def write_particles(
     optics: tuple[OpticsGroup, ...],
     rotations: np.ndarray,
     normalisation: Normalisation,
+    digest: np.ndarray,
 ) -> None:
     """Write particles.star: training images with poses and CTFs, and where each came from.
 
@@ -95,6 +97,8 @@ def write_particles(
         (m, 3, 3) of the symmetry group, the identity first.
     normalisation
         Of the original images.
+    digest
+        (n,) uint64 their checksums (``digest.image_digests``).
     """
     count, copies = len(particles), len(rotations)
     expanded = particles.subset(np.repeat(np.arange(count), copies))
@@ -113,6 +117,7 @@ def write_particles(
         f"{index + 1:06d}@{stacks[stack]}"
         for index, stack in zip(expanded.image_index, expanded.stack_index, strict=True)
     ]
+    table["flexImageDigest"] = np.repeat(digest_texts(digest), copies)
     table["flexInputRow"] = expanded.source_row
     table["flexInputSign"] = expanded.contrast_sign.astype(int)
     for name, values in normalisation.columns().items():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from flexlib.runtime import compiled
 
 
-@njit(cache=True, parallel=True, fastmath=True, error_model="numpy")
+@compiled(parallel=True, fastmath=True, error_model="numpy")
 def spread_planes(
     weights: Any, waves: Any, axes: Any, table: Any, shape: tuple[int, int, int], slabs: int, grid: Any
 ) -> None:

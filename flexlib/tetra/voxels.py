@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-import numba
 import numpy as np
 from scipy.spatial import cKDTree
 
 from flexlib.errors import InputError
+from flexlib.runtime import compiled
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _nearest_cell(
     return best
 
 
-@numba.njit(cache=True)
+@compiled()
 def _assign_cells(mesh, barycentric, mask, segment_of_voxel, cell_of) -> None:  # pragma: no cover
     """Write the lowest cell that holds each mask voxel into ``cell_of`` (z, y, x); voxels in no cell stay -1.
 

@@ -24,6 +24,7 @@ from flexlib.train.latents import LatentPrior, friedel_halves, infer_latents
 from flexlib.train.modes import Modes, find_modes
 from flexlib.train.posterior import draw_posterior, laplace_log_evidence
 
+LEAST_HELD_OUT = 2  # images, without which no score has a standard error
 MOST_HELD_OUT = 2000  # particles: enough for a standard error of a few hundredths of a nat
 
 
@@ -64,21 +65,22 @@ class HeldOutScore:
 
 
 def choose_held_out(image_index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (ascending) to train on and rows to hold out: a random ``fraction`` of the images, 2,000 at most.
+    """Rows (ascending) to train on and rows to hold out: a random ``fraction`` of the images, 2 to 2,000.
 
     Parameters
     ----------
     image_index
         (n,) image of each row: the symmetry copies of a particle go the same way.
     fraction
-        Of the images.
+        Of the images; with 0, and of fewer than 4 images, none is held out.
     seed
         Of the choice.
     """
     images, owner = np.unique(image_index, return_inverse=True)
     order = np.random.default_rng((seed, 1)).permutation(len(images))
     held = np.zeros(len(images), bool)
-    held[order[: min(round(fraction * len(images)), MOST_HELD_OUT)]] = True
+    if fraction > 0 and len(images) >= 2 * LEAST_HELD_OUT:
+        held[order[: min(max(round(fraction * len(images)), LEAST_HELD_OUT), MOST_HELD_OUT)]] = True
     return np.flatnonzero(~held[owner]), np.flatnonzero(held[owner])
 
 

@@ -136,6 +136,21 @@ def check_paths(config: Mapping[str, Any]) -> None:
             raise InputError(f"config: {key}: {path} does not exist (looked for at {path.absolute()})")
 
 
+def check_choice(config: Mapping[str, Any], num_points: int) -> None:
+    """Refuse, before any training, a sweep whose best point is to be reconstructed and could not be told.
+
+    Raises
+    ------
+    InputError
+        Nothing is held out of training.
+    """
+    if num_points > 1 and config["reconstruct"]["points"] == "best" and config["train"]["validation_fraction"] == 0:
+        raise InputError(
+            f"config: train.validation_fraction: 0 holds no particle out, so that none of {num_points} points is best: "
+            "set it above 0, or name points in reconstruct.points"
+        )
+
+
 def check_maps(config: Mapping[str, Any]) -> None:
     """Refuse a consensus or mask that no preparation can use, by their headers alone; what is not there is passed over.
 

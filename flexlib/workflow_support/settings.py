@@ -39,7 +39,7 @@ class PrepareSettings:
     max_particles: int | None = setting(
         None,
         "Use at most this many particles (a random choice that keeps the half-sets' balance); null uses all.",
-        minimum=2,
+        minimum=20,
     )
     min_scale: float | None = setting(None, "Drop particles whose per-particle scale is below this; null keeps all.")
     symmetry: str = setting(

@@ -15,7 +15,7 @@ class SimulateSettings:
     """``simulate:`` (demo and tests only)."""
 
     phantom: str = setting("antibody", "Which moving phantom.")
-    num_particles: int = setting(1000, "Number of particles.", minimum=10)
+    num_particles: int = setting(1000, "Number of particles.", minimum=20)
     box: int = setting(64, "Box in pixels.", minimum=16, multipleOf=2)
     pixel_size_A: float = setting(4.0, "Pixel size, Angstrom.", exclusiveMinimum=0)
     snr: float = setting(0.08, "Signal's variance over the noise's, per pixel.", exclusiveMinimum=0)

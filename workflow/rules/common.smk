@@ -12,7 +12,7 @@ from flexlib.errors import InputError
 from flexlib.layout import MESH_PATTERN, POINT_PATTERN, RunFolder, SimulationFolder
 from flexlib.records import ChoiceRecord
 from flexlib.workflow_support import estimates
-from flexlib.workflow_support.checks import check_config, check_maps, check_paths, input_paths
+from flexlib.workflow_support.checks import check_choice, check_config, check_maps, check_paths, input_paths
 from flexlib.workflow_support.connections import check_mesh_keys
 from flexlib.workflow_support.gpus import gpu_complaint, gpus_of, tasks_complaint, tasks_of, uses_gpu
 from flexlib.workflow_support.locks import remove_dead_locks
@@ -29,6 +29,7 @@ def checked(config):
         check_maps(complete)
         check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
         points = sweep_points(complete)
+        check_choice(complete, len(points))
         check_series(complete["generate"]["series"], sorted({point.latent_dims for point in points}))
         if isinstance(complete["reconstruct"]["points"], list):
             select_points(points, complete["reconstruct"]["points"])
