@@ -28,6 +28,7 @@ import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
+from flexlib.untrusted import parsing, read_npy
 
 _NUMPY, _STREAM = b"\x93NUMPY", b"\x95CSDAT"
 _MAX_RATIO = 256  # no LZ4 or snappy block shrinks data further
@@ -142,14 +143,14 @@ def read_cs_file(path: str | Path) -> CsFile:
 
 def _read_numpy(path: Path) -> CsFile:
     try:
-        records = np.load(path, allow_pickle=False, max_header_size=2**30)
-    except (ValueError, EOFError, OSError, SyntaxError, TypeError) as error:
+        records = read_npy(path, "CryoSPARC .cs file")
+    except InputError as error:
         if objects := _object_columns(path):
             raise InputError(
                 f"{path}: column {objects[0]}: Python objects (a pickle), which are never loaded: save the file again "
                 "with texts of fixed length"
             ) from error
-        raise InputError(f"{path}: not a readable CryoSPARC .cs file ({' '.join(str(error).split())})") from error
+        raise
     if records.dtype.names is None or records.ndim != 1:
         raise InputError(f"{path}: not a CryoSPARC .cs file: an array without named columns")
     return CsFile(path, records, {}, {})
