@@ -49,9 +49,7 @@ FORMATS = {
     "flexlib.files.read_json": {"flexlib.records", "flexlib.report.results"},  # the latter: figures of the mesh
     "flexlib.files.write_json": {"flexlib.records", "flexlib.mesh.build", "flexlib.provenance.write"},
     "numpy.load": {
-        "flexlib.particles.cs_file",
-        "flexlib.particles.latents_read",  # the user's .npy
-        "flexlib.mesh.weights",  # the user's .npy
+        "flexlib.untrusted",  # the user's .npy
         "flexlib.report.results",  # the simulation's truth
     },
     "torch.load": {"flexlib.model.flex_model", "flexlib.train.start"},  # a model; a checkpoint

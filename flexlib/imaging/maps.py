@@ -5,6 +5,7 @@ Volumes are (z, y, x), cubic, even side N, with the box centre at voxel ``N//2``
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
+from flexlib.untrusted import check_claim, parsing
 
 _LARGEST_LABEL = 2**24  # of whole numbers up to this, float32 holds each
 
@@ -92,6 +94,8 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelGrid:
         raise InputError(f"{path}: the header has no voxel size: set it, it says where the labels lie")
     if not np.isfinite(stored.data).all() or (np.abs(stored.data - np.rint(stored.data)) > 1e-3).any():
         raise InputError(f"{path}: labels are whole numbers, this map has others: it may be a density map")
+    if np.abs(stored.data).max() > _LARGEST_LABEL:
+        raise InputError(f"{path}: the label {np.abs(stored.data).max():g} is above {_LARGEST_LABEL}")
     labels = np.rint(stored.data).astype(np.int32)
     return LabelGrid(labels, stored.voxel_A, map_corner_A(stored.origin_A, stored.nstart, stored.voxel_A))
 
@@ -115,27 +119,39 @@ class _StoredMap:
 
 
 def _read_mrc(path: Path) -> _StoredMap:
-    """Read an MRC file of any shape, axes brought to (z, y, x)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with mrcfile.open(path, permissive=True) as file:
-                if file.data is None:
-                    raise InputError(f"{path}: not a readable MRC map")
-                data, header, voxel = np.array(file.data), file.header, file.voxel_size
-                stored_axes = [int(header.mapc), int(header.mapr), int(header.maps)]
-                start = [int(header.nxstart), int(header.nystart), int(header.nzstart)]
-                origin_A = (float(header.origin.x), float(header.origin.y), float(header.origin.z))
-                voxel_A = (float(voxel.x), float(voxel.y), float(voxel.z))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a readable MRC map ({error})") from error
+    """Read an MRC file of any shape, axes brought to (z, y, x). Raises InputError."""
+    with parsing(path, "MRC map"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with mrcfile.open(path, permissive=True, header_only=True) as file:
+            _check_size(path, file)
+        with mrcfile.open(path, permissive=True) as file:
+            if file.data is None:
+                raise InputError(f"{path}: not a readable MRC map")
+            data, header, voxel = np.array(file.data), file.header, file.voxel_size
+            stored_axes = [int(header.mapc), int(header.mapr), int(header.maps)]
+            start = [int(header.nxstart), int(header.nystart), int(header.nzstart)]
+            origin_A = (float(header.origin.x), float(header.origin.y), float(header.origin.z))
+            voxel_A = (float(voxel.x), float(voxel.y), float(voxel.z))
+    if data.dtype.kind not in "fiu":
+        raise InputError(f"{path}: holds complex numbers (mode {header.mode}): a map of real numbers is needed")
+    if not np.isfinite([*voxel_A, *origin_A]).all():
+        raise InputError(f"{path}: voxel size or origin in its header are not finite")
     if data.ndim == 3 and sorted(stored_axes) == [1, 2, 3] and stored_axes != [1, 2, 3]:
         section_first = stored_axes[::-1]  # axis (1 x, 2 y, 3 z) of each array dimension
         data = np.ascontiguousarray(data.transpose([section_first.index(axis) for axis in (3, 2, 1)]))
         start = [start[stored_axes.index(axis)] for axis in (1, 2, 3)]
     return _StoredMap(data, voxel_A, origin_A, (start[0], start[1], start[2]))
+
+
+def _check_size(path: Path, file: mrcfile.mrcfile.MrcFile) -> None:
+    """Refuse a map whose header claims more voxels than the file can hold, before they get memory."""
+    header = file.header
+    shape = mrcfile.utils.data_shape_from_header(header)
+    voxels = math.prod(int(side) for side in shape) if min(shape) > 0 else -1
+    claimed = voxels * mrcfile.utils.data_dtype_from_header(header).itemsize
+    extra = header.nbytes + int(header.nsymbt)
+    compressed = type(file) is not mrcfile.mrcfile.MrcFile
+    check_claim(path, claimed + extra if claimed > 0 else -1, path.stat().st_size, compressed)
 
 
 def write_map(

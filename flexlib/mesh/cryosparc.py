@@ -29,6 +29,7 @@ from flexlib.mesh.segments import SOLVENT, fill_box
 from flexlib.tetra.io import oriented_cells, read_mesh, used_vertices
 from flexlib.tetra.tetmesh import TetraMesh, compact_labels
 from flexlib.tetra.voxels import tetra_index_map, voxelise
+from flexlib.untrusted import parsing
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,8 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The dict in a flex_mesh pickle, without running anything. Raises ``InputError``."""
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            content = _ArraysOnly(file, str(path)).load()
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise InputError(f"{path}: not a readable pickle ({error})") from error
+    with parsing(path, "pickle"), path.open("rb") as file:
+        content = _ArraysOnly(file, str(path)).load()
     if not isinstance(content, dict):
         raise InputError(f"{path}: a flex_mesh is a dict of arrays, this pickle holds a {type(content).__name__}")
     return content

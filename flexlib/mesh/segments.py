@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from flexlib.errors import InputError
 from flexlib.imaging.maps import LabelGrid, Map, read_label_map
+from flexlib.untrusted import check_claim, parsing
 from flexlib.workflow_support.connections import parse_connections
 
 logger = logging.getLogger(__name__)
@@ -100,48 +101,65 @@ def read_segments(path: str | os.PathLike[str]) -> LabelGrid:
 
 def _read_segger(path: Path) -> LabelGrid:
     """Segger's HDF5 format, version 2 (segfile.py of Segger): ``mask`` holds leaf regions, ``parent_ids`` the tree."""
-    try:
-        with h5py.File(path, "r") as file:
-            kind = file.attrs.get("format", b"")
-            kind = kind.decode() if isinstance(kind, bytes) else str(kind)
-            missing = [name for name in ("mask", "region_ids", "parent_ids") if name not in file]
-            if kind != "segger" or missing:
-                what = f"has no {missing[0]}" if missing else f"its format is {kind!r}"
-                raise InputError(f"{path}: not a Segger segmentation: {what}")
-            mask, region = np.array(file["mask"]).astype(np.int64), np.array(file["region_ids"]).astype(np.int64)
-            parent = np.array(file["parent_ids"]).astype(np.int64)
-            transform = file.attrs.get("ijk_to_xyz_transform")
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error})") from error
+    with parsing(path, "HDF5 file"), h5py.File(path, "r") as file:
+        kind = file.attrs.get("format", b"")
+        kind = kind.decode("latin1") if isinstance(kind, bytes) else str(kind)
+        missing = [name for name in ("mask", "region_ids", "parent_ids") if name not in file]
+        if kind != "segger" or missing:
+            what = f"has no {missing[0]}" if missing else f"its format is {kind!r}"
+            raise InputError(f"{path}: not a Segger segmentation: {what}")
+        mask, region, parent = (_whole_numbers(path, file, name) for name in ("mask", "region_ids", "parent_ids"))
+        transform = file.attrs.get("ijk_to_xyz_transform")
+        transform = None if transform is None else np.asarray(transform, np.float64)
     if transform is None:
         raise InputError(f"{path}: has no ijk_to_xyz_transform, so its voxels lie nowhere: save it again from Segger")
-    transform = np.asarray(transform, np.float64).reshape(3, 4)
+    if transform.size != 12 or not np.isfinite(transform).all():
+        raise InputError(f"{path}: its ijk_to_xyz_transform is not a matrix of 3 x 4 finite numbers")
+    if mask.ndim != 3 or mask.size == 0 or region.ndim != 1 or region.shape != parent.shape or region.size == 0:
+        raise InputError(f"{path}: mask must be a volume, and region_ids and parent_ids lists of one length")
+    transform = transform.reshape(3, 4)
     voxel_A = np.diagonal(transform[:, :3])
     if np.abs(transform[:, :3] - np.diag(voxel_A)).max() > 1e-4 * voxel_A.max() or voxel_A.min() <= 0:
         raise InputError(f"{path}: its grid is turned or mirrored: resample it on the consensus map's grid")
+    return LabelGrid(_root_labels(mask, region, parent, path), _three(voxel_A), _three(transform[:, 3]))
+
+
+def _whole_numbers(path: Path, file: h5py.File, name: str) -> np.ndarray:
+    """A dataset of whole numbers that lies in the file itself, as stored. Raises ``InputError``."""
+    found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual or found.dtype.kind not in "iu":
+        raise InputError(f"{path}: {name} is no array of whole numbers in this very file")
+    check_claim(path, found.size * found.dtype.itemsize, path.stat().st_size, compressed=True)
+    return np.array(found)
+
+
+def _root_labels(mask: np.ndarray, region: np.ndarray, parent: np.ndarray, path: Path) -> np.ndarray:
+    """(nz, ny, nx) int32: each voxel's top-level region, ``SOLVENT`` where the mask is 0. Raises ``InputError``."""
     root = _root_regions(region, parent, path)
-    table = np.full(max(int(mask.max()), int(region.max())) + 1, SOLVENT, np.int32)
-    table[list(root)] = list(root.values())
-    table[0] = SOLVENT
-    labels = table[mask]
-    if (labels[mask > 0] < 0).any():
-        stray = int(mask[(mask > 0) & (labels < 0)][0])
-        raise InputError(f"{path}: region {stray} of its mask is not among its region_ids")
-    return LabelGrid(labels, _three(voxel_A), _three(transform[:, 3]))
+    named = np.array(sorted(root))
+    ends = (named[0], named[-1], *root.values())
+    if min(ends) < 0 or max(ends) > np.iinfo(np.int32).max:
+        raise InputError(f"{path}: its region_ids and parent_ids must be from 0 to {np.iinfo(np.int32).max}")
+    at = np.minimum(np.searchsorted(named, mask), len(named) - 1)
+    stray = (mask != 0) & (named[at] != mask)
+    if stray.any():
+        raise InputError(f"{path}: region {mask[stray][0]} of its mask is not among its region_ids")
+    return np.where(mask != 0, np.array([root[one] for one in named.tolist()], np.int32)[at], SOLVENT)
 
 
 def _root_regions(region: np.ndarray, parent: np.ndarray, path: Path) -> dict[int, int]:
     """Region -> top-level ancestor; a parent of 0 ends the chain. Raises ``InputError`` for a chain without end."""
     above = dict(zip(region.tolist(), parent.tolist(), strict=True))
-    root = {}
+    root: dict[int, int] = {}
     for one in above:
-        top, steps = one, 0
-        while above.get(top, 0) != 0:
-            top, steps = above[top], steps + 1
-            if steps > len(above):
+        chain, top = {one: None}, one
+        while above.get(top, 0) != 0 and top not in root:
+            top = above[top]
+            if top in chain:
                 raise InputError(f"{path}: the parents of region {one} go round in a circle")
-        root[one] = top
-    return root
+            chain[top] = None
+        root |= dict.fromkeys(chain, root.get(top, top))
+    return {one: root[one] for one in above}
 
 
 def _three(values: np.ndarray) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from scipy import ndimage
 from flexlib.errors import InputError
 from flexlib.imaging.maps import Map, read_map
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
+from flexlib.untrusted import read_npy
 from flexlib.workflow_support.settings import MeshSettings
 
 logger = logging.getLogger(__name__)
@@ -106,10 +107,7 @@ def read_segment_weights(path: Path) -> dict[int, float]:
 
 
 def _read_cell_weights(path: Path, num_cells: int) -> np.ndarray:
-    try:
-        weight = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable .npy array ({error})") from error
+    weight = read_npy(path, ".npy array")
     if weight.shape != (num_cells,) or not np.issubdtype(weight.dtype, np.number):
         raise InputError(
             f"{path}: {num_cells} numbers, one per cell of the mesh, are needed; its shape is {weight.shape}"

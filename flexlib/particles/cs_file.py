@@ -28,6 +28,7 @@ import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
+from flexlib.untrusted import parsing, read_npy
 
 _NUMPY, _STREAM = b"\x93NUMPY", b"\x95CSDAT"
 _MAX_RATIO = 256  # no LZ4 or snappy block shrinks data further
@@ -142,14 +143,14 @@ def read_cs_file(path: str | Path) -> CsFile:
 
 def _read_numpy(path: Path) -> CsFile:
     try:
-        records = np.load(path, allow_pickle=False, max_header_size=2**30)
-    except (ValueError, EOFError, OSError, SyntaxError, TypeError) as error:
+        records = read_npy(path, "CryoSPARC .cs file")
+    except InputError as error:
         if objects := _object_columns(path):
             raise InputError(
                 f"{path}: column {objects[0]}: Python objects (a pickle), which are never loaded: save the file again "
                 "with texts of fixed length"
             ) from error
-        raise InputError(f"{path}: not a readable CryoSPARC .cs file ({' '.join(str(error).split())})") from error
+        raise
     if records.dtype.names is None or records.ndim != 1:
         raise InputError(f"{path}: not a CryoSPARC .cs file: an array without named columns")
     return CsFile(path, records, {}, {})
@@ -172,13 +173,11 @@ def _object_columns(path: Path) -> list[str]:
 
 def _read_stream(path: Path) -> CsFile:
     content = path.read_bytes()
-    try:
+    with parsing(path, "CryoSPARC .cs file: damaged: the header of the compressed stream cannot be read"):
         at = 10 + int.from_bytes(content[6:10], "little")
         header = json.loads(content[10:at])
         count, described = int(header["length"]), [(str(name), kind, *shape) for name, kind, *shape in header["dtype"]]
         compression, compressed = header["compression"], set(header["compressed_fields"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged: the header of the compressed stream cannot be read") from error
     if compression is not None and compression not in _COMPRESSIONS:
         raise InputError(f"{path}: compressed with {compression!r}, which is not known: save it as format NUMPY")
     stream = {}
@@ -204,9 +203,9 @@ def _stream_dtype(path: Path, name: str, kind: Any, shape: Sequence[Any]) -> np.
     try:
         base = np.dtype(np.uint64) if kind == "|O" else np.dtype(str(kind))
         dtype = np.dtype((base, tuple(int(side) for side in shape[0]))) if shape else base
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, SyntaxError, OverflowError) as error:
         raise InputError(f"{path}: column {name}: type {kind!r} is not known") from error
-    if base.kind not in "fciub":
+    if base.kind not in "fciub" or dtype.itemsize == 0:
         raise InputError(f"{path}: column {name}: type {kind!r} is not known")
     return dtype
 

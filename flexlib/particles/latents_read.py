@@ -26,6 +26,7 @@ from flexlib.particles.input_rows import (
 )
 from flexlib.particles.star_text import StarText, read_star_text
 from flexlib.particles.table import Particles
+from flexlib.untrusted import read_npy
 
 log = logging.getLogger(__name__)
 
@@ -189,11 +190,8 @@ def _from_table(path: Path, where: InputRows) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({' '.join(str(error).split())})") from error
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu" or values.ndim not in (1, 2):
+    values = read_npy(path, ".npy file")
+    if values.dtype.kind not in "fiu" or values.ndim not in (1, 2):
         raise InputError(f"{path}: latents are a table of numbers, rows by dimensions")
     return values.reshape(len(values), -1).astype(np.float64)
 

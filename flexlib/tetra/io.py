@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import meshio
@@ -18,6 +17,7 @@ from flexlib.files import atomic_path
 from flexlib.imaging.maps import Map, read_label_map, write_label_map
 from flexlib.layout import MeshFolder
 from flexlib.tetra.tetmesh import TetraMesh, compact_labels
+from flexlib.untrusted import parsing
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,8 @@ def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
 
 def read_grid(path: Path) -> meshio.Mesh:
     """Whatever mesh meshio finds in a file. Raises ``InputError``."""
-    try:
+    with parsing(path, "mesh"):
         grid = meshio.read(path)
-    except (OSError, ValueError, KeyError, IndexError, SystemExit, meshio.ReadError, ElementTree.ParseError) as error:
-        raise InputError(f"{path}: not a readable mesh ({error})") from error
     if grid.points.ndim != 2 or grid.points.shape[1] != 3 or not np.isfinite(grid.points).all():
         raise InputError(f"{path}: its points must be finite and three-dimensional")
     return grid
