@@ -28,7 +28,7 @@ from flexlib.train.finish import final_score, infer_all
 from flexlib.train.results import write_log, write_model, write_results
 from flexlib.train.settle import settle_shape, take_out_mean_pose
 from flexlib.train.setup import Setup, set_up
-from flexlib.train.start import resume, start_or_resume
+from flexlib.train.start import start_or_resume
 from flexlib.train.state import State
 from flexlib.workflow_support.settings import TrainSettings
 
@@ -170,7 +170,7 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
                 logger.warning("SIGTERM: checkpoint written in epoch %d; run again to continue", state.epoch + 1)
                 sys.exit(EXIT_INTERRUPTED)
             except FloatingPointError as error:
-                state = _gone_back(setup, state, out, error)
+                state = _gone_back(setup, state, (out, identity), error)
                 continue
             save()
             if setup.ranks.leads:
@@ -179,8 +179,11 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
     return state
 
 
-def _gone_back(setup: Setup, diverged: State, out: TrainFolder, error: FloatingPointError) -> State:
+def _gone_back(
+    setup: Setup, diverged: State, run: tuple[TrainFolder, dict[str, str]], error: FloatingPointError
+) -> State:
     """The last checkpoint, to go on from at lower rates. Raises InputError where that has been tried."""
+    out, identity = run
     if diverged.slowed < 1 or setup.ranks.size > 1:  # other processes may not know that this one has diverged
         again = "again, at lower rates" if diverged.slowed < 1 else "in one of several processes"
         raise InputError(
@@ -191,7 +194,7 @@ def _gone_back(setup: Setup, diverged: State, out: TrainFolder, error: FloatingP
         "training diverged in epoch %d (%s): going back to the last checkpoint, and on at %g of the rates",
         diverged.epoch + 1, error, SLOWED,
     )  # fmt: skip
-    state = resume(setup, torch.load(out.checkpoint, map_location=setup.device, weights_only=True))
+    state = start_or_resume(setup, out.checkpoint, identity, discard_other=False)
     state.slowed = SLOWED
     return state
 
