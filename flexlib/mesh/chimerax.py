@@ -10,6 +10,7 @@ import numpy as np
 from flexlib.files import atomic_path
 from flexlib.imaging.maps import Map
 from flexlib.layout import MeshFolder
+from flexlib.render.chimerax import chimerax_text
 from flexlib.render.colours import segment_colours
 from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
 
@@ -45,7 +46,7 @@ def write_chimerax(out: MeshFolder, mesh: TetraMesh, consensus: Map, map_path: P
     with atomic_path(out.chimerax) as temporary:
         temporary.write_text(
             "# the map and the mesh's outer edges, coloured by segment; model 3 is the same coloured by rigidity\n"
-            f"open {Path(os.path.relpath(map_path, out.path)).as_posix()} id 1\n"
+            f"open {chimerax_text(Path(os.path.relpath(map_path, out.path)).as_posix())} id 1\n"
             f"open {out.bild('segments').name} id 2\n"
             f"open {out.bild('rigidity').name} id 3\n"
             "volume #1 style surface color tan\n"

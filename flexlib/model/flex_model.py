@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from flexlib.files import atomic_path
 from flexlib.layout import TrainFolder
 from flexlib.model.flow import FlowGenerator
 from flexlib.particles.pose_change import PoseChange
+from flexlib.runtime import load_saved
 from flexlib.tetra.tetmesh import TetraMesh
 
 FORMAT_VERSION = 1
@@ -87,13 +87,13 @@ class FlexModel:
         Raises
         ------
         InputError
-            There is none, or its format is of another version.
+            There is none, it is damaged, or its format is of another version.
         """
         path = Path(train_dir)
         path = TrainFolder(path).model if path.is_dir() else path
         if not path.exists():
             raise InputError(f"{path}: no trained model there; run the training of this sweep point first")
-        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        content = load_saved(path)
         if content["format_version"] != FORMAT_VERSION:
             raise InputError(
                 f"{path}: model format {content['format_version']}, this version reads {FORMAT_VERSION}: train again"

@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.particles.cs_file import CsFile, read_cs_file
-from flexlib.particles.table import OpticsGroup, Particles, checked_numbers, find_image_file
+from flexlib.particles.table import OpticsGroup, Particles, check_image_names, checked_numbers, find_image_file
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def read_cs(path: Path, passthrough: Path | None = None, image_root: Path | None
         origin_A = origin_A - numbers("ctf/shift_A")
     optics, optics_index = _optics_groups(fields, path)
     names, stack_index = _image_names(fields)
+    check_image_names(names, stack_index, path, "blob/path")
     return Particles(
         optics=optics,
         optics_index=optics_index,

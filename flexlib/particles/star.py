@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.particles.star_text import read_star_text
-from flexlib.particles.table import OpticsGroup, Particles, checked_numbers, find_image_file
+from flexlib.particles.table import OpticsGroup, Particles, check_image_names, checked_numbers, find_image_file
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ def particles_from_tables(tables: StarTables, image_root: Path | None = None) ->
     defocus_u = columns.numbers("rlnDefocusU")
     defocus_v = columns.numbers("rlnDefocusV", defocus_u)
     names, stack_index, image_index = _image_names(tables)
+    check_image_names(names, stack_index, path, "rlnImageName")
     return Particles(
         optics=optics,
         optics_index=optics_index,

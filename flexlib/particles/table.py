@@ -7,7 +7,9 @@ angles are radians, lengths Angstrom; white density is positive once ``contrast_
 
 from __future__ import annotations
 
+import posixpath
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
@@ -121,6 +123,32 @@ def checked_numbers(values: Any, path: Path, column: str) -> np.ndarray:
         value = np.asarray(values)[row]
         raise InputError(f"{path}: row {row + 1}, column {column}: {value!s} is not a finite number")
     return numbers
+
+
+def check_image_names(names: Sequence[str], stack_index: np.ndarray, path: Path, column: str) -> None:
+    """Refuse image stacks that a metadata file has no business to name.
+
+    Parameters
+    ----------
+    names
+        Of the stacks.
+    stack_index
+        (n,) which of them each particle is in.
+    path, column
+        Of the metadata file, for the message.
+
+    Raises
+    ------
+    InputError
+        A relative name leads out of the folder that it is looked up in, or a name holds control characters.
+    """
+    for number, name in enumerate(names):
+        leaves = posixpath.normpath(name.removeprefix(">")).split("/")[0] == ".."
+        if leaves or re.search(r"[\x00-\x1f\x7f]", name):
+            row = int(np.argmax(stack_index == number)) + 1
+            why = "leads out of the folder that images are looked for in" if leaves else "holds control characters"
+            hint = ": name it by its absolute path, or set image_root" if leaves else ""
+            raise InputError(f"{path}: row {row}, column {column}: {name!r} {why}{hint}")
 
 
 def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> Path:

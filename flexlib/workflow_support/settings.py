@@ -276,7 +276,7 @@ class RunSettings:
     name: str = setting(
         ...,
         "Name of the run; everything is written below results/NAME/. Letters, digits, dot, dash, underscore.",
-        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$(?!\n)",  # to Python alone, $ is also before a last line break
     )
     particles: Path = setting(..., "Particles with poses and CTF, a RELION (3.0 to 5) .star or a CryoSPARC .cs file.")
     passthrough: Path | None = setting(None, "A CryoSPARC passthrough .cs that carries further columns; joined by uid.")
