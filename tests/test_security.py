@@ -104,7 +104,7 @@ def test_no_rule_has_a_shell_command():
 def test_models_and_checkpoints_are_tensors_or_refused_in_one_line(here, kind):
     path = here / "model.pt"
     if kind == "pickle":
-        path.write_bytes(pickle.dumps(Bomb()))
+        path.write_bytes(pickle.dumps(Bomb(), protocol=2))  # torch's own
     elif kind == "torch":
         torch.save({"format_version": Bomb()}, path)
     else:
@@ -264,7 +264,7 @@ def test_names_that_stay_inside_links_and_absolute_paths_are_allowed(here):
         assert any(path.samefile(elsewhere / "Extract/job1/a.mrcs") for path in paths)
 
 
-# the report; more in test_report.py ---------------------------------------------------------------------------------------
+# the report; more in test_report.py --------------------------------------------------------------------------------
 
 MARKUP = "</script><script>harmed()</script><img src=x onerror=harmed()>"
 

@@ -31,9 +31,8 @@ class SeriesRequest:
         if self.kind == "between" and all(isinstance(end, int) for end in self.ends):
             return "between_{}_{}".format(*self.ends)
         if self.kind == "file":
-            return (
-                re.sub(r"[^\w.-]+", "_", self.path.stem).lstrip(".-") or "points"
-            )  # never the folder above, nor hidden
+            # never the folder above
+            return re.sub(r"[^\w.-]+", "_", self.path.stem).lstrip(".-") or "points"
         return self.kind
 
 
