@@ -6,6 +6,7 @@ The settings cost nothing and save much; every number stays the same but for den
 from __future__ import annotations
 
 import ctypes
+import io
 import logging
 import platform
 from collections.abc import Callable
@@ -102,6 +103,22 @@ def share_threads_with_numba() -> None:
     numba.set_num_threads(min(threads, available))
     if torch.get_num_threads() != threads:  # numba starts its threads at its first use, and sets torch's number too
         torch.set_num_threads(threads)
+
+
+def load_saved(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What ``torch.save`` wrote: tensors, numbers, texts and containers, and nothing that would run code.
+
+    Raises
+    ------
+    InputError
+        The file is damaged, or asks for anything else.
+    """
+    import torch
+
+    try:
+        return torch.load(io.BytesIO(path.read_bytes()), map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise InputError(f"{path}: damaged, or not a file of tensors that flexlib wrote: not loaded") from error
 
 
 @cache

@@ -52,7 +52,7 @@ FORMATS = {
         "flexlib.untrusted",  # the user's .npy
         "flexlib.report.results",  # the simulation's truth
     },
-    "torch.load": {"flexlib.model.flex_model", "flexlib.train.start"},  # a model; a checkpoint
+    "torch.load": {"flexlib.runtime"},  # a model; a checkpoint
     "pandas.read_csv": {
         "flexlib.particles.star_text",  # rows of a STAR table
         "flexlib.report.results",  # the run's tables, for the report

@@ -428,6 +428,25 @@ def test_verdict_claims_motion_where_the_score_confirms_it(
     assert (SIGNIFICANT_ERRORS, SIGNIFICANT_NATS) == (3.0, 0.5)  # the sentence's words
 
 
+ENDS_SCRIPT = "</script><script>harmed()</script><img/src=x/onerror=harmed()>"
+
+
+class _Alive(HTMLParser):
+    """Finds elements that could only come from ``ENDS_SCRIPT``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if dict(attrs).get("src") == "x" or "onerror" in dict(attrs):
+            self.found.append(tag)
+
+    def handle_data(self, data):
+        if self.cdata_elem == "script" and data.strip().startswith("harmed()"):
+            self.found.append(data)
+
+
 def test_names_and_labels_are_escaped_everywhere(results: Path, tmp_path: Path) -> None:
     root = tmp_path / "a<b>c"
     shutil.copytree(results, root, ignore=shutil.ignore_patterns("report.html"))
@@ -437,9 +456,17 @@ def test_names_and_labels_are_escaped_everywhere(results: Path, tmp_path: Path) 
     table.assign(series=table["series"].replace("axis_1", "<b>axis")).to_csv(point.table, index=False)
     latents = Results(root, CONFIG).train_folder.latents
     star = read_tables(latents).particles
-    write_star({"particles": star.assign(**{"my<b>column": np.arange(len(star)) % 7})}, latents)
-    write_report(root, tmp_path / "report.html", {"name": "run<b>name", "particles": "x<b>y.star"})
+    columns = {"my<b>column": np.arange(len(star)) % 7, ENDS_SCRIPT: np.arange(len(star)) % 5}
+    write_star({"particles": star.assign(**columns)}, latents)
+    checksums = RunFolder(root).checksums
+    ChecksumsRecord([InputFile(ENDS_SCRIPT, [ENDS_SCRIPT], 1, 1_700_000_000_000_000_000, None)]).write(checksums)
+    config = {"name": "run<b>name", "particles": "x<b>y.star", "mask": [ENDS_SCRIPT]}
+    write_report(root, tmp_path / "report.html", config)
     html = (tmp_path / "report.html").read_text()
+    assert html.count("harmed()") > 3  # as data of the scripts and as text
+    alive = _Alive()
+    alive.feed(html)
+    assert not alive.found
     body = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
     assert not any(raw in body for raw in ("a<b>c", "<b>axis", "my<b>column", "run<b>name", "x<b>y.star"))
     for text in ("a&lt;b&gt;c/train", "&lt;b&gt;axis", "my&lt;b&gt;column", "run&lt;b&gt;name", "x&lt;b&gt;y.star"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from flexlib.render.commands import chimerax_word
+from flexlib.render.chimerax import chimerax_text
 
 _CHIMERAX_INTERVAL = 4  # drawn frames per map while the labels are shown
 
@@ -25,8 +25,8 @@ def chimerax_script(name: str, table: pd.DataFrame, level: float) -> str:
     """
     count = len(table)
     lines = [
-        f"# {chimerax_word(name)}: {count} maps; the mesh's displacements are in its *.vtu (ParaView)",
-        f"open {chimerax_word(f'{name}/frame_*.mrc')} vseries true",
+        f"# {chimerax_text(name)}: {count} maps; the mesh's displacements are in *.vtu beside them (ParaView)",
+        f"open {chimerax_text(f'{name}/frame_*.mrc')} vseries true",
         f"volume #1 style surface step 1 level {level:.6g}",
         "view",
     ]

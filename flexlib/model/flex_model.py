@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from flexlib.files import atomic_path
 from flexlib.layout import TrainFolder
 from flexlib.model.flow import FlowGenerator
 from flexlib.particles.pose_change import PoseChange
+from flexlib.runtime import load_saved
 from flexlib.tetra.tetmesh import TetraMesh
-from flexlib.untrusted import parsing
 
 FORMAT_VERSION = 1
 _ARRAYS = ("probability", "parts", "occupancy", "occupancy_share")  # that a model may lack
@@ -88,14 +87,13 @@ class FlexModel:
         Raises
         ------
         InputError
-            There is none, or its format is of another version.
+            There is none, it is damaged, or its format is of another version.
         """
         path = Path(train_dir)
         path = TrainFolder(path).model if path.is_dir() else path
         if not path.exists():
             raise InputError(f"{path}: no trained model there; run the training of this sweep point first")
-        with parsing(path, "model"):
-            content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        content = load_saved(path)
         if not isinstance(content, dict) or "format_version" not in content:
             raise InputError(f"{path}: not a model of ours")
         if content["format_version"] != FORMAT_VERSION:

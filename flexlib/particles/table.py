@@ -162,8 +162,10 @@ def find_image_files(
     """
     found = [find_image_file(name, metadata_path, image_root) for name in names]
     for stack, (name, path) in enumerate(zip(names, found, strict=True)):
+        row = int(np.argmax(stack_index == stack))
+        if re.search(r"[\x00-\x1f\x7f]", name):
+            raise InputError(f"{metadata_path}: row {row + 1}, column {column}: {name!r} holds control characters")
         if path is None:
-            row = int(np.argmax(stack_index == stack))
             where = "the particle file's and the working folder" if image_root is None else str(image_root)
             raise InputError(
                 f"{metadata_path}: row {row + 1}, column {column}: {name} leads out of {where}: image_root must be a "

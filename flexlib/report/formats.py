@@ -19,6 +19,12 @@ def number(value: Any, digits: int = 3, unit: str = "") -> str:
     return f"{rounded} {unit}".rstrip()
 
 
+def shell_word(path: str) -> str:
+    """A path as one word of a shell's command, whatever is in it; no option, should it begin with a dash."""
+    named = f"./{path}" if path.startswith("-") else path
+    return "'" + named.replace("'", "'\\''") + "'"
+
+
 def plus_minus(value: Any, error: Any) -> str:
     """A value and its standard error: ``1.23 ± 0.04``."""
     return f"{number(value)} ± {number(error, 2)}"

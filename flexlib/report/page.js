@@ -201,7 +201,7 @@
           outline.map((corner) => corner.map((value) => Number(value.toPrecision(6))).join(",")).join(" ") + "'" + panel.dataset.further;
       }
       byId("latent-command").textContent =
-        `flex-select '${panel.dataset.folder}' ${region} --out subset${panel.dataset.suffix}`;
+        `flex-select ${panel.dataset.folder} ${region} --out subset${panel.dataset.suffix}`;
     }
 
     function save() {

@@ -22,6 +22,7 @@ from flexlib.report import (
     sweep_plots,
     tables,
 )
+from flexlib.report.formats import shell_word
 from flexlib.report.markup import render
 from flexlib.report.packing import DENSITY, PackedParticles, pack_particles
 from flexlib.report.results import LEAST_PROBABILITY, Results
@@ -116,7 +117,7 @@ def junk_section(results: Results) -> Markup:
             found["probability"].to_numpy(), "probability that the image shows a particle", "images"
         ),
         images=judged_pictures.image_rows(results, found),
-        folder=results.train_folder.path.as_posix(),
+        folder=shell_word(results.train_folder.path.as_posix()),
         least=f"{LEAST_PROBABILITY:g}",
         suffix=_input_suffix(results),
     )
@@ -139,7 +140,7 @@ def occupancy_section(results: Results) -> Markup:
         }
         for part in shares
     ]
-    folder, suffix = results.train_folder.path.as_posix(), _input_suffix(results)
+    folder, suffix = shell_word(results.train_folder.path.as_posix()), _input_suffix(results)
     return render("occupancy", parts=parts, folder=folder, suffix=suffix)
 
 
@@ -176,7 +177,7 @@ def latent_section(results: Results, room_bytes: float = LATENT_ROOM_BYTES) -> M
         scatter=scatter,
         has_paths=has_paths,
         density=plots.latent_density() if several else plots.latent_histogram(),
-        folder=results.train_folder.path.as_posix(),
+        folder=shell_word(results.train_folder.path.as_posix()),
         name=results.name,
         suffix=_input_suffix(results),
         least=f"{LEAST_PROBABILITY:g}",

@@ -19,6 +19,7 @@ from flexlib.model.flow import FlowGenerator
 from flexlib.model.moving_map import MovingMap, completed
 from flexlib.model.views import CONTRAST, ROTATION, SHIFT, PoseFrame
 from flexlib.projection.op import gather_volume
+from flexlib.runtime import load_saved
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.fields import displacement_basis, rigid_fields, rigidity_precision, spectral_fields
 from flexlib.train.initial_latents import InitialLatents, initial_latents, read_own_latents, standard_scale
@@ -59,7 +60,7 @@ def start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str], di
     """
     if not checkpoint.exists():
         return start(setup)
-    saved = torch.load(checkpoint, map_location=setup.device, weights_only=True)
+    saved = load_saved(checkpoint, setup.device)
     if saved["identity"] == identity:
         return resume(setup, saved)
     differing = ", ".join(k for k in identity if saved["identity"].get(k) != identity[k])

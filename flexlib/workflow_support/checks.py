@@ -163,8 +163,11 @@ def check_paths(config: Mapping[str, Any]) -> None:
     """
     made = Path(config["particles"]).parent if config.get("simulate") is not None else None
     for key, path in input_paths(config):
-        if set("{}\n") & set(str(path)):
-            raise InputError(f"config: {key}: {path}: Snakemake follows no file with braces or line breaks in its name")
+        if re.search(r"[{}\x00-\x1f\x7f]", str(path)):
+            raise InputError(
+                f"config: {key}: {str(path)!r}: braces (wildcards to Snakemake) and control characters cannot be part "
+                "of a path: rename it, or make a link"
+            )
         if not path.exists() and path.parent != made:
             raise InputError(f"config: {key}: {path} does not exist (looked for at {path.absolute()})")
 

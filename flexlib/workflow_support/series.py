@@ -30,7 +30,10 @@ class SeriesRequest:
             return f"kmeans_{self.count}"
         if self.kind == "between" and all(isinstance(end, int) for end in self.ends):
             return "between_{}_{}".format(*self.ends)
-        return re.sub(r"[^\w.-]+|^[.-]+", "_", self.path.stem) if self.kind == "file" else self.kind
+        if self.kind == "file":
+            # never the folder above
+            return re.sub(r"[^\w.-]+", "_", self.path.stem).lstrip(".-") or "points"
+        return self.kind
 
 
 def parse_series(value: str | Sequence[str]) -> list[SeriesRequest]:
