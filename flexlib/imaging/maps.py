@@ -18,6 +18,7 @@ from flexlib.errors import InputError
 from flexlib.files import atomic_path
 
 _LARGEST_LABEL = 2**24  # of whole numbers up to this, float32 holds each
+MRC_LABEL = b"Written by flexlib"  # for the time, which mrcfile writes: the same data are the same file
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def write_map(
     with atomic_path(path) as temporary, mrcfile.new(temporary, overwrite=True) as file:
         file.set_data(np.ascontiguousarray(data, dtype=dtype))
         file.set_volume()
+        file.header.label[0] = MRC_LABEL
         file.voxel_size = pixel_size_A
         if like is not None:
             origin_A, nstart = _placement(like, data.shape[0], pixel_size_A)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from flexlib.errors import InputError
-from flexlib.files import atomic_path
+from flexlib.files import atomic_path, reading
 from flexlib.layout import TrainFolder
 from flexlib.model.flow import FlowGenerator
 from flexlib.particles.pose_change import PoseChange
@@ -77,8 +78,8 @@ class FlexModel:
             "rigid_pose": _packed(self.rigid_pose),
             **{name: _tensor(getattr(self, name)) for name in _ARRAYS},
         }
-        with atomic_path(path) as temporary:
-            torch.save(content, temporary)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
 
     @classmethod
     def load(cls, train_dir: str | Path, device: torch.device | str = "cpu") -> FlexModel:
@@ -93,7 +94,8 @@ class FlexModel:
         path = TrainFolder(path).model if path.is_dir() else path
         if not path.exists():
             raise InputError(f"{path}: no trained model there; run the training of this sweep point first")
-        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        with reading(path, RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
+            content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         if content["format_version"] != FORMAT_VERSION:
             raise InputError(
                 f"{path}: model format {content['format_version']}, this version reads {FORMAT_VERSION}: train again"
