@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 DOCS_INSTALLED := .venv/.docs-installed
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: setup demo test test-slow test-gpu test-slurm bench bench-peers bench-page docs site lint house clean
+.PHONY: setup demo test test-slow test-gpu test-faults test-slurm bench bench-peers bench-page docs site lint house clean
 
 setup: $(INSTALLED)
 
@@ -34,6 +34,10 @@ test-slow: setup
 # on a machine with a CUDA device
 test-gpu: setup
 	$(BIN)/python -m pytest tests/gpu --gpu
+
+# each stage killed, interrupted, out of room, with inputs that fail under it; as root, disks are real ones
+test-faults: setup
+	$(PYTEST) tests/faults --faults
 
 # a real one-node SLURM, as root, from Debian's packages (installed if they are missing); for a container or a CI machine
 test-slurm: setup

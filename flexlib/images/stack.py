@@ -19,6 +19,7 @@ import mrcfile
 import numpy as np
 
 from flexlib.errors import InputError
+from flexlib.imaging.maps import MRC_LABEL
 from flexlib.particles.table import Particles
 
 log = logging.getLogger(__name__)
@@ -244,6 +245,7 @@ class ImageStackWriter:
         with mrcfile.new_mmap(path, (num_images, box, box), mrc_mode=2, overwrite=True) as stack:
             stack.set_image_stack()
             stack.voxel_size = pixel_size_A
+            stack.header.label[0] = MRC_LABEL
             offset = stack.header.nbytes
         self._file = Path(path).open("r+b")  # noqa: SIM115 (closed by __exit__)
         self._file.seek(offset)

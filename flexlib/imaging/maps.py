@@ -20,6 +20,7 @@ from flexlib.files import atomic_path
 from flexlib.untrusted import check_claim, parsing
 
 _LARGEST_LABEL = 2**24  # of whole numbers up to this, float32 holds each
+MRC_LABEL = b"Written by flexlib"  # for the time, which mrcfile writes: the same data are the same file
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ def write_map(
     with atomic_path(path) as temporary, mrcfile.new(temporary, overwrite=True) as file:
         file.set_data(np.ascontiguousarray(data, dtype=dtype))
         file.set_volume()
+        file.header.label[0] = MRC_LABEL
         file.voxel_size = pixel_size_A
         if like is not None:
             origin_A, nstart = _placement(like, data.shape[0], pixel_size_A)

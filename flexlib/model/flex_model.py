@@ -77,8 +77,8 @@ class FlexModel:
             "rigid_pose": _packed(self.rigid_pose),
             **{name: _tensor(getattr(self, name)) for name in _ARRAYS},
         }
-        with atomic_path(path) as temporary:
-            torch.save(content, temporary)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
 
     @classmethod
     def load(cls, train_dir: str | Path, device: torch.device | str = "cpu") -> FlexModel:

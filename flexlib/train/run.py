@@ -150,8 +150,8 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
             return
         written = time.perf_counter()
         state.wall_s = clock.wall_s()
-        with atomic_path(out.checkpoint) as temporary:
-            torch.save({"identity": identity, **state.checkpoint()}, temporary)
+        with atomic_path(out.checkpoint) as temporary, temporary.open("wb") as file:
+            torch.save({"identity": identity, **state.checkpoint()}, file)
 
     def after_batch() -> None:
         if setup.ranks.any(stop.raised):

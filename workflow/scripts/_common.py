@@ -2,10 +2,24 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+_stopped_by: list[int] = []  # signals that came
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End through all ``finally`` blocks, with the status that shells give to what a signal has ended."""
+    _stopped_by.append(number)
+    sys.exit(128 + number)
+
+
+for _number in (signal.SIGINT, signal.SIGTERM):  # before any long import
+    signal.signal(_number, _stop)
 
 
 def _use_own_packages() -> None:
@@ -31,10 +45,13 @@ from flexlib.workflow_support.srun import run_tasks, tasks_to_start
 
 
 def run_stage(stage: Callable[[Any], None], snakemake: Any, processes: int = 1) -> None:
-    """Call ``stage(snakemake)``; ends the process with status 1 and one line on an ``InputError``.
+    """Call ``stage(snakemake)``; ends the process with one line where the user or the machine is at fault.
 
-    Threads are set before ``stage`` imports anything, because numba reads its number once. Where several
-    ``processes`` are to be tasks of srun, these call ``stage`` and this one waits for them.
+    The status is 1 after an ``InputError`` and where a file cannot be written or read, 128 and the signal's number after
+    SIGINT and SIGTERM. What else goes wrong is a mistake of ours, whose traceback is wanted.
+
+    Threads are set before ``stage`` imports anything, because numba reads its number once. Where several ``processes``
+    are to be tasks of srun, these call ``stage`` and this one waits for them.
     """
     _set_threads(snakemake.threads)
     try:
@@ -50,16 +67,36 @@ def run_stage(stage: Callable[[Any], None], snakemake: Any, processes: int = 1) 
             _run_tasks(snakemake, tasks)
         else:
             stage(snakemake)
-    except InputError as error:
-        logging.getLogger(snakemake.rule).error("%s", error)
+    except SystemExit as end:
+        if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            _say_stopped(snakemake.rule, int(end.code) - 128)
+        raise
+    except Exception as error:
+        if _stopped_by:  # some libraries turn what a signal's handler raises into an error of their own
+            _say_stopped(snakemake.rule, _stopped_by[0])
+            sys.exit(128 + _stopped_by[0])
+        _say_failed(snakemake.rule, error)
         sys.exit(1)
-    except ModuleNotFoundError as error:
+
+
+def _say_stopped(rule: str, number: int) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    logging.getLogger(rule).error("stopped by %s; the same command goes on", signal.Signals(number).name)
+
+
+def _say_failed(rule: str, error: Exception) -> None:
+    logger = logging.getLogger(rule)
+    if isinstance(error, InputError):
+        logger.error("%s", error)
+    elif isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename else ""
+        logger.error("%s%s; the same command goes on once that is mended", named, error.strerror or error)
+    elif isinstance(error, ModuleNotFoundError):
         complaint = "%s has no package %s: run Snakemake with --sdm conda, or install flexlib there (pip install -e .)"
-        logging.getLogger(snakemake.rule).error(complaint, sys.executable, error.name)
-        sys.exit(1)
-    except Exception:
-        logging.getLogger(snakemake.rule).exception("failed")
-        sys.exit(1)
+        logger.error(complaint, sys.executable, error.name)
+    else:
+        logger.error("failed", exc_info=error)
 
 
 def _run_tasks(snakemake: Any, tasks: int) -> None:
@@ -105,12 +142,14 @@ def _set_threads(threads: int) -> None:
 
 def _log_to(path: str, mode: str, leads: bool) -> None:
     """Log to a file and to standard error; a process that does not lead logs its errors only, and not to the file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        level=logging.INFO if leads else logging.ERROR,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[*([logging.FileHandler(path, mode)] if leads else []), logging.StreamHandler(sys.stderr)],
-        force=True,
-    )
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO if leads else logging.ERROR, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # where the disk is full, what cannot be logged is no error of its own
+    if leads:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(path, mode)
+        to_file.setFormatter(formatter)
+        logging.getLogger().addHandler(to_file)
