@@ -96,11 +96,11 @@ def read_flex_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     content = load_arrays(path)
     if missing := [key for key in _REQUIRED if key not in content]:
         raise InputError(f"{path}: no {missing[0]!r} in this pickle: not a flex_mesh")
-    box, pixel_size_A = int(content["N"]), float(content["psize_A"])
-    points = np.asarray(content["tm_points"], np.float64)
-    cells = np.asarray(content["tm_cells"]).astype(np.int32)
-    index = np.asarray(content["tm_tetraidx_map"]).astype(np.int64)
-    rigidity = np.asarray(content["tm_rweights"], np.float64).ravel()
+    with parsing(path, "flex_mesh"):
+        box, pixel_size_A = int(content["N"]), float(content["psize_A"])
+        points, rigidity = _numbers(content["tm_points"]), _numbers(content["tm_rweights"]).ravel()
+        cells = _numbers(content["tm_cells"], np.int32)
+        index = _numbers(content["tm_tetraidx_map"], np.int64)
     if points.ndim != 2 or points.shape[1] != 3 or cells.ndim != 2 or cells.shape[1] != 4:
         raise InputError(f"{path}: tm_points must be (n, 3) and tm_cells (n, 4), not {points.shape} and {cells.shape}")
     if index.shape != (box,) * 3 or len(rigidity) != len(cells):
@@ -108,6 +108,8 @@ def read_flex_mesh(path: str | os.PathLike[str]) -> TetraMesh:
             f"{path}: tm_tetraidx_map must be {box}^3 and tm_rweights {len(cells)} numbers, not {index.shape} and "
             f"{len(rigidity)}"
         )
+    if not 0 < pixel_size_A < np.inf:
+        raise InputError(f"{path}: psize_A must be positive, not {pixel_size_A:g}")
     if index.max() >= len(cells) or not (index >= 0).any():
         raise InputError(f"{path}: tm_tetraidx_map names cell {index.max()}, there are {len(cells)}")
     points, cells = used_vertices(points, cells, str(path))
@@ -127,6 +129,16 @@ def read_flex_mesh(path: str | os.PathLike[str]) -> TetraMesh:
             100 * (1 - same),
         )
     return mesh
+
+
+def _numbers(values: Any, kind: type = np.float64) -> np.ndarray:
+    """An array of finite numbers. Raises ValueError where they are none, or none that ``kind`` holds."""
+    array = np.asarray(values)
+    with np.errstate(invalid="ignore"):
+        numbers = array.astype(kind)
+    if array.dtype.kind not in "biuf" or not np.isfinite(array).all() or np.abs(numbers - array).max(initial=0) > 1e-6:
+        raise ValueError(f"an array of {array.dtype} instead of finite numbers")
+    return numbers
 
 
 def _in_angstrom(
@@ -166,7 +178,8 @@ def _their_segments(content: dict[str, Any], num_cells: int, box: int, name: str
     none = np.zeros(num_cells, np.int32), np.zeros((0, 0, 0), np.int16)
     if content.get("tm_segmask") is None or np.size(content["tm_segmask"]) == 0:
         return none
-    segment = np.asarray(content["tm_segmask"]).ravel().astype(np.int32)
+    with parsing(name, "flex_mesh"):
+        segment = _numbers(content["tm_segmask"], np.int32).ravel()
     if len(segment) != num_cells:
         raise InputError(f"{name}: tm_segmask has {len(segment)} numbers for {num_cells} cells")
     index = np.asarray(content["tm_tetraidx_map"]).astype(np.int64)

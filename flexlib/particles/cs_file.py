@@ -161,13 +161,13 @@ def _object_columns(path: Path) -> list[str]:
     with path.open("rb") as file:
         version = file.read(8)[6:7]
         size = int.from_bytes(file.read(2 if version == b"\x01" else 4), "little")
-        header = file.read(size)
+        header = file.read(min(size, path.stat().st_size))
     try:
         described = ast.literal_eval(header.decode("utf-8").strip())["descr"]
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         return []
-    if isinstance(described, str):
-        return ["(all)"] if "O" in described else []
+    if not isinstance(described, list):
+        return ["(all)"] if "O" in str(described) else []
     return [str(column[0]) for column in described if isinstance(column, tuple) and "O" in str(column[1])]
 
 
