@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import meshio
 import numpy as np
 
 from flexlib.errors import InputError
@@ -60,7 +61,7 @@ def read_custom_mesh(path: Path, consensus: Map, mask: np.ndarray, cell_size_A: 
         grid = read_grid(path)
         kinds = {block.type for block in grid.cells}
         if "tetra" not in kinds and "triangle" in kinds:
-            mesh = fill_surface(np.asarray(grid.points, np.float64), grid.cells_dict["triangle"], cell_size_A)
+            mesh = fill_surface(*surface_of(grid, path), cell_size_A)
         else:
             mesh, own_weights = read_mesh(path), "rigidity" in grid.cell_data
         mesh, share = _over_the_mask(mesh, consensus, mask, path)
@@ -72,6 +73,15 @@ def read_custom_mesh(path: Path, consensus: Map, mask: np.ndarray, cell_size_A: 
         )
     logger.info("%s: %d cells cover %.1f %% of the mask", path, len(mesh.cells), 100 * share)
     return mesh, own_weights
+
+
+def surface_of(grid: meshio.Mesh, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Points (n, 3) and triangles (m, 3) of a grid. Raises ``InputError`` for a triangle without its points."""
+    triangles = np.concatenate([block.data for block in grid.cells if block.type == "triangle"])
+    wrong = np.flatnonzero(((triangles < 0) | (triangles >= len(grid.points))).any(1))
+    if len(wrong):
+        raise InputError(f"{path}: triangle {wrong[0]} names a point that is not there")
+    return np.asarray(grid.points, np.float64), triangles.astype(np.int64)
 
 
 def _over_the_mask(mesh: TetraMesh, consensus: Map, mask: np.ndarray, path: Path) -> tuple[TetraMesh, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import meshio
@@ -22,6 +23,10 @@ from flexlib.untrusted import parsing
 logger = logging.getLogger(__name__)
 
 _NO_SEGMENTS = np.full((1, 1, 1), -1)  # what is written for a mesh without a segment map
+_FARTHEST_A = 1e9  # of any point
+_CORNERS = {"triangle": 3, "tetra": 4}  # of the kinds of cells that are used
+_LARGEST = 2**31 - 1  # of what a file says of cells
+_PLY_HEADER_ENDS = re.compile(rb"^\s*end_header\s*$", re.MULTILINE)
 _FLAT = 1e-9  # of the cube of a cell's longest edge: a volume below is none
 
 
@@ -99,13 +104,19 @@ def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     if not blocks:
         kinds = ", ".join(sorted({block.type for block in grid.cells})) or "nothing"
         raise InputError(f"{path}: has no tetra cells, only {kinds}")
-    cells = np.concatenate([grid.cells[i].data for i in blocks]).astype(np.int32)
+    cells = np.concatenate([grid.cells[i].data for i in blocks])
 
     def cell_data(name: str, default: float) -> np.ndarray:
         if name not in grid.cell_data:
             return np.full(len(cells), default)
-        return np.concatenate([np.asarray(grid.cell_data[name][i]).reshape(-1) for i in blocks])
+        values = np.concatenate([np.asarray(grid.cell_data[name][i]).reshape(-1) for i in blocks])
+        if len(values) != len(cells) or values.dtype.kind not in "fiu" or not (np.abs(values) <= _LARGEST).all():
+            raise InputError(f"{path}: its {name} must be one finite number a cell")
+        return values
 
+    rigidity = cell_data("rigidity", 1.0).astype(np.float64)
+    if (rigidity <= 0).any():
+        raise InputError(f"{path}: cell {int(np.argmax(rigidity <= 0))}: its rigidity must be positive")
     labels, pixel_size_A = np.zeros((0, 0, 0), np.int16), 0.0
     segments_path = MeshFolder(path.parent).segments
     if "segment" in grid.cell_data and segments_path.is_file():
@@ -114,7 +125,7 @@ def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     return TetraMesh(
         vertices_A=vertices_A,
         cells=oriented_cells(vertices_A, cells, str(path)),
-        rigidity=cell_data("rigidity", 1.0).astype(np.float64),
+        rigidity=rigidity,
         segment=cell_data("segment", 0).astype(np.int32),
         segment_map=labels,
         segment_map_pixel_size_A=pixel_size_A,
@@ -124,9 +135,16 @@ def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
 def read_grid(path: Path) -> meshio.Mesh:
     """Whatever mesh meshio finds in a file. Raises ``InputError``."""
     with parsing(path, "mesh"):
+        if path.suffix.lower() == ".ply" and not _PLY_HEADER_ENDS.search(path.read_bytes()):
+            raise InputError(f"{path}: not a readable mesh (its header has no end)")  # meshio would look for it forever
         grid = meshio.read(path)
-    if grid.points.ndim != 2 or grid.points.shape[1] != 3 or not np.isfinite(grid.points).all():
+    if grid.points.ndim != 2 or grid.points.shape[1] != 3 or not (np.abs(grid.points) <= _FARTHEST_A).all():
         raise InputError(f"{path}: its points must be finite and three-dimensional")
+    for block in grid.cells:
+        if block.type in _CORNERS and (
+            block.data.shape[1:] != (_CORNERS[block.type],) or block.data.dtype.kind not in "iu"
+        ):
+            raise InputError(f"{path}: its cells of type {block.type} must be {_CORNERS[block.type]} numbers of points")
     return grid
 
 
@@ -141,14 +159,17 @@ def _read_segment_map(path: Path) -> tuple[np.ndarray, float]:
 
 
 def used_vertices(vertices: np.ndarray, cells: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices and cells without the vertices that no cell has. Raises ``InputError`` for an index out of range."""
+    """Vertices, and cells as int32, without the vertices that no cell has.
+
+    Raises ``InputError`` for an index out of range.
+    """
     wrong = np.flatnonzero((cells.min(1) < 0) | (cells.max(1) >= len(vertices)))
     if len(wrong):
         raise InputError(f"{name}: cell {wrong[0]} names a vertex that is not there")
     used = np.zeros(len(vertices), bool)
     used[cells] = True
     if used.all():
-        return vertices, cells
+        return vertices, cells.astype(np.int32)
     logger.info("%s: %d vertices without a cell are left out", name, int((~used).sum()))
     return vertices[used], (np.cumsum(used) - 1)[cells].astype(np.int32)
 
@@ -159,7 +180,8 @@ def oriented_cells(vertices: np.ndarray, cells: np.ndarray, name: str) -> np.nda
     Raises ``InputError``, with the cell's number, where a cell has no volume.
     """
     edges = vertices[cells[:, 1:]] - vertices[cells[:, :1]]
-    volume = np.linalg.det(edges) / 6
+    with np.errstate(all="ignore"):  # of edges so short that their product is 0
+        volume = np.linalg.det(edges) / 6
     flat = np.abs(volume) <= _FLAT * np.linalg.norm(edges, axis=2).max(1) ** 3
     if flat.any():
         raise InputError(f"{name}: cell {int(np.argmax(flat))} has no volume ({int(flat.sum())} such cells)")
