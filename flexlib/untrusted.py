@@ -109,4 +109,6 @@ def read_npy(path: str | os.PathLike[str], what: str) -> np.ndarray:
             np.lib.format.read_magic(file)  # not a zip file or a pickle, which numpy.load would look into too
         np.load(path, mmap_mode="r", max_header_size=_MAX_HEADER)  # fails, and takes no memory, where data are missing
         array: np.ndarray = np.load(path, allow_pickle=False, max_header_size=_MAX_HEADER)
+    if array.dtype.itemsize == 0:
+        raise InputError(f"{path}: not a readable {what} (its values have no size)")
     return array

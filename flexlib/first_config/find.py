@@ -37,7 +37,8 @@ def find_image_root(particles: Particles, folders: Iterable[Path]) -> Path | Non
     names = particles.extra["stack_names"]
     used = [names[stack] for stack in np.unique(particles.stack_index)]
     for root in _roots(list(folders)):
-        if all(find_image_file(name, particles.source_path, root).is_file() for name in used):
+        found = [find_image_file(name, particles.source_path, root) for name in used]
+        if all(file is not None and file.is_file() for file in found):
             return root
     return None
 

@@ -43,7 +43,7 @@ def draw_mask(path: Path, density: np.ndarray, mask: np.ndarray, pixel_size_A: f
     if box > _DRAWN_BOX:
         density, mask = fourier_crop_map(density, _DRAWN_BOX), resample_mask(mask, _DRAWN_BOX)
     figure = Figure(figsize=(10.2, 7.4), layout="constrained")
-    figure.suptitle(title, color=_INK, fontsize=11)
+    figure.suptitle(title, color=_INK, fontsize=11, parse_math=False)  # names of files
     rows = figure.subplots(2, 3)
     for column, (right, up, along) in enumerate(_VIEWS):
         axis = "zyx".index(along)

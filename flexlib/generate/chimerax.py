@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from flexlib.render.commands import chimerax_word
+
 _CHIMERAX_INTERVAL = 4  # drawn frames per map while the labels are shown
 
 
@@ -23,8 +25,8 @@ def chimerax_script(name: str, table: pd.DataFrame, level: float) -> str:
     """
     count = len(table)
     lines = [
-        f"# {name}: {count} maps; the mesh's displacements are in {name}/*.vtu (ParaView)",
-        f"open {name}/frame_*.mrc vseries true",
+        f"# {chimerax_word(name)}: {count} maps; the mesh's displacements are in its *.vtu (ParaView)",
+        f"open {chimerax_word(f'{name}/frame_*.mrc')} vseries true",
         f"volume #1 style surface step 1 level {level:.6g}",
         "view",
     ]

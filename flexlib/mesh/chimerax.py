@@ -11,6 +11,7 @@ from flexlib.files import atomic_path
 from flexlib.imaging.maps import Map
 from flexlib.layout import MeshFolder
 from flexlib.render.colours import segment_colours
+from flexlib.render.commands import chimerax_word
 from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
 
 _RAMP = np.array([[0.99, 0.89, 0.49], [0.25, 0.65, 0.55], [0.27, 0.15, 0.40]])  # soft to rigid
@@ -45,7 +46,7 @@ def write_chimerax(out: MeshFolder, mesh: TetraMesh, consensus: Map, map_path: P
     with atomic_path(out.chimerax) as temporary:
         temporary.write_text(
             "# the map and the mesh's outer edges, coloured by segment; model 3 is the same coloured by rigidity\n"
-            f"open {Path(os.path.relpath(map_path, out.path)).as_posix()} id 1\n"
+            f"open {chimerax_word(Path(os.path.relpath(map_path, out.path)).as_posix())} id 1\n"
             f"open {out.bild('segments').name} id 2\n"
             f"open {out.bild('rigidity').name} id 3\n"
             "volume #1 style surface color tan\n"

@@ -16,6 +16,7 @@ from flexlib.layout import TrainFolder
 from flexlib.model.flow import FlowGenerator
 from flexlib.particles.pose_change import PoseChange
 from flexlib.tetra.tetmesh import TetraMesh
+from flexlib.untrusted import parsing
 
 FORMAT_VERSION = 1
 _ARRAYS = ("probability", "parts", "occupancy", "occupancy_share")  # that a model may lack
@@ -93,7 +94,10 @@ class FlexModel:
         path = TrainFolder(path).model if path.is_dir() else path
         if not path.exists():
             raise InputError(f"{path}: no trained model there; run the training of this sweep point first")
-        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        with parsing(path, "model"):
+            content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or "format_version" not in content:
+            raise InputError(f"{path}: not a model of ours")
         if content["format_version"] != FORMAT_VERSION:
             raise InputError(
                 f"{path}: model format {content['format_version']}, this version reads {FORMAT_VERSION}: train again"

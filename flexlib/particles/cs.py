@@ -14,9 +14,18 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.particles.cs_file import CsFile, read_cs_file
-from flexlib.particles.table import OpticsGroup, Particles, checked_numbers, find_image_file
+from flexlib.particles.table import (
+    OpticsGroup,
+    Particles,
+    checked_box,
+    checked_numbers,
+    checked_rotations,
+    find_image_files,
+)
 
 log = logging.getLogger(__name__)
+
+_LEAST_AREA = 1e-3  # of a pixel after anisotropic magnification
 
 
 class _Fields:
@@ -49,12 +58,15 @@ class _Fields:
             return self.other.column(name)[self.rows]
         raise InputError(f"{self.path}: column {name} is missing (is it in a passthrough file?)")
 
-    def numbers(self, name: str, default: float | None = None) -> np.ndarray:
-        """(n, ...) float64; ``default`` where no file has the column, InputError if there is none."""
+    def numbers(self, name: str, default: float | None = None, width: int | None = None) -> np.ndarray:
+        """(n,) float64, or (n, ``width``); ``default`` where no file has the column, InputError if there is none."""
         if default is not None and name not in self:
             return np.full(len(self), default)
         where = name if self.other is None or name in self.main.names else f"{name} (of {self.other.path})"
-        return checked_numbers(self[name], self.path, where)
+        values = self[name]
+        if int(np.prod(values.shape[1:])) != (width or 1):
+            raise InputError(f"{self.path}: column {where}: {values.shape[1:]} numbers a row, {width or 1} expected")
+        return checked_numbers(values.reshape(len(self), -1) if width else values.reshape(-1), self.path, where)
 
 
 def unique_uids(table: CsFile) -> np.ndarray:
@@ -93,16 +105,16 @@ def read_cs(path: Path, passthrough: Path | None = None, image_root: Path | None
     """Particles of a CryoSPARC file; see ``read.read_particles``."""
     fields = _Fields(path, passthrough)
     count, numbers = len(fields), fields.numbers
-    pose = numbers("alignments3D/pose")
-    origin_A = numbers("alignments3D/shift") * _alignment_pixel_size(fields)[:, None]
+    pose = numbers("alignments3D/pose", width=3)
+    origin_A = numbers("alignments3D/shift", width=2) * _alignment_pixel_size(fields)[:, None]
     if "ctf/shift_A" in fields:
-        origin_A = origin_A - numbers("ctf/shift_A")
+        origin_A = origin_A - numbers("ctf/shift_A", width=2)
     optics, optics_index = _optics_groups(fields, path)
     names, stack_index = _image_names(fields)
     return Particles(
         optics=optics,
         optics_index=optics_index,
-        rotation=np.ascontiguousarray(Rotation.from_rotvec(pose).as_matrix().transpose(0, 2, 1)),
+        rotation=checked_rotations(Rotation.from_rotvec(pose), path, "alignments3D/pose"),
         origin_A=origin_A,
         defocus_u_A=numbers("ctf/df1_A"),
         defocus_v_A=numbers("ctf/df2_A"),
@@ -112,9 +124,9 @@ def read_cs(path: Path, passthrough: Path | None = None, image_root: Path | None
         ctf_scale=numbers("ctf/scale", 1.0),
         half_set=_half_sets(numbers("alignments3D/split"), path) if "alignments3D/split" in fields else _none(count),
         contrast_sign=_signs(numbers("blob/sign"), path),
-        stack_paths=tuple(find_image_file(name, path, image_root) for name in names),
+        stack_paths=find_image_files(names, stack_index, path, image_root, "blob/path"),
         stack_index=stack_index,
-        image_index=numbers("blob/idx").astype(np.int64),
+        image_index=_slices(numbers("blob/idx"), path),
         source_path=path,
         source_row=np.arange(count),
         uid=fields.uid,
@@ -151,7 +163,7 @@ def _alignment_pixel_size(fields: _Fields) -> np.ndarray:
 def _image_names(fields: _Fields) -> tuple[tuple[str, ...], np.ndarray]:
     """Distinct stack names, sorted, and (n,) int32 stack of each particle."""
     paths = fields["blob/path"]
-    if paths.dtype.kind != "S":
+    if paths.dtype.kind != "S" or paths.ndim != 1:
         raise InputError(f"{fields.path}: column blob/path holds no texts")
     runs = np.flatnonzero(np.append(True, paths[1:] != paths[:-1]))  # neighbours mostly share a stack
     names, index = np.unique(paths[runs], return_inverse=True)
@@ -173,6 +185,14 @@ def _half_sets(split: np.ndarray, path: Path) -> np.ndarray:
     return split.astype(np.int8)
 
 
+def _slices(index: np.ndarray, path: Path) -> np.ndarray:
+    wrong = (index < 0) | (index > 2**31) | (index % 1 != 0)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(f"{path}: row {row + 1}, column blob/idx: {index[row]:g} is no image's number")
+    return index.astype(np.int64)
+
+
 def _signs(sign: np.ndarray, path: Path) -> np.ndarray:
     wrong = ~np.isin(sign, (-1, 1))
     if wrong.any():
@@ -184,21 +204,25 @@ def _signs(sign: np.ndarray, path: Path) -> np.ndarray:
 def _optics_groups(fields: _Fields, path: Path) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
     """Particles that agree in exposure group, microscope and aberrations; (n,) int32 index."""
     numbers = fields.numbers
-    pixel_size_A = numbers("blob/psize_A")
-    if (pixel_size_A <= 0).any():
-        raise InputError(f"{path}: row {int(np.argmax(pixel_size_A <= 0)) + 1}, column blob/psize_A: must be positive")
-    count = len(pixel_size_A)
-    shape = numbers("blob/shape") if "blob/shape" in fields else np.zeros((count, 2))
+    count = len(fields)
+    pixel_size_A, voltage_kV = numbers("blob/psize_A"), numbers("ctf/accel_kv")
+    for name, values in (("blob/psize_A", pixel_size_A), ("ctf/accel_kv", voltage_kV)):
+        if (values <= 0).any():
+            raise InputError(f"{path}: row {int(np.argmax(values <= 0)) + 1}, column {name}: must be positive")
+    shape = numbers("blob/shape", width=2) if "blob/shape" in fields else np.zeros((count, 2))
     if (shape[:, 0] != shape[:, 1]).any():
         row = int(np.argmax(shape[:, 0] != shape[:, 1]))
         raise InputError(f"{path}: row {row + 1}, column blob/shape: {shape[row]} is not square")
 
+    checked_box(shape.max(), path, int(shape[:, 0].argmax()), "blob/shape")
+    checked_box(shape.min(), path, int(shape[:, 0].argmin()), "blob/shape")
+
     def vector(name: str, length: int) -> np.ndarray:
-        return numbers(name).reshape(count, length) if name in fields else np.zeros((count, length))
+        return numbers(name, width=length) if name in fields else np.zeros((count, length))
 
     parts = [
         numbers("ctf/exp_group_id", 0)[:, None],
-        np.stack([numbers("ctf/accel_kv"), numbers("ctf/cs_mm"), numbers("ctf/amp_contrast"), pixel_size_A], 1),
+        np.stack([voltage_kV, numbers("ctf/cs_mm"), numbers("ctf/amp_contrast"), pixel_size_A], 1),
         shape[:, :1],
         vector("ctf/tilt_A", 2),
         vector("ctf/trefoil_A", 2),
@@ -206,6 +230,8 @@ def _optics_groups(fields: _Fields, path: Path) -> tuple[tuple[OpticsGroup, ...]
         vector("ctf/anisomag", 4),
     ]
     values, index = _distinct_rows(np.concatenate(parts, 1))
+    if not (np.abs(np.linalg.det(np.eye(2) + values[:, 14:18].reshape(-1, 2, 2))) > _LEAST_AREA).all():
+        raise InputError(f"{path}: column ctf/anisomag: a magnification that no image can be seen through")
     if (values[:, 6:] != 0).any():
         log.warning(
             "%s: higher-order aberrations are applied as others found CryoSPARC's formulae to be; prepare asks the "

@@ -173,13 +173,11 @@ def _object_columns(path: Path) -> list[str]:
 
 def _read_stream(path: Path) -> CsFile:
     content = path.read_bytes()
-    try:
+    with parsing(path, "CryoSPARC .cs file: damaged: the header of the compressed stream cannot be read"):
         at = 10 + int.from_bytes(content[6:10], "little")
         header = json.loads(content[10:at])
         count, described = int(header["length"]), [(str(name), kind, *shape) for name, kind, *shape in header["dtype"]]
         compression, compressed = header["compression"], set(header["compressed_fields"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged: the header of the compressed stream cannot be read") from error
     if compression is not None and compression not in _COMPRESSIONS:
         raise InputError(f"{path}: compressed with {compression!r}, which is not known: save it as format NUMPY")
     stream = {}
@@ -205,9 +203,9 @@ def _stream_dtype(path: Path, name: str, kind: Any, shape: Sequence[Any]) -> np.
     try:
         base = np.dtype(np.uint64) if kind == "|O" else np.dtype(str(kind))
         dtype = np.dtype((base, tuple(int(side) for side in shape[0]))) if shape else base
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, SyntaxError, OverflowError) as error:
         raise InputError(f"{path}: column {name}: type {kind!r} is not known") from error
-    if base.kind not in "fciub":
+    if base.kind not in "fciub" or dtype.itemsize == 0:
         raise InputError(f"{path}: column {name}: type {kind!r} is not known")
     return dtype
 

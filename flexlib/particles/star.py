@@ -19,7 +19,14 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.errors import InputError
 from flexlib.particles.star_text import read_star_text
-from flexlib.particles.table import OpticsGroup, Particles, checked_numbers, find_image_file
+from flexlib.particles.table import (
+    OpticsGroup,
+    Particles,
+    checked_box,
+    checked_numbers,
+    checked_rotations,
+    find_image_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +74,7 @@ _PARTICLE = (
     "flexContrastSign",
     "flexScale",
 )
+_LAST_SLICE = 2**31
 _TEXT = ("rlnImageName", "rlnOpticsGroupName", "rlnOddZernike", "rlnEvenZernike", "flexImageName")
 
 
@@ -105,14 +113,14 @@ def particles_from_tables(tables: StarTables, image_root: Path | None = None) ->
     optics, optics_index = _optics_groups(columns)
     pixel_size_A = np.array([group.pixel_size_A for group in optics])[optics_index]
     euler_deg = np.stack([columns.numbers(f"rlnAngle{name}") for name in ("Rot", "Tilt", "Psi")], 1)
-    rotation = Rotation.from_euler("ZYZ", euler_deg, degrees=True).as_matrix().transpose(0, 2, 1)
+    rotation = Rotation.from_euler("ZYZ", euler_deg, degrees=True)
     defocus_u = columns.numbers("rlnDefocusU")
     defocus_v = columns.numbers("rlnDefocusV", defocus_u)
     names, stack_index, image_index = _image_names(tables)
     return Particles(
         optics=optics,
         optics_index=optics_index,
-        rotation=np.ascontiguousarray(rotation),
+        rotation=checked_rotations(rotation, path, "rlnAngleRot"),
         origin_A=np.stack([_origin(columns, axis, pixel_size_A) for axis in "XY"], 1),
         defocus_u_A=defocus_u,
         defocus_v_A=defocus_v,
@@ -122,7 +130,7 @@ def particles_from_tables(tables: StarTables, image_root: Path | None = None) ->
         ctf_scale=columns.numbers("rlnCtfScalefactor", 1.0),
         half_set=_half_sets(columns),
         contrast_sign=columns.numbers("flexContrastSign", 1.0),
-        stack_paths=tuple(find_image_file(name, path, image_root) for name in names),
+        stack_paths=find_image_files(names, stack_index, path, image_root, "rlnImageName"),
         stack_index=stack_index,
         image_index=image_index,
         source_path=path,
@@ -219,7 +227,7 @@ def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
             return default
         try:
             value = float(raw)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = np.nan
         if not np.isfinite(value):
             raise InputError(f"{columns.path}: row {row + 1}, column {name}: {raw!s} is not a finite number")
@@ -250,7 +258,7 @@ def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
         spherical_aberration_mm=number("rlnSphericalAberration"),
         amplitude_contrast=number("rlnAmplitudeContrast", 0.0),
         pixel_size_A=pixel_size_A,
-        box=int(number("rlnImageSize", 0)),
+        box=checked_box(number("rlnImageSize", 0), columns.path, row, "rlnImageSize"),
         beam_tilt_mrad=(number("rlnBeamTiltX", 0.0), number("rlnBeamTiltY", 0.0)),
         odd_zernike=_zernike(columns, "rlnOddZernike", row),
         even_zernike=_zernike(columns, "rlnEvenZernike", row),
@@ -264,8 +272,11 @@ def _zernike(columns: _Columns, name: str, row: int) -> tuple[float, ...]:
     if text is None:
         return ()
     try:
-        return tuple(float(value) for value in json.loads(text))
-    except (TypeError, ValueError) as error:
+        values = tuple(float(value) for value in json.loads(text))
+        if not np.isfinite(values).all():
+            raise ValueError("not finite")
+        return values
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{columns.path}: row {row + 1}, column {name}: {text!s} is not a list [a,b,...]") from error
 
 
@@ -297,7 +308,8 @@ def _image_names(tables: StarTables) -> tuple[list[str], np.ndarray, np.ndarray]
     parts = [name.partition("@") for name in names]  # a name without @ is a single image without a slice number
     slices = pd.to_numeric(pd.Series([part[0] if part[1] else "1" for part in parts]), errors="coerce").to_numpy()
     stacks = np.array([part[2] if part[1] else part[0] for part in parts], object)
-    bad = ~(slices >= 1) | (slices % 1 != 0) | (stacks == "")
+    with np.errstate(invalid="ignore"):
+        bad = ~((slices >= 1) & (slices <= _LAST_SLICE)) | (slices % 1 != 0) | (stacks == "")
     if bad.any():
         row = int(np.argmax(bad))
         raise InputError(

@@ -24,6 +24,7 @@ import pandas as pd
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
+from flexlib.untrusted import parsing
 
 _BLANK = np.zeros(256, bool)
 _BLANK[list(b" \t\r\n\f\v")] = True
@@ -75,6 +76,7 @@ class StarText:
         table = next((table for table in named if table.block == "particles"), named[0])
         if len(table) == 0:
             raise InputError(f"{self.path}: the particle table data_{table.block} has no rows")
+        self._refuse_twice(table, table.labels)
         return table
 
     def cells(self, table: TextTable, rows: np.ndarray) -> Iterator[list[bytes]]:
@@ -92,34 +94,43 @@ class StarText:
         fewer values than the table has columns.
         """
         labels = [name for name in table.labels if columns is None or name in columns]
+        self._refuse_twice(table, labels)
         if table.pairs or self._has_quotes_or_gaps(table):
             return self._frame_by_tokens(table, labels, text)
         self._check_counts(table)
         index = {table.labels.index(name): name for name in labels}
         if not index:
             return pd.DataFrame(index=range(len(table)))
-        frame = pd.read_csv(
-            io.BytesIO(memoryview(self.content)[table.starts[0] : table.ends[-1]]),
-            sep=r"\s+",
-            header=None,
-            usecols=list(index),
-            dtype={at: str for at, name in index.items() if name in text},
-            keep_default_na=False,
-            na_values={at: _NAN for at, name in index.items() if name not in text},
-            quoting=csv.QUOTE_NONE,
-            encoding=_ENCODING[0],
-            encoding_errors=_ENCODING[1],
-            low_memory=False,
-        )
+        with parsing(self.path, f"table data_{table.block}"):
+            frame = pd.read_csv(
+                io.BytesIO(memoryview(self.content)[table.starts[0] : table.ends[-1]]),
+                sep=r"\s+",
+                header=None,
+                usecols=list(index),
+                dtype={at: str for at, name in index.items() if name in text},
+                keep_default_na=False,
+                na_values={at: _NAN for at, name in index.items() if name not in text},
+                quoting=csv.QUOTE_NONE,
+                encoding=_ENCODING[0],
+                encoding_errors=_ENCODING[1],
+                low_memory=False,
+            )
         return frame.rename(columns=index)[labels]
 
+    def _refuse_twice(self, table: TextTable, labels: Sequence[str]) -> None:
+        if len(set(labels)) < len(labels):
+            name = next(name for at, name in enumerate(labels) if name in labels[:at])
+            raise InputError(f"{self.path}: data_{table.block}: the column {name} stands twice: which is meant?")
+
     def _has_quotes_or_gaps(self, table: TextTable) -> bool:
-        """Whether rows hold quotes or comments, or lines that are no rows stand between them."""
+        """Whether rows hold quotes, comments or odd blanks, or lines that are no rows stand between them."""
         if len(table) == 0:
             return True
         start, end = int(table.starts[0]), int(table.ends[-1])
-        if any(self.content.find(mark, start, end) >= 0 for mark in (b'"', b"'", b"#")):
+        if any(self.content.find(mark, start, end) >= 0 for mark in (b'"', b"'", b"#", b"\f", b"\v", b"\0")):
             return True
+        if self.content.count(b"\r", start, end) != self.content.count(b"\r\n", start, end):
+            return True  # blanks to us, and the ends of lines to others
         return self.content.count(b"\n", start, end) != len(table) - 1
 
     def _check_counts(self, table: TextTable) -> None:

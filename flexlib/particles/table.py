@@ -7,15 +7,22 @@ angles are radians, lengths Angstrom; white density is positive once ``contrast_
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flexlib.errors import InputError
+
+if TYPE_CHECKING:
+    from scipy.spatial.transform import Rotation
+
+_MAX_BOX = 2**16  # pixels
 
 
 @dataclass(frozen=True)
@@ -110,11 +117,14 @@ def checked_numbers(values: Any, path: Path, column: str) -> np.ndarray:
     Raises InputError that names the first row (from 1) that is not a finite number.
     """
     array = np.asarray(values)
-    if array.dtype.kind not in "fiu":
+    if array.dtype.kind not in "fiubOSU":
+        raise InputError(f"{path}: column {column}: {array.dtype} is no type of numbers")
+    if array.dtype.kind in "OSU":
         import pandas as pd
 
         array = pd.to_numeric(pd.Series(array.ravel()), errors="coerce").to_numpy().reshape(array.shape)
-    numbers = array.astype(np.float64)
+    with np.errstate(over="ignore"):  # of a wider type: then infinite, and refused
+        numbers = array.astype(np.float64)
     bad = ~np.isfinite(numbers).reshape(len(numbers), -1).all(1)
     if bad.any():
         row = int(np.argmax(bad))
@@ -123,17 +133,69 @@ def checked_numbers(values: Any, path: Path, column: str) -> np.ndarray:
     return numbers
 
 
-def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> Path:
+def checked_rotations(rotation: Rotation, path: Path, columns: str) -> np.ndarray:
+    """(n, 3, 3) float64, volume to view, of rotations from view to volume.
+
+    Raises InputError that names the first row (from 1) whose angles were too large to mean a rotation.
+    """
+    matrices = np.ascontiguousarray(rotation.as_matrix().transpose(0, 2, 1))
+    bad = ~np.isfinite(matrices).all((1, 2))
+    if bad.any():
+        raise InputError(f"{path}: row {int(np.argmax(bad)) + 1}, column {columns}: is no rotation")
+    return matrices
+
+
+def checked_box(side: float, path: Path, row: int, column: str) -> int:
+    """A box in pixels as the metadata state it, 0 where they do not. Raises InputError where no image can have it."""
+    if not 0 <= side <= _MAX_BOX:
+        raise InputError(f"{path}: row {row + 1}, column {column}: a box of {side:g} pixels is none")
+    return int(side)
+
+
+def find_image_files(
+    names: Sequence[str], stack_index: np.ndarray, metadata_path: Path, image_root: Path | None, column: str
+) -> tuple[Path, ...]:
+    """Where each image stack lies (``find_image_file``).
+
+    ``stack_index`` is (n,), each row's among ``names``. Raises InputError, naming the first row, where a path would
+    leave the folders it may be in.
+    """
+    found = [find_image_file(name, metadata_path, image_root) for name in names]
+    for stack, (name, path) in enumerate(zip(names, found, strict=True)):
+        if path is None:
+            row = int(np.argmax(stack_index == stack))
+            where = "the particle file's and the working folder" if image_root is None else str(image_root)
+            raise InputError(
+                f"{metadata_path}: row {row + 1}, column {column}: {name} leads out of {where}: image_root must be a "
+                "folder that holds the images too"
+            )
+    return tuple(path for path in found if path is not None)
+
+
+def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> Path | None:
     """Where an image stack named in a metadata file lies.
 
     A relative name is looked up in ``image_root`` if given, else in the metadata file's folder and then in each of its
     parents. A leading ``>`` (CryoSPARC export) and RELION's ``:mrcs`` at the end are dropped, and where there is no
     such file, .mrc and .mrcs stand for each other (RELION wants stacks to end in .mrcs, CryoSPARC writes .mrc). A file
     found nowhere gets the first folder searched: whether it exists is asked later, by ``stack.open_stacks``.
+
+    A name that climbs out of these folders by ``..`` counts from ``image_root``, or else from the metadata file's
+    folder, and must end in ``image_root`` (by default in the working folder or the metadata file's); None where it
+    does not. Symbolic links may lead anywhere: they are the user's own.
     """
     plain = Path(re.sub(r":mrcs?$", "", name.removeprefix(">")))
     folder = metadata_path.absolute().parent
-    roots = [Path(image_root).absolute()] if image_root is not None else [folder, *folder.parents]
+    if ".." in plain.parts:
+        within = [folder, Path.cwd()] if image_root is None else [Path(image_root).absolute()]
+        starts = dict.fromkeys([within[0], folder])
+        ends = [Path(os.path.normpath(start / plain)) for start in starts]  # not through links: a/../b is b
+        roots = [end for end in ends if plain.is_absolute() or any(end.is_relative_to(one) for one in within)]
+        if not roots:
+            return None
+        plain, roots = Path(roots[0].name), [end.parent for end in roots]
+    else:
+        roots = [Path(image_root).absolute()] if image_root is not None else [folder, *folder.parents]
     other_suffix = {".mrc": ".mrcs", ".mrcs": ".mrc"}.get(plain.suffix)
     for candidate in (plain, *([plain.with_suffix(other_suffix)] if other_suffix else [])):
         for root in roots:  # of an absolute candidate the root does not matter

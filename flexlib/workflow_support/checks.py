@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -16,6 +17,8 @@ from flexlib.workflow_support.schema import config_schema
 from flexlib.workflow_support.series import series_files
 from flexlib.workflow_support.settings import SECTIONS, RunSettings, make_settings
 
+_MOST_VALUES, _DEEPEST, _LARGEST = 100_000, 10, 1e15
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -34,14 +37,42 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     import jsonschema
 
+    _check_plain(config)
     schema = config_schema()
     checked = _fill(_understand_numbers(config, schema), schema)
+    _check_plain(checked)  # text that was understood as a number may be none either
     errors = jsonschema.Draft202012Validator(schema).iter_errors(checked)
     if error := min(
         errors, key=lambda error: ([str(part) for part in error.absolute_path], error.message), default=None
     ):
         raise InputError(f"config: {_explain(error)}")
     return checked
+
+
+def _check_plain(config: Mapping[str, Any]) -> None:
+    """Refuse what no setting is: values that are no plain data, and aliases that unfold to more than a config can be.
+
+    Texts become paths and names, and numbers enter arithmetic: neither may hold what is in no name or no number.
+    """
+    waiting: list[tuple[str, Any, int]] = [("", config, 0)]
+    for number in itertools.count(1):
+        if not waiting:
+            return
+        where, value, depth = waiting.pop()
+        if number + len(waiting) > _MOST_VALUES or depth > _DEEPEST:
+            raise InputError(f"config: {where}: more values, or deeper in one another, than a config has")
+        if isinstance(value, Mapping):
+            waiting += [(f"{where}.{key}".lstrip("."), item, depth + 1) for key, item in value.items()]
+            waiting += [(where, str(key), depth + 1) for key in value]
+        elif isinstance(value, list):
+            waiting += [(f"{where}.{at}", item, depth + 1) for at, item in enumerate(value)]
+        elif isinstance(value, str):
+            if _CONTROL.search(value):
+                raise InputError(f"config: {where}: {value[:80]!r} holds a control character")
+        elif value is not None and not isinstance(value, bool | int | float):
+            raise InputError(f"config: {where}: {str(value)[:80]!r} is read as a {type(value).__name__}: quote it")
+        elif value is not None and not -_LARGEST <= value <= _LARGEST:
+            raise InputError(f"config: {where}: is not a number that any setting can have")
 
 
 def _understand_numbers(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +163,8 @@ def check_paths(config: Mapping[str, Any]) -> None:
     """
     made = Path(config["particles"]).parent if config.get("simulate") is not None else None
     for key, path in input_paths(config):
+        if set("{}\n") & set(str(path)):
+            raise InputError(f"config: {key}: {path}: Snakemake follows no file with braces or line breaks in its name")
         if not path.exists() and path.parent != made:
             raise InputError(f"config: {key}: {path} does not exist (looked for at {path.absolute()})")
 

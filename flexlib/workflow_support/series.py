@@ -30,7 +30,7 @@ class SeriesRequest:
             return f"kmeans_{self.count}"
         if self.kind == "between" and all(isinstance(end, int) for end in self.ends):
             return "between_{}_{}".format(*self.ends)
-        return re.sub(r"[^\w.-]+", "_", self.path.stem) if self.kind == "file" else self.kind
+        return re.sub(r"[^\w.-]+|^[.-]+", "_", self.path.stem) if self.kind == "file" else self.kind
 
 
 def parse_series(value: str | Sequence[str]) -> list[SeriesRequest]:

@@ -46,7 +46,7 @@ class PrepareSettings:
         "C1",
         "Point group of the consensus (Cn, Dn, T, O, I1 to I4, axes as RELION's; I is I2); each particle is used in "
         "all its equivalent poses.",
-        pattern="^([Cc][1-9][0-9]*|[Dd][1-9][0-9]*|[Tt]|[Oo]|[Ii][1-4]?)$",
+        pattern="^([Cc][1-9][0-9]*|[Dd][1-9][0-9]*|[Tt]|[Oo]|[Ii][1-4]?)$(?!\\n)",
     )
     resplit: bool = setting(False, "Draw new half-sets instead of keeping the input's.")
 
@@ -276,7 +276,7 @@ class RunSettings:
     name: str = setting(
         ...,
         "Name of the run; everything is written below results/NAME/. Letters, digits, dot, dash, underscore.",
-        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$(?!\\n)",
     )
     particles: Path = setting(..., "Particles with poses and CTF, a RELION (3.0 to 5) .star or a CryoSPARC .cs file.")
     passthrough: Path | None = setting(None, "A CryoSPARC passthrough .cs that carries further columns; joined by uid.")
