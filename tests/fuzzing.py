@@ -309,7 +309,7 @@ class TooLong(BaseException):
     """An input took longer than ``SECONDS``."""
 
 
-def _stop(*_: object) -> None:
+def stop(*_: object) -> None:
     raise TooLong
 
 
@@ -346,7 +346,7 @@ def complaint(read: Callable[[Path], None], path: Path) -> str | None:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -361,7 +361,7 @@ def fuzz(name: str, folder: Path, seed: int, count: int) -> Outcome:
     seeds = sorted((folder / name).iterdir())
     work = folder / "work" / name
     work.mkdir(parents=True, exist_ok=True)
-    outcome, before, kinds = Outcome(name), _peak_bytes(), set()
+    outcome, before, kinds = Outcome(name), peak_bytes(), set()
     for number in range(count):
         rng = Random(f"{name} {seed} {number}")
         whole = seeds[number % len(seeds)]
@@ -379,12 +379,12 @@ def fuzz(name: str, folder: Path, seed: int, count: int) -> Outcome:
                 kinds.add(kind)
                 outcome.wrong.append(f"{name} {number} of {whole.name}: {complained}")
                 path.replace(work / f"wrong_{number}{''.join(whole.suffixes)}")
-    outcome.grown_bytes = _peak_bytes() - before
+    outcome.grown_bytes = peak_bytes() - before
     return outcome
 
 
 def _main(folder: Path, seed: int, count: int, names: list[str]) -> None:
-    signal.signal(signal.SIGPROF, _stop)
+    signal.signal(signal.SIGPROF, stop)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "Data array contains NaN values")
     warnings.filterwarnings("ignore", "overflow encountered in scalar multiply", module="meshio.stl")

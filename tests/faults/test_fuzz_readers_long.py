@@ -1,4 +1,4 @@
-"""Ten thousand damaged files and more for each reader; as ``tests/test_fuzz.py``, with another seed (minutes)."""
+"""Ten thousand damaged files and more for each reader: ``tests/test_fuzz_readers.py`` with another seed (minutes)."""
 
 from __future__ import annotations
 
