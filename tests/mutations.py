@@ -338,7 +338,7 @@ def yaml_text(content: bytes, rng: Random) -> bytes:
         return alias_bomb(rng)
     if kind < 0.3:
         return yaml.safe_dump(
-            {key: value for key, value in config(yaml.safe_load(content), rng).items() if _plain(value)}
+            {key: value for key, value in config(yaml.safe_load(content), rng).items() if _plain({key: value})}
         ).encode()
     lines = content.split(b"\n")
     extra = [

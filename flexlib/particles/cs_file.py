@@ -161,7 +161,7 @@ def _object_columns(path: Path) -> list[str]:
     with path.open("rb") as file:
         version = file.read(8)[6:7]
         size = int.from_bytes(file.read(2 if version == b"\x01" else 4), "little")
-        header = file.read(size)
+        header = file.read(min(size, path.stat().st_size))
     try:
         described = ast.literal_eval(header.decode("utf-8").strip())["descr"]
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
