@@ -86,8 +86,7 @@ def _seg(path: Path) -> None:
 
 
 def _mesh(path: Path) -> None:
-    from flexlib.mesh.custom import surface_of
-    from flexlib.tetra.io import read_grid, read_mesh
+    from flexlib.tetra.io import read_grid, read_mesh, surface_of
 
     if path.suffix not in (".stl", ".ply"):
         mesh = read_mesh(path)

@@ -6,13 +6,12 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import meshio
 import numpy as np
 
 from flexlib.errors import InputError
 from flexlib.imaging.maps import Map
 from flexlib.mesh.surface import fill_surface
-from flexlib.tetra.io import read_grid, read_mesh
+from flexlib.tetra.io import read_grid, read_mesh, surface_of
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.tetra.voxels import covered
 
@@ -73,15 +72,6 @@ def read_custom_mesh(path: Path, consensus: Map, mask: np.ndarray, cell_size_A: 
         )
     logger.info("%s: %d cells cover %.1f %% of the mask", path, len(mesh.cells), 100 * share)
     return mesh, own_weights
-
-
-def surface_of(grid: meshio.Mesh, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Points (n, 3) and triangles (m, 3) of a grid. Raises ``InputError`` for a triangle without its points."""
-    triangles = np.concatenate([block.data for block in grid.cells if block.type == "triangle"])
-    wrong = np.flatnonzero(((triangles < 0) | (triangles >= len(grid.points))).any(1))
-    if len(wrong):
-        raise InputError(f"{path}: triangle {wrong[0]} names a point that is not there")
-    return np.asarray(grid.points, np.float64), triangles.astype(np.int64)
 
 
 def _over_the_mask(mesh: TetraMesh, consensus: Map, mask: np.ndarray, path: Path) -> tuple[TetraMesh, float]:

@@ -148,6 +148,15 @@ def read_grid(path: Path) -> meshio.Mesh:
     return grid
 
 
+def surface_of(grid: meshio.Mesh, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Points (n, 3) and triangles (m, 3) of a grid. Raises ``InputError`` for a triangle without its points."""
+    triangles = np.concatenate([block.data for block in grid.cells if block.type == "triangle"])
+    wrong = np.flatnonzero(((triangles < 0) | (triangles >= len(grid.points))).any(1))
+    if len(wrong):
+        raise InputError(f"{path}: triangle {wrong[0]} names a point that is not there")
+    return np.asarray(grid.points, np.float64), triangles.astype(np.int64)
+
+
 def _read_segment_map(path: Path) -> tuple[np.ndarray, float]:
     """The segment of each voxel (M, M, M) and the voxel size in A; (0, 0, 0) where the file has no segments."""
     grid = read_label_map(path)
