@@ -138,13 +138,13 @@ def make_cs(path: Path, count: int, compressed: bool) -> None:
 
 def time_format(path: Path) -> dict:
     """(seconds, seconds of CPU) of each step on one particle file, and this process's peak memory in GB."""
-    from flexlib.files import write_json
     from flexlib.particles import read_particles
     from flexlib.particles.latents_read import read_latents
     from flexlib.particles.latents_table import read_latent_table
     from flexlib.particles.latents_write import write_latents_cs, write_latents_star
     from flexlib.particles.star_write import relion_tables, write_star
     from flexlib.particles.table import Particles
+    from flexlib.records import PreparedRecord
     from flexlib.select import in_box, write_subset
 
     folder = path.parent / f"{path.stem}_run"
@@ -158,8 +158,12 @@ def time_format(path: Path) -> dict:
         cpu_times[name] = time.process_time() - cpu_start  # what it takes on a machine with nothing else to do
         return result
 
+    def peak_GB() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    memory = {"GB of libraries": peak_GB()}
     particles = timed("read and check", lambda: read_particles(path))
-    memory = {"peak GB after reading": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    memory["peak GB after reading"] = peak_GB()
 
     def write_particles(particles: Particles) -> None:
         blocks = relion_tables(particles)
@@ -168,8 +172,11 @@ def time_format(path: Path) -> dict:
 
     timed("write particles.star", lambda: write_particles(particles))
     count = len(particles)
-    summary = {"particles": str(path), "passthrough": None, "image_root": None, "half_sets": "input"}
-    write_json(folder / "particles/prepared.json", summary | {"num_input": count})
+    PreparedRecord(
+        particles=str(path), passthrough=None, image_root=None, consensus="", mask=None, num_input=count,
+        num_particles=count, symmetry="C1", symmetry_copies=1, num_rows=count, half_sets="input", full_box=256,
+        full_pixel_size_A=1.06, crop_box=256, train_box=128, train_pixel_size_A=2.12, optics_groups=[],
+    ).write(folder / "particles/prepared.json")  # fmt: skip
     latents = np.random.default_rng(1).normal(size=(count, DIMS)).astype(np.float32)
     particles = None  # memory for what follows
     out = folder / "train" / "latents.star"
@@ -183,7 +190,7 @@ def time_format(path: Path) -> dict:
         write_subset(table, in_box(table, ["1=0:"]), folder / f"subset{path.suffix}")
 
     timed("choose half of them", choose)
-    memory["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory["peak GB"] = peak_GB()
     return {name: (seconds, cpu_times[name]) for name, seconds in times.items()} | memory
 
 

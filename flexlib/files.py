@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 
+def is_there(path: str | os.PathLike[str], *, as_file: bool = False) -> bool:
+    """Whether a file or folder (``as_file``: a file) is there for us: no name is too long, no folder closed to ask."""
+    try:
+        return Path(path).is_file() if as_file else Path(path).exists()
+    except OSError:
+        return False
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` that becomes ``path`` when the block ends well and is removed when it fails.

@@ -48,7 +48,7 @@ def parsing(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 @contextmanager
 def _limited_memory(path: str | os.PathLike[str]) -> Iterator[None]:
-    """This process's memory, limited to what it has now and a share in proportion to the file."""
+    """Limit this process's memory to what it has now and a share in proportion to the file."""
     with _one_at_a_time:  # the limit is the whole process's
         yield from _limited(path)
 

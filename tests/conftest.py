@@ -46,6 +46,8 @@ def pytest_addoption(parser):
 
     parser.addoption("--slurm", action="store_true", help="the tests on the SLURM that tests/slurm/cluster.sh starts")
 
+    parser.addoption("--faults", action="store_true", help="the tests of faults, at length (tests/faults)")
+
     parser.addoption("--gpu", action="store_true", help="the tests that need a CUDA device (tests/gpu)")
 
 
@@ -53,6 +55,8 @@ def pytest_ignore_collect(collection_path, config):
     if "acceptance" in collection_path.parts and config.getoption("--data") is None:
         return True
     if "slurm" in collection_path.parts and not config.getoption("--slurm"):
+        return True
+    if "faults" in collection_path.parts and not config.getoption("--faults"):
         return True
     if "gpu" in collection_path.parts and not config.getoption("--gpu"):
         return True

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flexlib.errors import InputError
+from flexlib.files import is_there
 from flexlib.particles.star_text import StarText, read_star_text
 from flexlib.particles.table import Particles, find_image_file
 
@@ -38,7 +39,7 @@ def find_image_root(particles: Particles, folders: Iterable[Path]) -> Path | Non
     used = [names[stack] for stack in np.unique(particles.stack_index)]
     for root in _roots(list(folders)):
         found = [find_image_file(name, particles.source_path, root) for name in used]
-        if all(file is not None and file.is_file() for file in found):
+        if all(file is not None and is_there(file, as_file=True) for file in found):
             return root
     return None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flexlib.errors import InputError
+from flexlib.files import is_there
 from flexlib.first_config.facts import ParticleFacts, particle_facts, particle_warnings
 from flexlib.first_config.find import find_half_maps, find_image_root, find_symmetry
 from flexlib.first_config.molecule import HalfMaps, Molecule, compare_half_maps, look_at_mask, molecule_warnings
@@ -138,7 +139,7 @@ def _with_image_root(files: InputFiles) -> InputFiles:
     if files.image_root is not None:
         return files
     particles = read_particles(files.particles, files.passthrough)
-    if all(particles.stack_paths[stack].is_file() for stack in np.unique(particles.stack_index)):
+    if all(is_there(particles.stack_paths[stack], as_file=True) for stack in np.unique(particles.stack_index)):
         return files
     near = (Path.cwd(), files.particles.absolute().parent, files.consensus.absolute().parent)
     return replace(files, image_root=find_image_root(particles, near))

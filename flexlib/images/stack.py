@@ -19,6 +19,7 @@ import mrcfile
 import numpy as np
 
 from flexlib.errors import InputError
+from flexlib.files import is_there
 from flexlib.particles.table import Particles
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ def open_stacks(particles: Particles) -> tuple[Stacks, Particles]:
     headers: list[StackHeader | None] = [None] * len(particles.stack_paths)
     for stack, row in zip(used, first_row, strict=True):
         path = particles.stack_paths[stack]
-        if not path.is_file():
+        if not is_there(path, as_file=True):
             raise InputError(f"{particles.describe_row(row, column)}: image stack not found: {path}")
         try:
             headers[stack] = read_stack_header(path)

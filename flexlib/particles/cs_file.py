@@ -166,9 +166,13 @@ def _object_columns(path: Path) -> list[str]:
         described = ast.literal_eval(header.decode("utf-8").strip())["descr"]
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         return []
-    if isinstance(described, str):
-        return ["(all)"] if "O" in described else []
-    return [str(column[0]) for column in described if isinstance(column, tuple) and "O" in str(column[1])]
+    if not isinstance(described, list):
+        return ["(all)"] if "O" in str(described) else []
+    return [
+        str(column[0])
+        for column in described
+        if isinstance(column, tuple) and len(column) > 1 and "O" in str(column[1])
+    ]
 
 
 def _read_stream(path: Path) -> CsFile:

@@ -26,6 +26,7 @@ from flexlib.particles.table import (
     checked_numbers,
     checked_rotations,
     find_image_files,
+    number,
 )
 
 log = logging.getLogger(__name__)
@@ -207,7 +208,10 @@ def _optics_groups(columns: _Columns) -> tuple[tuple[OpticsGroup, ...], np.ndarr
     frame = pd.DataFrame({"group": columns.group_row}, index=table.index)
     for name in _OPTICS:
         if name in table and not columns.in_optics(name):
-            frame[name] = table[name]
+            values = table[name]
+            if not pd.api.types.is_numeric_dtype(values):  # in the order of their texts, which may not be UTF-8
+                values = pd.Series(np.unique(values.astype(object).map(ascii), return_inverse=True)[1], table.index)
+            frame[name] = values
     number = frame.groupby(list(frame.columns), sort=True, dropna=False).ngroup().to_numpy()
     _, first_row, index = np.unique(number, return_index=True, return_inverse=True)
     groups = tuple(_optics_group(columns, int(row), count) for count, row in enumerate(first_row, 1))
@@ -219,27 +223,24 @@ def _optics_groups(columns: _Columns) -> tuple[tuple[OpticsGroup, ...], np.ndarr
 def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
     """The optics group of the particle at ``row``; ``count`` names it where the file doesn't."""
 
-    def number(name: str, default: float | None = None) -> float:
+    def finite(name: str, default: float | None = None) -> float:
         raw = columns.value(name, row)
         if raw is None:
             if default is None:
                 raise InputError(f"{columns.path}: column {name} is missing (neither in data_optics nor per particle)")
             return default
-        try:
-            value = float(raw)
-        except (TypeError, ValueError, OverflowError):
-            value = np.nan
+        value = number(raw)
         if not np.isfinite(value):
             raise InputError(f"{columns.path}: row {row + 1}, column {name}: {raw!s} is not a finite number")
         return value
 
     def positive(name: str) -> float:
-        value = number(name)
+        value = finite(name)
         if value <= 0:
             raise InputError(f"{columns.path}: row {row + 1}, column {name}: {value:g} must be positive")
         return value
 
-    flipped = "phase_flipped" if number("rlnCtfDataArePhaseFlipped", 0) else ""
+    flipped = "phase_flipped" if finite("rlnCtfDataArePhaseFlipped", 0) else ""
     for name in _PIXEL_SIZE:
         if columns.has(name):
             pixel_size_A = positive(name)
@@ -249,21 +250,21 @@ def _optics_group(columns: _Columns, row: int, count: int) -> OpticsGroup:
             raise InputError(f"{columns.path}: no pixel size: column rlnImagePixelSize is missing")
         pixel_size_A = positive("rlnDetectorPixelSize") * 1e4 / positive("rlnMagnification")
     m00, m01, m10, m11 = (
-        number(name, default) for name, default in zip(MAGNIFICATION_MATRIX, (1.0, 0.0, 0.0, 1.0), strict=True)
+        finite(name, default) for name, default in zip(MAGNIFICATION_MATRIX, (1.0, 0.0, 0.0, 1.0), strict=True)
     )
     name = columns.value("rlnOpticsGroupName", row)
     return OpticsGroup(
         name=f"opticsGroup{count}" if name is None else str(name),
         voltage_kV=positive("rlnVoltage"),
-        spherical_aberration_mm=number("rlnSphericalAberration"),
-        amplitude_contrast=number("rlnAmplitudeContrast", 0.0),
+        spherical_aberration_mm=finite("rlnSphericalAberration"),
+        amplitude_contrast=finite("rlnAmplitudeContrast", 0.0),
         pixel_size_A=pixel_size_A,
-        box=checked_box(number("rlnImageSize", 0), columns.path, row, "rlnImageSize"),
-        beam_tilt_mrad=(number("rlnBeamTiltX", 0.0), number("rlnBeamTiltY", 0.0)),
+        box=checked_box(finite("rlnImageSize", 0), columns.path, row, "rlnImageSize"),
+        beam_tilt_mrad=(finite("rlnBeamTiltX", 0.0), finite("rlnBeamTiltY", 0.0)),
         odd_zernike=_zernike(columns, "rlnOddZernike", row),
         even_zernike=_zernike(columns, "rlnEvenZernike", row),
         magnification_matrix=((m00, m01), (m10, m11)),
-        ctf_applied="premultiplied" if number("rlnCtfDataAreCtfPremultiplied", 0) else flipped,
+        ctf_applied="premultiplied" if finite("rlnCtfDataAreCtfPremultiplied", 0) else flipped,
     )
 
 
@@ -306,7 +307,7 @@ def _image_names(tables: StarTables) -> tuple[list[str], np.ndarray, np.ndarray]
     """Distinct stack names, (n,) int32 stack of each particle, (n,) int64 0-based slice, from ``000001@path``."""
     names = tables.particles["rlnImageName"].tolist()
     parts = [name.partition("@") for name in names]  # a name without @ is a single image without a slice number
-    slices = pd.to_numeric(pd.Series([part[0] if part[1] else "1" for part in parts]), errors="coerce").to_numpy()
+    slices = np.array([number(part[0]) if part[1] else 1.0 for part in parts])
     stacks = np.array([part[2] if part[1] else part[0] for part in parts], object)
     with np.errstate(invalid="ignore"):
         bad = ~((slices >= 1) & (slices <= _LAST_SLICE)) | (slices % 1 != 0) | (stacks == "")

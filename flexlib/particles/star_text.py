@@ -101,21 +101,29 @@ class StarText:
         index = {table.labels.index(name): name for name in labels}
         if not index:
             return pd.DataFrame(index=range(len(table)))
-        with parsing(self.path, f"table data_{table.block}"):
-            frame = pd.read_csv(
-                io.BytesIO(memoryview(self.content)[table.starts[0] : table.ends[-1]]),
-                sep=r"\s+",
-                header=None,
-                usecols=list(index),
-                dtype={at: str for at, name in index.items() if name in text},
-                keep_default_na=False,
-                na_values={at: _NAN for at, name in index.items() if name not in text},
-                quoting=csv.QUOTE_NONE,
-                encoding=_ENCODING[0],
-                encoding_errors=_ENCODING[1],
-                low_memory=False,
-            )
-        return frame.rename(columns=index)[labels]
+        try:
+            with parsing(self.path, f"table data_{table.block}"):
+                return self._frame_at_once(table, index, text).rename(columns=index)[labels]
+        except InputError as error:
+            if isinstance(error.__cause__, UnicodeError):  # pandas holds no text that is not UTF-8
+                return self._frame_by_tokens(table, labels, text)
+            raise
+
+    def _frame_at_once(self, table: TextTable, index: Mapping[int, str], text: Sequence[str]) -> pd.DataFrame:
+        """The columns at ``index``, of a table in which blanks part all values and lines all rows."""
+        return pd.read_csv(
+            io.BytesIO(memoryview(self.content)[table.starts[0] : table.ends[-1]]),
+            sep=r"\s+",
+            header=None,
+            usecols=list(index),
+            dtype={at: str for at, name in index.items() if name in text},
+            keep_default_na=False,
+            na_values={at: _NAN for at, name in index.items() if name not in text},
+            quoting=csv.QUOTE_NONE,
+            encoding=_ENCODING[0],
+            encoding_errors=_ENCODING[1],
+            low_memory=False,
+        )
 
     def _refuse_twice(self, table: TextTable, labels: Sequence[str]) -> None:
         if len(set(labels)) < len(labels):
@@ -164,15 +172,17 @@ class StarText:
             counts[row] = len(values)
             chosen.append([values[at] for at in index] if len(values) == len(table.labels) else [])
         self._refuse_counts(table, counts)
-        columns = {}
+        columns: list[pd.Series] = []
         for at, name in enumerate(labels):
             values = pd.Series([row[at].decode(*_ENCODING) for row in chosen], dtype=object)
-            numbers = (
-                pd.to_numeric(values.mask(values.isin(_NAN), "nan"), errors="coerce") if name not in text else None
-            )
-            numeric = numbers is not None and not (numbers.isna() & ~values.isin(_NAN)).any()
-            columns[name] = numbers if numeric else values
-        return pd.DataFrame(columns, index=range(len(table)))
+            shown = pd.Series([row[at].decode(errors="replace") for row in chosen], dtype=object)
+            absent = shown.isin(_NAN)
+            numbers = pd.to_numeric(shown.mask(absent, "nan"), errors="coerce") if name not in text else None
+            numeric = numbers is not None and not (numbers.isna() & ~absent).any()
+            columns.append(numbers if numeric else values)
+        frame = pd.DataFrame(dict(enumerate(columns)), index=range(len(table)))
+        frame.columns = pd.Index(labels, dtype=object)  # names may hold what is not UTF-8
+        return frame
 
     def write(
         self,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexlib.errors import InputError
+from flexlib.files import is_there
 
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
@@ -120,17 +121,23 @@ def checked_numbers(values: Any, path: Path, column: str) -> np.ndarray:
     if array.dtype.kind not in "fiubOSU":
         raise InputError(f"{path}: column {column}: {array.dtype} is no type of numbers")
     if array.dtype.kind in "OSU":
-        import pandas as pd
-
-        array = pd.to_numeric(pd.Series(array.ravel()), errors="coerce").to_numpy().reshape(array.shape)
-    with np.errstate(over="ignore"):  # of a wider type: then infinite, and refused
+        array = np.array([number(value) for value in array.ravel().tolist()]).reshape(array.shape)
+    with np.errstate(over="ignore", invalid="ignore"):  # of a wider type: then infinite, and refused
         numbers = array.astype(np.float64)
-    bad = ~np.isfinite(numbers).reshape(len(numbers), -1).all(1)
+    bad = ~np.isfinite(numbers).all(tuple(range(1, numbers.ndim)))
     if bad.any():
         row = int(np.argmax(bad))
         value = np.asarray(values)[row]
         raise InputError(f"{path}: row {row + 1}, column {column}: {value!s} is not a finite number")
     return numbers
+
+
+def number(value: Any) -> float:
+    """``value`` as a number; nan where it is none."""
+    try:
+        return np.nan if "_" in str(value) else float(value)  # Python would read 1_000
+    except (TypeError, ValueError, OverflowError):
+        return np.nan
 
 
 def checked_rotations(rotation: Rotation, path: Path, columns: str) -> np.ndarray:
@@ -186,11 +193,13 @@ def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> 
     """
     plain = Path(re.sub(r":mrcs?$", "", name.removeprefix(">")))
     folder = metadata_path.absolute().parent
-    if ".." in plain.parts:
+    if not plain.is_absolute():
+        plain = Path(os.path.normpath(plain))  # not through links: a/../b is b
+    if plain.parts[:1] == ("..",):
         within = [folder, Path.cwd()] if image_root is None else [Path(image_root).absolute()]
         starts = dict.fromkeys([within[0], folder])
-        ends = [Path(os.path.normpath(start / plain)) for start in starts]  # not through links: a/../b is b
-        roots = [end for end in ends if plain.is_absolute() or any(end.is_relative_to(one) for one in within)]
+        ends = [Path(os.path.normpath(start / plain)) for start in starts]
+        roots = [end for end in ends if any(end.is_relative_to(one) for one in within)]
         if not roots:
             return None
         plain, roots = Path(roots[0].name), [end.parent for end in roots]
@@ -199,7 +208,7 @@ def find_image_file(name: str, metadata_path: Path, image_root: Path | None) -> 
     other_suffix = {".mrc": ".mrcs", ".mrcs": ".mrc"}.get(plain.suffix)
     for candidate in (plain, *([plain.with_suffix(other_suffix)] if other_suffix else [])):
         for root in roots:  # of an absolute candidate the root does not matter
-            if (root / candidate).is_file():
+            if is_there(root / candidate, as_file=True):
                 return root / candidate
     return roots[0] / plain
 

@@ -1,4 +1,4 @@
-"""Mesh files: VTK unstructured grids (.vtu) as ours, and any tetrahedral mesh that meshio reads.
+"""Mesh files: VTK unstructured grids (.vtu) as ours, and the tetrahedral meshes and surfaces of other programs.
 
 A mesh's segment map is a label map of its own beside the mesh, ``MeshFolder.segments``: meshio writes no field data.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 
 import meshio
@@ -26,7 +25,7 @@ _NO_SEGMENTS = np.full((1, 1, 1), -1)  # what is written for a mesh without a se
 _FARTHEST_A = 1e9  # of any point
 _CORNERS = {"triangle": 3, "tetra": 4}  # of the kinds of cells that are used
 _LARGEST = 2**31 - 1  # of what a file says of cells
-_PLY_HEADER_ENDS = re.compile(rb"^\s*end_header\s*$", re.MULTILINE)
+_SUFFIXES = (".vtu", ".vtk", ".msh", ".stl", ".ply", ".obj")  # of those that meshio reads, what is tried with damage
 _FLAT = 1e-9  # of the cube of a cell's longest edge: a volume below is none
 
 
@@ -88,7 +87,7 @@ def write_displacement(
 
 
 def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
-    """Read a tetrahedral mesh in any format of meshio; missing rigidity is 1, missing segment 0.
+    """Read a tetrahedral mesh of any program (``read_grid``); missing rigidity is 1, missing segment 0.
 
     Cells that are turned inside out get two vertices swapped. The segment map of a mesh with the cell data ``segment``
     is the file ``MeshFolder.segments`` beside it; without that file the mesh has none.
@@ -133,10 +132,12 @@ def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
 
 
 def read_grid(path: Path) -> meshio.Mesh:
-    """Whatever mesh meshio finds in a file. Raises ``InputError``."""
+    """Whatever mesh meshio finds in a file of one of ``_SUFFIXES``. Raises ``InputError``."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise InputError(f"{path}: meshes are read from {', '.join(_SUFFIXES)} files")
     with parsing(path, "mesh"):
-        if path.suffix.lower() == ".ply" and not _PLY_HEADER_ENDS.search(path.read_bytes()):
-            raise InputError(f"{path}: not a readable mesh (its header has no end)")  # meshio would look for it forever
+        if path.suffix.lower() == ".ply" and b"end_header" not in map(bytes.strip, path.read_bytes().split(b"\n")):
+            raise InputError(f"{path}: truncated: its header has no end")  # meshio would look for it for ever
         grid = meshio.read(path)
     if grid.points.ndim != 2 or grid.points.shape[1] != 3 or not (np.abs(grid.points) <= _FARTHEST_A).all():
         raise InputError(f"{path}: its points must be finite and three-dimensional")
@@ -189,9 +190,9 @@ def oriented_cells(vertices: np.ndarray, cells: np.ndarray, name: str) -> np.nda
     Raises ``InputError``, with the cell's number, where a cell has no volume.
     """
     edges = vertices[cells[:, 1:]] - vertices[cells[:, :1]]
-    with np.errstate(all="ignore"):  # of edges so short that their product is 0
+    with np.errstate(all="ignore"):  # numbers so large or small that they have no volume either
         volume = np.linalg.det(edges) / 6
-    flat = np.abs(volume) <= _FLAT * np.linalg.norm(edges, axis=2).max(1) ** 3
+        flat = ~(np.abs(volume) > _FLAT * np.linalg.norm(edges, axis=2).max(1) ** 3) | ~np.isfinite(volume)
     if flat.any():
         raise InputError(f"{name}: cell {int(np.argmax(flat))} has no volume ({int(flat.sum())} such cells)")
     inverted = volume < 0

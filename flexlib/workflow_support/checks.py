@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from flexlib.errors import InputError
+from flexlib.files import is_there
 from flexlib.workflow_support.estimates import MapSize, read_map_size
 from flexlib.workflow_support.schema import config_schema
 from flexlib.workflow_support.series import series_files
 from flexlib.workflow_support.settings import SECTIONS, RunSettings, make_settings
 
-_MOST_VALUES, _DEEPEST, _LARGEST = 100_000, 10, 1e15
+_MOST_VALUES, _DEEPEST, _LARGEST = 20_000, 10, 1e15
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -167,7 +168,7 @@ def check_paths(config: Mapping[str, Any]) -> None:
     for key, path in input_paths(config):
         if set("{}\n") & set(str(path)):
             raise InputError(f"config: {key}: {path}: Snakemake follows no file with braces or line breaks in its name")
-        if not path.exists() and path.parent != made:
+        if not is_there(path) and path.parent != made:
             raise InputError(f"config: {key}: {path} does not exist (looked for at {path.absolute()})")
 
 
@@ -184,7 +185,7 @@ def check_maps(config: Mapping[str, Any]) -> None:
     sizes = {
         key: size
         for key in ("consensus", "mask")
-        if config.get(key) is not None and Path(config[key]).is_file() and (size := read_map_size(config[key]))
+        if config.get(key) is not None and is_there(config[key], as_file=True) and (size := read_map_size(config[key]))
     }
     for key, size in sizes.items():
         if len(set(size.voxels)) != 1:
