@@ -5,20 +5,27 @@ Volumes are (z, y, x), cubic, even side N, with the box centre at voxel ``N//2``
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import math
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
 import numpy.typing as npt
+from mrcfile.mrcinterpreter import MrcInterpreter
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.untrusted import check_claim, parsing
 
+_HEADER = mrcfile.dtypes.HEADER_DTYPE
+_COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
 _LARGEST_LABEL = 2**24  # of whole numbers up to this, float32 holds each
 MRC_LABEL = b"Written by flexlib"  # for the time, which mrcfile writes: the same data are the same file
 
@@ -123,8 +130,7 @@ def _read_mrc(path: Path) -> _StoredMap:
     """Read an MRC file of any shape, axes brought to (z, y, x). Raises InputError."""
     with parsing(path, "MRC map"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with mrcfile.open(path, permissive=True, header_only=True) as file:
-            _check_size(path, file)
+        _check_size(path)
         with mrcfile.open(path, permissive=True) as file:
             if file.data is None:
                 raise InputError(f"{path}: not a readable MRC map")
@@ -144,15 +150,22 @@ def _read_mrc(path: Path) -> _StoredMap:
     return _StoredMap(data, voxel_A, origin_A, (start[0], start[1], start[2]))
 
 
-def _check_size(path: Path, file: mrcfile.mrcfile.MrcFile) -> None:
-    """Refuse a map whose header claims more voxels than the file can hold, before they get memory."""
-    header = file.header
+def _check_size(path: Path) -> None:
+    """Refuse a map whose header claims more than the file can hold, before that gets memory."""
+    with path.open("rb") as file:
+        unpack = _COMPRESSED.get(file.read(2), open)
+    with unpack(path, "rb") as file:
+        raw = bytearray(file.read(_HEADER.itemsize))
+    # the byte order as mrcfile finds it, which is not to read an extended header of any size that this one claims
+    at = _HEADER.fields["nsymbt"][1]
+    extended, raw[at : at + 4] = bytes(raw[at : at + 4]), bytes(4)
+    header = MrcInterpreter(io.BytesIO(raw), permissive=True, header_only=True).header
+    extra = int(np.frombuffer(extended, header.nsymbt.dtype)[0])
     shape = mrcfile.utils.data_shape_from_header(header)
     voxels = math.prod(int(side) for side in shape) if min(shape) > 0 else -1
-    claimed = voxels * mrcfile.utils.data_dtype_from_header(header).itemsize
-    extra = header.nbytes + int(header.nsymbt)
-    compressed = type(file) is not mrcfile.mrcfile.MrcFile
-    check_claim(path, claimed + extra if claimed > 0 else -1, path.stat().st_size, compressed)
+    claimed = voxels * mrcfile.utils.data_dtype_from_header(header).itemsize + extra + _HEADER.itemsize
+    possible = voxels > 0 and extra >= 0
+    check_claim(path, claimed if possible else -1, path.stat().st_size, compressed=unpack is not open)
 
 
 def write_map(

@@ -34,6 +34,8 @@ from flexlib.untrusted import parsing
 logger = logging.getLogger(__name__)
 
 _REQUIRED = ("mask", "N", "psize_A", "tm_points", "tm_cells", "tm_tetraidx_map", "tm_rweights")
+_LARGEST = 1e9  # number in such a file
+_PIXELS_A = (1e-3, 1e3)  # that a voxel can have
 _SAMPLE = 20000  # voxels on which units and axes are tried
 _INSIDE = -0.02  # barycentric weight down to which a voxel counts as inside its cell (their arithmetic is float32)
 _AGREEMENT = 0.98  # share of voxels that must lie in the cell their index map names
@@ -96,11 +98,15 @@ def read_flex_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     content = load_arrays(path)
     if missing := [key for key in _REQUIRED if key not in content]:
         raise InputError(f"{path}: no {missing[0]!r} in this pickle: not a flex_mesh")
-    with parsing(path, "flex_mesh"):
-        box, pixel_size_A = int(content["N"]), float(content["psize_A"])
-        points, rigidity = _numbers(content["tm_points"]), _numbers(content["tm_rweights"]).ravel()
-        cells = _numbers(content["tm_cells"], np.int32)
-        index = _numbers(content["tm_tetraidx_map"], np.int64)
+    (box,), (pixel_size_A,) = (_numbers(content, key, str(path)).ravel()[:1] for key in ("N", "psize_A"))
+    points, rigidity = _numbers(content, "tm_points", str(path)), _numbers(content, "tm_rweights", str(path)).ravel()
+    cells = _numbers(content, "tm_cells", str(path)).astype(np.int32)
+    index = _numbers(content, "tm_tetraidx_map", str(path)).astype(np.int64)
+    box = int(box)
+    if not _PIXELS_A[0] <= pixel_size_A <= _PIXELS_A[1] or (rigidity <= 0).any():
+        raise InputError(
+            f"{path}: psize_A is {pixel_size_A:g}, the least rigidity {rigidity.min():g}: both must be positive"
+        )
     if points.ndim != 2 or points.shape[1] != 3 or cells.ndim != 2 or cells.shape[1] != 4:
         raise InputError(f"{path}: tm_points must be (n, 3) and tm_cells (n, 4), not {points.shape} and {cells.shape}")
     if index.shape != (box,) * 3 or len(rigidity) != len(cells):
@@ -108,8 +114,6 @@ def read_flex_mesh(path: str | os.PathLike[str]) -> TetraMesh:
             f"{path}: tm_tetraidx_map must be {box}^3 and tm_rweights {len(cells)} numbers, not {index.shape} and "
             f"{len(rigidity)}"
         )
-    if not 0 < pixel_size_A < np.inf:
-        raise InputError(f"{path}: psize_A must be positive, not {pixel_size_A:g}")
     if index.max() >= len(cells) or not (index >= 0).any():
         raise InputError(f"{path}: tm_tetraidx_map names cell {index.max()}, there are {len(cells)}")
     points, cells = used_vertices(points, cells, str(path))
@@ -131,14 +135,15 @@ def read_flex_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     return mesh
 
 
-def _numbers(values: Any, kind: type = np.float64) -> np.ndarray:
-    """An array of finite numbers. Raises ValueError where they are none, or none that ``kind`` holds."""
-    array = np.asarray(values)
-    with np.errstate(invalid="ignore"):
-        numbers = array.astype(kind)
-    if array.dtype.kind not in "biuf" or not np.isfinite(array).all() or np.abs(numbers - array).max(initial=0) > 1e-6:
-        raise ValueError(f"an array of {array.dtype} instead of finite numbers")
-    return numbers
+def _numbers(content: dict[str, Any], key: str, name: str) -> np.ndarray:
+    """A value of the dict as float64. Raises ``InputError`` where it is no array of finite numbers."""
+    try:
+        values = np.asarray(content[key])
+    except (TypeError, ValueError):  # lists within lists
+        values = np.empty(0)
+    if values.dtype.kind not in "fiub" or values.size == 0 or not (np.abs(values.astype(np.float64)) <= _LARGEST).all():
+        raise InputError(f"{name}: {key} is no array of finite numbers")
+    return values.astype(np.float64)
 
 
 def _in_angstrom(
@@ -159,7 +164,10 @@ def _in_angstrom(
         trial = points[:, axes] * scale + offset
         corner = trial[cell]
         edges = (corner[:, 1:] - corner[:, :1]).transpose(0, 2, 1)
-        last = np.linalg.solve(edges, (position_px - corner[:, 0])[..., None])[..., 0]
+        try:
+            last = np.linalg.solve(edges, (position_px - corner[:, 0])[..., None])[..., 0]
+        except np.linalg.LinAlgError:  # cells so small that nothing is left of them beside the offset
+            continue
         share = float((np.minimum(last.min(1), 1 - last.sum(1)) > _INSIDE).mean())
         if share > best_share:
             best, best_share = trial, share
@@ -176,13 +184,12 @@ def _in_angstrom(
 def _their_segments(content: dict[str, Any], num_cells: int, box: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(nc,) int32 segment of each cell, and (N, N, N) the segment map; empty where there is one segment."""
     none = np.zeros(num_cells, np.int32), np.zeros((0, 0, 0), np.int16)
-    if content.get("tm_segmask") is None or np.size(content["tm_segmask"]) == 0:
+    if (given := content.get("tm_segmask")) is None or (isinstance(given, np.ndarray | list) and len(given) == 0):
         return none
-    with parsing(name, "flex_mesh"):
-        segment = _numbers(content["tm_segmask"], np.int32).ravel()
+    segment = _numbers(content, "tm_segmask", name).ravel().astype(np.int32)
     if len(segment) != num_cells:
         raise InputError(f"{name}: tm_segmask has {len(segment)} numbers for {num_cells} cells")
-    index = np.asarray(content["tm_tetraidx_map"]).astype(np.int64)
+    index = _numbers(content, "tm_tetraidx_map", name).astype(np.int64)
     if len(np.unique(segment)) == 1:
         return segment, none[1]
     # the cells' own segments, where their index map has a cell: equal to segmask_exp, and there in every file

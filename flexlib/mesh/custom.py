@@ -11,7 +11,7 @@ import numpy as np
 from flexlib.errors import InputError
 from flexlib.imaging.maps import Map
 from flexlib.mesh.surface import fill_surface
-from flexlib.tetra.io import read_grid, read_mesh
+from flexlib.tetra.io import read_grid, read_mesh, surface_of
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.tetra.voxels import covered
 
@@ -60,7 +60,7 @@ def read_custom_mesh(path: Path, consensus: Map, mask: np.ndarray, cell_size_A: 
         grid = read_grid(path)
         kinds = {block.type for block in grid.cells}
         if "tetra" not in kinds and "triangle" in kinds:
-            mesh = fill_surface(np.asarray(grid.points, np.float64), grid.cells_dict["triangle"], cell_size_A)
+            mesh = fill_surface(*surface_of(grid, path), cell_size_A)
         else:
             mesh, own_weights = read_mesh(path), "rigidity" in grid.cell_data
         mesh, share = _over_the_mask(mesh, consensus, mask, path)

@@ -12,7 +12,7 @@ from scipy import ndimage
 from flexlib.errors import InputError
 from flexlib.imaging.maps import Map, read_map
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
-from flexlib.untrusted import read_npy
+from flexlib.untrusted import parsing, read_npy
 from flexlib.workflow_support.settings import MeshSettings
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def rigidity_weights(
             for segment, value in read_segment_weights(path).items():
                 weight[_cells_of(segment, mesh.segment, ids, str(path))] = value
         elif path.suffix.lower() == ".npy":
-            weight = _read_cell_weights(path, len(mesh.cells))
+            weight = read_cell_weights(path, len(mesh.cells))
         elif path.suffix.lower() in (".mrc", ".map"):
             weight = _sampled_weights(path, mesh, consensus, settings.min_rigidity_weight)
         else:
@@ -87,28 +87,27 @@ def _cells_of(segment: int, of_cell: np.ndarray, ids: np.ndarray, name: str) -> 
 
 def read_segment_weights(path: Path) -> dict[int, float]:
     """Segment -> weight from a .csv with the header ``segment,weight``. Raises ``InputError`` naming the line."""
-    try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            if reader.fieldnames is None or not {"segment", "weight"} <= set(reader.fieldnames):
-                raise InputError(f"{path}: its first line must be: segment,weight")
-            weights = {}
-            for row in reader:
-                try:
-                    segment, value = int(row["segment"]), float(row["weight"])
-                except (TypeError, ValueError):
-                    raise InputError(f"{path}: line {reader.line_num}: a segment and a number are needed") from None
-                if not 0 < value < np.inf:
-                    raise InputError(f"{path}: line {reader.line_num}: the weight must be positive, not {value:g}")
-                weights[segment] = value
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file ({error})") from error
+    with parsing(path, "text file"), path.open(newline="") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        names, rows = reader.fieldnames, [(reader.line_num, row) for row in reader]
+    if names is None or not {"segment", "weight"} <= set(names):
+        raise InputError(f"{path}: its first line must be: segment,weight")
+    weights = {}
+    for line, row in rows:
+        try:
+            segment, value = int(row["segment"]), float(row["weight"])
+        except (TypeError, ValueError):
+            raise InputError(f"{path}: line {line}: a segment and a number are needed") from None
+        if not 0 < value < np.inf:
+            raise InputError(f"{path}: line {line}: the weight must be positive, not {value:g}")
+        weights[segment] = value
     return weights
 
 
-def _read_cell_weights(path: Path, num_cells: int) -> np.ndarray:
+def read_cell_weights(path: Path, num_cells: int) -> np.ndarray:
+    """(nc,) positive weights from a .npy file. Raises ``InputError`` naming the cell."""
     weight = read_npy(path, ".npy array")
-    if weight.shape != (num_cells,) or not np.issubdtype(weight.dtype, np.number):
+    if weight.shape != (num_cells,) or weight.dtype.kind not in "fiu":
         raise InputError(
             f"{path}: {num_cells} numbers, one per cell of the mesh, are needed; its shape is {weight.shape}"
         )

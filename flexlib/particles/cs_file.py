@@ -168,7 +168,11 @@ def _object_columns(path: Path) -> list[str]:
         return []
     if not isinstance(described, list):
         return ["(all)"] if "O" in str(described) else []
-    return [str(column[0]) for column in described if isinstance(column, tuple) and "O" in str(column[1])]
+    return [
+        str(column[0])
+        for column in described
+        if isinstance(column, tuple) and len(column) > 1 and "O" in str(column[1])
+    ]
 
 
 def _read_stream(path: Path) -> CsFile:

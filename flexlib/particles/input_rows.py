@@ -100,7 +100,7 @@ def check_length(where: InputRows, count: int) -> None:
 
 def latent_columns(names: Sequence[str]) -> list[str]:
     """flexLatent1, flexLatent2, ... among ``names``, in order of their number."""
-    found = [name for name in names if re.fullmatch(r"flexLatent\d+", name)]
+    found = [name for name in names if re.fullmatch(r"flexLatent\d{1,9}", name)]
     return sorted(found, key=lambda name: int(name.removeprefix("flexLatent")))
 
 

@@ -30,7 +30,7 @@ from flexlib.untrusted import read_npy
 
 log = logging.getLogger(__name__)
 
-_COMPONENT = re.compile(r"components_mode_(\d+)/value")
+_COMPONENT = re.compile(r"components_mode_(\d{1,9})/value")
 
 
 def read_latents(path: str | Path, particles: Particles | str | Path) -> np.ndarray:
@@ -132,7 +132,11 @@ def _cs_latents(path: Path, table: CsFile) -> np.ndarray:
     modes = sorted((int(match[1]), name) for name in table.names if (match := _COMPONENT.fullmatch(name)))
     if not modes:
         raise InputError(f"{path}: no latents: column components_mode_0/value is missing")
-    return np.stack([table.column(name).astype(np.float64) for _, name in modes], 1)
+    columns = [table.column(name) for _, name in modes]
+    for (_, name), values in zip(modes, columns, strict=True):
+        if values.ndim != 1 or values.dtype.kind not in "fiu":
+            raise InputError(f"{path}: column {name}: {values.dtype} {values.shape[1:]} is not one number a row")
+    return np.stack(columns, 1).astype(np.float64)
 
 
 def _from_cs(path: Path, where: InputRows) -> np.ndarray:
@@ -191,7 +195,7 @@ def _from_table(path: Path, where: InputRows) -> np.ndarray:
 
 def _read_npy(path: Path) -> np.ndarray:
     values = read_npy(path, ".npy file")
-    if values.dtype.kind not in "fiu" or values.ndim not in (1, 2):
+    if values.dtype.kind not in "fiu" or values.ndim not in (1, 2) or values.size == 0:
         raise InputError(f"{path}: latents are a table of numbers, rows by dimensions")
     return values.reshape(len(values), -1).astype(np.float64)
 

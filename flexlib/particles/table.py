@@ -122,7 +122,7 @@ def checked_numbers(values: Any, path: Path, column: str) -> np.ndarray:
         raise InputError(f"{path}: column {column}: {array.dtype} is no type of numbers")
     if array.dtype.kind in "OSU":
         array = np.array([number(value) for value in array.ravel().tolist()]).reshape(array.shape)
-    with np.errstate(over="ignore"):  # of a wider type: then infinite, and refused
+    with np.errstate(over="ignore", invalid="ignore"):  # of a wider type: then infinite, and refused
         numbers = array.astype(np.float64)
     bad = ~np.isfinite(numbers).all(tuple(range(1, numbers.ndim)))
     if bad.any():

@@ -22,6 +22,9 @@ from flexlib.untrusted import parsing
 logger = logging.getLogger(__name__)
 
 _NO_SEGMENTS = np.full((1, 1, 1), -1)  # what is written for a mesh without a segment map
+_FARTHEST_A = 1e9  # of any point
+_CORNERS = {"triangle": 3, "tetra": 4}  # of the kinds of cells that are used
+_LARGEST = 2**31 - 1  # of what a file says of cells
 _SUFFIXES = (".vtu", ".vtk", ".msh", ".stl", ".ply", ".obj")  # of those that meshio reads, what is tried with damage
 _FLAT = 1e-9  # of the cube of a cell's longest edge: a volume below is none
 
@@ -100,13 +103,19 @@ def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     if not blocks:
         kinds = ", ".join(sorted({block.type for block in grid.cells})) or "nothing"
         raise InputError(f"{path}: has no tetra cells, only {kinds}")
-    cells = np.concatenate([grid.cells[i].data for i in blocks]).astype(np.int32)
+    cells = np.concatenate([grid.cells[i].data for i in blocks])
 
     def cell_data(name: str, default: float) -> np.ndarray:
         if name not in grid.cell_data:
             return np.full(len(cells), default)
-        return np.concatenate([np.asarray(grid.cell_data[name][i]).reshape(-1) for i in blocks])
+        values = np.concatenate([np.asarray(grid.cell_data[name][i]).reshape(-1) for i in blocks])
+        if len(values) != len(cells) or values.dtype.kind not in "fiu" or not (np.abs(values) <= _LARGEST).all():
+            raise InputError(f"{path}: its {name} must be one finite number a cell")
+        return values
 
+    rigidity = cell_data("rigidity", 1.0).astype(np.float64)
+    if (rigidity <= 0).any():
+        raise InputError(f"{path}: cell {int(np.argmax(rigidity <= 0))}: its rigidity must be positive")
     labels, pixel_size_A = np.zeros((0, 0, 0), np.int16), 0.0
     segments_path = MeshFolder(path.parent).segments
     if "segment" in grid.cell_data and segments_path.is_file():
@@ -115,7 +124,7 @@ def read_mesh(path: str | os.PathLike[str]) -> TetraMesh:
     return TetraMesh(
         vertices_A=vertices_A,
         cells=oriented_cells(vertices_A, cells, str(path)),
-        rigidity=cell_data("rigidity", 1.0).astype(np.float64),
+        rigidity=rigidity,
         segment=cell_data("segment", 0).astype(np.int32),
         segment_map=labels,
         segment_map_pixel_size_A=pixel_size_A,
@@ -130,9 +139,23 @@ def read_grid(path: Path) -> meshio.Mesh:
         if path.suffix.lower() == ".ply" and b"end_header" not in map(bytes.strip, path.read_bytes().split(b"\n")):
             raise InputError(f"{path}: truncated: its header has no end")  # meshio would look for it for ever
         grid = meshio.read(path)
-    if grid.points.ndim != 2 or grid.points.shape[1] != 3 or not np.isfinite(grid.points).all():
+    if grid.points.ndim != 2 or grid.points.shape[1] != 3 or not (np.abs(grid.points) <= _FARTHEST_A).all():
         raise InputError(f"{path}: its points must be finite and three-dimensional")
+    for block in grid.cells:
+        if block.type in _CORNERS and (
+            block.data.shape[1:] != (_CORNERS[block.type],) or block.data.dtype.kind not in "iu"
+        ):
+            raise InputError(f"{path}: its cells of type {block.type} must be {_CORNERS[block.type]} numbers of points")
     return grid
+
+
+def surface_of(grid: meshio.Mesh, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Points (n, 3) and triangles (m, 3) of a grid. Raises ``InputError`` for a triangle without its points."""
+    triangles = np.concatenate([block.data for block in grid.cells if block.type == "triangle"])
+    wrong = np.flatnonzero(((triangles < 0) | (triangles >= len(grid.points))).any(1))
+    if len(wrong):
+        raise InputError(f"{path}: triangle {wrong[0]} names a point that is not there")
+    return np.asarray(grid.points, np.float64), triangles.astype(np.int64)
 
 
 def _read_segment_map(path: Path) -> tuple[np.ndarray, float]:
@@ -146,14 +169,17 @@ def _read_segment_map(path: Path) -> tuple[np.ndarray, float]:
 
 
 def used_vertices(vertices: np.ndarray, cells: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices and cells without the vertices that no cell has. Raises ``InputError`` for an index out of range."""
+    """Vertices, and cells as int32, without the vertices that no cell has.
+
+    Raises ``InputError`` for an index out of range.
+    """
     wrong = np.flatnonzero((cells.min(1) < 0) | (cells.max(1) >= len(vertices)))
     if len(wrong):
         raise InputError(f"{name}: cell {wrong[0]} names a vertex that is not there")
     used = np.zeros(len(vertices), bool)
     used[cells] = True
     if used.all():
-        return vertices, cells
+        return vertices, cells.astype(np.int32)
     logger.info("%s: %d vertices without a cell are left out", name, int((~used).sum()))
     return vertices[used], (np.cumsum(used) - 1)[cells].astype(np.int32)
 

@@ -38,6 +38,8 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     import jsonschema
 
+    if not isinstance(config, Mapping):
+        raise InputError(f"config: keys and values are needed, such as name: run, not a {type(config).__name__}")
     _check_plain(config)
     schema = config_schema()
     checked = _fill(_understand_numbers(config, schema), schema)

@@ -8,7 +8,7 @@ from pathlib import Path
 from flexlib.errors import InputError
 from flexlib.workflow_support.settings import MeshSettings
 
-_PAIR = re.compile(r"(\d+)\s*>\s*(\d+)")
+_PAIR = re.compile(r"(\d{1,9})\s*>\s*(\d{1,9})")
 
 
 def check_mesh_keys(settings: MeshSettings) -> None:
@@ -46,7 +46,7 @@ def parse_connections(text: str, ids: tuple[int, ...] | None = None) -> tuple[tu
     for number, item in enumerate(text.split(",")):
         item = item.strip()
         match = _PAIR.fullmatch(item)
-        if item.isdecimal():
+        if item.isdecimal() and len(item) < 10:
             root = check(int(item))
             if root in reached:
                 raise InputError(f"mesh.connections: segment {root} is a root, but is reached already")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexlib.errors import InputError
 from flexlib.layout import MESH_PATTERN, POINT_PATTERN
+
+_MOST_POINTS = 10_000
 
 
 @dataclass(frozen=True, order=True)
@@ -42,12 +45,15 @@ def sweep_points(config: Mapping[str, Any]) -> list[SweepPoint]:
     ------
     InputError
         Two values or points that are the same (2 and 2.0); an entry of ``exclude`` that no point agrees with; nothing
-        is left.
+        is left; more points than any machine could train.
     """
     cells = _values("mesh.cells", config["mesh"]["cells"], int)
     dims = _values("train.latent_dims", config["train"]["latent_dims"], int)
     rigidity = _values("train.rigidity", config["train"]["rigidity"], float)
     seeds = _values("train.seed", config["train"]["seed"], int)
+    number = math.prod(map(len, (cells, dims, rigidity, seeds)))
+    if number > _MOST_POINTS:
+        raise InputError(f"config: the sweep's lists make {number} points, more than {_MOST_POINTS}")
     product = [SweepPoint(*values) for values in itertools.product(cells, dims, rigidity, seeds)]
     excluded = select_points(product, config["sweep"]["exclude"], "sweep.exclude")
     points = [point for point in product if point not in excluded]
