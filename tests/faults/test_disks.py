@@ -1,4 +1,4 @@
-"""A disk without room, files that cannot be read or are not there: one line that names the file, then the same goes on."""
+"""A disk without room, files that cannot be read or are not there: one line that names the file, then it goes on."""
 
 from __future__ import annotations
 

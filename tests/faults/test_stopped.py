@@ -1,4 +1,4 @@
-"""A stage that is killed, stopped or interrupted at any file that it writes: nothing half, and the same command goes on.
+"""A stage that is killed, stopped or interrupted at any file that it writes: nothing half, and it goes on.
 
 The signal comes where a file is complete and about to take its final name, so the points are the same in every run.
 """
