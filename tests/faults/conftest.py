@@ -49,7 +49,7 @@ class Bench:
         remove_outputs(self.seen, stage)
 
     def check_whole(self, stage: str, complete: bool = False) -> None:
-        """Every file under its final name is, to the last bit, what an undisturbed run writes; all or some are there."""
+        """Each file under its final name is, bit for bit, what an undisturbed run writes; all or some are there."""
         wanted, found = files_of(self.reference, stage), files_of(self.seen, stage)
         if complete:
             assert found.keys() == wanted.keys()
