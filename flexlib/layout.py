@@ -64,6 +64,11 @@ class ParticlesFolder(Folder):
         return self.path / "noise.csv"
 
     @property
+    def stacks(self) -> Path:
+        """The image stacks that were read, and what they are recognised by."""
+        return self.path / "image_stacks.csv"
+
+    @property
     def left_out(self) -> Path:
         """The images that are not used, and why."""
         return self.path / "left_out.csv"

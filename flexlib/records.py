@@ -35,6 +35,8 @@ class Record:
             raise InputError(f"{path}: not found: is this a folder that {cls.stage} has written?")
         try:
             return cls.from_json(read_json(path))
+        except InputError:
+            raise
         except (TypeError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not what this version's {cls.stage} writes ({error}): run it again") from error
 

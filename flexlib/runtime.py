@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform
+import stat
+import tempfile
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -61,6 +64,43 @@ def tune_process() -> None:
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     mallopt(_M_TOP_PAD, 1 << 26)
     mallopt(_M_ARENA_MAX, 1)
+
+
+@cache
+def keeps_compiled() -> bool:
+    """Whether numba can keep what it compiles, for ``njit(cache=...)``; without, every process compiles for a minute.
+
+    It keeps it beside the source, else in the user's cache folder. Where neither can be written, as in containers and
+    in other users' installations, a folder of the user's own below the temporary one takes their place; nobody else
+    may write there, for what is found in it is run.
+    """
+    import numba
+
+    if numba.config.CACHE_DIR:  # type: ignore[attr-defined]
+        return _is_writable(Path(numba.config.CACHE_DIR))  # type: ignore[attr-defined]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "numba")
+    if _is_writable(Path(__file__).parent / "__pycache__") or _is_writable(home):
+        return True
+    try:
+        own = Path(tempfile.gettempdir(), f"flexlib-compiled-{os.getuid()}")
+        own.mkdir(mode=0o700, exist_ok=True)
+        status = own.lstat()
+    except OSError:
+        return False
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        return False
+    numba.config.CACHE_DIR = str(own)  # type: ignore[attr-defined]
+    return True
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a file can be made in a folder, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except (OSError, RuntimeError):  # the latter of a home that is not known
+        return False
 
 
 def share_threads_with_numba() -> None:

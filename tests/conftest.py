@@ -46,7 +46,7 @@ def pytest_addoption(parser):
 
     parser.addoption("--slurm", action="store_true", help="the tests on the SLURM that tests/slurm/cluster.sh starts")
 
-    parser.addoption("--faults", action="store_true", help="the stages killed, without room, without inputs (tests/faults)")
+    parser.addoption("--faults", action="store_true", help="stages killed, without room or input (tests/faults)")
 
     parser.addoption("--gpu", action="store_true", help="the tests that need a CUDA device (tests/gpu)")
 

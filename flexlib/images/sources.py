@@ -20,6 +20,7 @@ from flexlib.images.batch import ImageBatch, to_device
 from flexlib.images.ctf import ctf_images, undo_applied_ctf, without_odd_aberrations
 from flexlib.images.noise import Calibration, read_noise, sigma_at
 from flexlib.images.normalisation import Normalisation
+from flexlib.images.recognise import check_known_stacks
 from flexlib.images.stack import StackHeader, Stacks, open_stacks, read_stack_header
 from flexlib.imaging.image_transforms import centred_rfft2, fourier_resample, plane_radius
 from flexlib.layout import ParticlesFolder
@@ -301,7 +302,7 @@ def open_full_images(particles_dir: str | Path) -> FullImages:
     Raises
     ------
     InputError
-        Files are missing or do not agree.
+        Files are missing or do not agree, or the stacks hold other images than prepare has read.
     """
     folder = ParticlesFolder(Path(particles_dir))
     record, particles, table = _read_prepared(folder)
@@ -325,6 +326,7 @@ def open_full_images(particles_dir: str | Path) -> FullImages:
         extra={"image_column": "flexImageName"},
     )
     stacks, particles = open_stacks(particles)
+    check_known_stacks(folder.stacks, stacks, particles)
     terms = np.array([group.background_terms for group in record.optics_groups])
     return FullImages(
         stacks,
@@ -338,8 +340,10 @@ def open_full_images(particles_dir: str | Path) -> FullImages:
 
 def _calibration(folder: ParticlesFolder, record: PreparedRecord) -> Calibration:
     """What prepare measured."""
-    image_scale = np.array([group.image_scale for group in record.optics_groups])
-    return Calibration(image_scale, read_noise(folder.noise), record.full_box, record.full_pixel_size_A)
+    image_scale, sigma = np.array([group.image_scale for group in record.optics_groups]), read_noise(folder.noise)
+    if sigma.shape != (len(image_scale), record.full_box // 2):
+        raise InputError(f"{folder.noise}: {sigma.shape} groups and shells, not what prepare has written: run it again")
+    return Calibration(image_scale, sigma, record.full_box, record.full_pixel_size_A)
 
 
 def _read_prepared(folder: ParticlesFolder) -> tuple[PreparedRecord, Particles, pd.DataFrame]:

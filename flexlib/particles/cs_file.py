@@ -27,7 +27,7 @@ import cramjam
 import numpy as np
 
 from flexlib.errors import InputError
-from flexlib.files import atomic_path
+from flexlib.files import atomic_path, reading
 
 _NUMPY, _STREAM = b"\x93NUMPY", b"\x95CSDAT"
 _MAX_RATIO = 256  # no LZ4 or snappy block shrinks data further
@@ -125,7 +125,7 @@ def read_cs_file(path: str | Path) -> CsFile:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: CryoSPARC file not found")
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         start = file.read(6)
     if start == _STREAM:
         table = _read_stream(path)
@@ -171,7 +171,8 @@ def _object_columns(path: Path) -> list[str]:
 
 
 def _read_stream(path: Path) -> CsFile:
-    content = path.read_bytes()
+    with reading(path):
+        content = path.read_bytes()
     try:
         at = 10 + int.from_bytes(content[6:10], "little")
         header = json.loads(content[10:at])

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from flexlib.images.noise import write_noise
+from flexlib.images.recognise import known_stacks, write_known_stacks
 from flexlib.images.sources import FullImages, resampled_optics
 from flexlib.imaging.fsc import frequencies_1_per_A
 from flexlib.imaging.maps import Map
@@ -80,12 +81,14 @@ def _prepare(
     for sentence in implausible_values(inputs.kept):
         log.warning("%s: %s", files.particles, sentence)
 
+    read = known_stacks(inputs.stacks, inputs.kept)
     found = calibrate(inputs)
     kept, measured = found.kept, found.calibration
     full = FullImages(inputs.stacks, kept, crop_box, pixel_size_A, measured, found.normalisation)
     write_training_stack(full, folder.images, train_box)
     write_noise(folder.noise, measured.sigma, frequencies_1_per_A(full_box, pixel_size_A))
     found.left_out.write(folder.left_out)
+    write_known_stacks(folder.stacks, read)
     mask_share = write_maps(
         folder, Map(inputs.density, pixel_size_A), inputs.soft_mask, inputs.volume, crop_box, train_box
     )

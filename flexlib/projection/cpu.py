@@ -11,7 +11,7 @@ from numba import njit, prange
 from flexlib.projection.cpu_blocks import adjoint_blocks, splat_blocks
 from flexlib.projection.cpu_fitted import gather_map_blocks, splat_map_blocks
 from flexlib.projection.cpu_vectors import LANES
-from flexlib.runtime import share_threads_with_numba
+from flexlib.runtime import keeps_compiled, share_threads_with_numba
 
 PARTIAL_SUMS = 2**25  # numbers in the blocks' gradients by the map that are kept at once
 
@@ -154,7 +154,7 @@ def _check(finite: np.ndarray) -> None:
         raise FloatingPointError("mesh vertices are not finite: the model has diverged")
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=keeps_compiled(), parallel=True)
 def _add_blocks(sums, total):
     """Add ``sums`` (blocks, nvox) to ``total`` (nvox,) in the order of the blocks."""
     for j in prange(sums.shape[1]):
@@ -162,7 +162,7 @@ def _add_blocks(sums, total):
             total[j] += sums[block, j]
 
 
-@njit(cache=True, fastmath=True, parallel=True)
+@njit(cache=keeps_compiled(), fastmath=True, parallel=True)
 def _view(vertices, displacements, turn, origin, views):
     for i in prange(len(turn)):
         of_image = vertices[min(np.int64(i), len(vertices) - 1)]
@@ -177,7 +177,7 @@ def _view(vertices, displacements, turn, origin, views):
             views[i, v, 1] = r[1, 0] * x + r[1, 1] * y + r[1, 2] * z - shift[1]
 
 
-@njit(cache=True, fastmath=True, parallel=True)
+@njit(cache=keeps_compiled(), fastmath=True, parallel=True)
 def _view_adjoint(grad, turn, back):
     for i in prange(len(turn)):
         r = turn[i]
@@ -188,7 +188,7 @@ def _view_adjoint(grad, turn, back):
             back[i, v, 2] = r[0, 2] * x + r[1, 2] * y
 
 
-@njit(cache=True, fastmath=True, parallel=True)
+@njit(cache=keeps_compiled(), fastmath=True, parallel=True)
 def _turn_adjoint(grad, vertices, displacements, by_turn, by_origin):
     for i in prange(len(grad)):
         of_image = vertices[min(np.int64(i), len(vertices) - 1)]

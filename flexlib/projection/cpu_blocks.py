@@ -16,6 +16,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from flexlib.projection.cpu_vectors import FLOAT, INT, LANES, LONG, MARGIN, Emit, wide
+from flexlib.runtime import keeps_compiled
 
 
 def _splat_voxel(taps: int):
@@ -147,7 +148,7 @@ _splat_linear, _splat_cubic = _splat_voxel(2), _splat_voxel(4)
 _read_linear, _read_cubic, _read_cubic_value = _read_voxel(2, True), _read_voxel(4, True), _read_voxel(4, False)
 
 
-@njit(cache=True)
+@njit(cache=keeps_compiled())
 def interleave(vertices, first, last):
     """(nv, 2, 8) positions of a block's images, the last one's again where there are fewer; whether all are finite."""
     block = np.empty((vertices.shape[1], 2, LANES), np.float32)
@@ -162,7 +163,7 @@ def interleave(vertices, first, last):
     return block, change == 0
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=keeps_compiled(), parallel=True)
 def splat_blocks(voxels, vertices, taps, images, finite):
     """Write ``images`` (b, G, G), and whether each block's vertices are ``finite``; ``voxels`` from values to bary."""
     values, cells, cell, bary = voxels
@@ -184,7 +185,7 @@ def splat_blocks(voxels, vertices, taps, images, finite):
             fold(canvas[i - first], shift, images[i])
 
 
-@njit(cache=True)
+@njit(cache=keeps_compiled())
 def fold(canvas, shift, image):
     """Write a (G, G) image: a canvas whose first tap's pixel is at index 0, wrapped around."""
     grid, stride = image.shape[0], canvas.shape[0]
@@ -199,7 +200,7 @@ def fold(canvas, shift, image):
             row[x - shift - grid] += source[x]
 
 
-@njit(cache=True)
+@njit(cache=keeps_compiled())
 def pad(image, shift, canvas):
     """Periodic copy of a (G, G) image, the first tap's pixel at index 0."""
     grid, stride = image.shape[0], canvas.shape[0]
@@ -213,7 +214,7 @@ def pad(image, shift, canvas):
             row[x] = source[x - shift - grid]
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=keeps_compiled(), parallel=True)
 def adjoint_blocks(images, voxels, vertices, taps, needs, sums, grad_vertices, finite):
     """``needs`` (values, vertices): the gradients to write; ``sums`` (blocks, nvox) each block's part by the values."""
     values, cells, cell, bary = voxels

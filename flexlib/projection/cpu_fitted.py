@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from flexlib.projection.cpu_blocks import fold, interleave, pad
 from flexlib.projection.cpu_vectors import FLOAT, INT, LANES, LONG, MARGIN, Emit, wide
+from flexlib.runtime import keeps_compiled
 
 _AT_ONCE = 32  # voxels that are located before the first is added
 _TAPS = 4
@@ -140,7 +141,7 @@ def _read(typingctx, canvas, found, table, slot):
     return types.float32(canvas, found, table, types.int64), codegen
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=keeps_compiled(), parallel=True)
 def splat_map_blocks(voxels, turns, table, images, finite):
     """Write ``images`` (b, G, G), and whether each block's vertices are ``finite``; ``voxels`` from values to bary.
 
@@ -168,7 +169,7 @@ def splat_map_blocks(voxels, turns, table, images, finite):
             fold(canvas[i - first], _SHIFT, images[i])
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=keeps_compiled(), parallel=True)
 def gather_map_blocks(images, voxels, turns, table, sums, finite):
     """Write ``sums`` (blocks, nvox), what each block of ``images`` (b, G, G) makes of the adjoint; ``voxels`` as above.
 

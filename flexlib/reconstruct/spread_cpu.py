@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from flexlib.runtime import keeps_compiled
 
-@njit(cache=True, parallel=True, fastmath=True, error_model="numpy")
+
+@njit(cache=keeps_compiled(), parallel=True, fastmath=True, error_model="numpy")
 def spread_planes(
     weights: Any, waves: Any, axes: Any, table: Any, shape: tuple[int, int, int], slabs: int, grid: Any
 ) -> None:

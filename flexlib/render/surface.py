@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from scipy import ndimage
 
 from flexlib.imaging.fourier import fourier_crop_map, fourier_pad_map
+from flexlib.runtime import keeps_compiled
 
 _LIGHT = np.array([-0.45, 0.6, 0.66])  # towards the light, from above and the left
 _SHARP_BOX = 128  # smaller boxes are padded in Fourier space to this one, so that voxels do not show
@@ -236,7 +237,7 @@ def _reach(near: np.ndarray, box: int) -> float:
     return float(np.sqrt((corner**2).sum(1).max(initial=0.0)))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=keeps_compiled())
 def _march_rays(fine, near, level, rotation, pixel, reach):  # pragma: no cover
     """Steps of ``_LEAP`` voxels where nothing is near, else of ``_STEP``; all that is near lies within ``reach``."""
     box, size = fine.shape[0], len(pixel)

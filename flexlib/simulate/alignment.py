@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from flexlib.imaging.fourier import friedel_weight
 from flexlib.imaging.maps import crop_or_pad_real
+from flexlib.runtime import keeps_compiled
 
 _PADDING = 2
 _STEPS = 5  # of Levenberg-Marquardt
@@ -139,7 +140,7 @@ def _padded_transform(volume: np.ndarray, limit: int) -> np.ndarray:
     return np.ascontiguousarray(spectrum[np.ix_(kept, kept, kept)])
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=keeps_compiled(), fastmath=True)
 def _normal_equations(
     transform: np.ndarray,
     frequency: np.ndarray,
@@ -189,7 +190,7 @@ def _normal_equations(
     return misfit, slope, information
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=keeps_compiled(), fastmath=True)
 def _interpolated(transform: np.ndarray, x: float, y: float, z: float) -> tuple[complex, complex, complex, complex]:
     """Value and derivatives along x, y, z of a padded transform at a frequency in pixels of the unpadded box."""
     centre = len(transform) // 2

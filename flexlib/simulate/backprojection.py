@@ -15,12 +15,13 @@ from scipy import fft
 from flexlib.imaging.fourier import shell_number, stored_means
 from flexlib.imaging.fsc import fsc, predicted_truth_fsc
 from flexlib.imaging.maps import crop_or_pad_real
+from flexlib.runtime import keeps_compiled
 
 _PADDING = 2
 _MIN_WEIGHT_FRACTION = 0.05  # of a shell's mean CTF^2: the least that a coefficient is divided by
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=keeps_compiled(), fastmath=True)
 def _insert_slices(numerator, weight, slices, ctf, rotation) -> None:
     """Add (b, P, P//2+1) slices and their squared CTF to (P, P, P) arrays whose zero frequency is at P//2."""
     box = numerator.shape[0]

@@ -16,6 +16,7 @@ from numba import njit, prange
 from scipy import fft, ndimage
 
 from flexlib.imaging.masks import FULL_FLOOR, inside_mask
+from flexlib.runtime import keeps_compiled
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
 from flexlib.tetra.voxels import voxelise
 
@@ -133,7 +134,7 @@ def splat_cubic(values: np.ndarray, base: np.ndarray, fraction: np.ndarray, grid
     return image
 
 
-@njit(cache=True)
+@njit(cache=keeps_compiled())
 def _bspline(f, weight) -> None:
     g = np.float32(1) - f
     weight[0] = g * g * g / np.float32(6)
@@ -142,7 +143,7 @@ def _bspline(f, weight) -> None:
     weight[3] = f * f * f / np.float32(6)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=keeps_compiled(), parallel=True)
 def _splat_slabs(values, base, fraction, first, grid, image) -> None:
     """Even slabs at once, then odd ones: a slab writes at most two planes into its neighbours, which are at rest."""
     slabs = len(first) - 1

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from flexlib.runtime import share_threads_with_numba
+from flexlib.runtime import keeps_compiled, share_threads_with_numba
 
 
-@njit(cache=True, fastmath=True, parallel=True)
+@njit(cache=keeps_compiled(), fastmath=True, parallel=True)
 def _energy_and_gradient(newton_steps, degenerate, vertices, cells, gradients, weight, energy, by_vertex):
     one, two, four, eight = np.float32(1), np.float32(2), np.float32(4), np.float32(8)
     quarter, tiny = np.float32(0.25), np.float32(1e-19)

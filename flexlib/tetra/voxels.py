@@ -9,6 +9,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from flexlib.errors import InputError
+from flexlib.runtime import keeps_compiled
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def _nearest_cell(
     return best
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=keeps_compiled())
 def _assign_cells(mesh, barycentric, mask, segment_of_voxel, cell_of) -> None:  # pragma: no cover
     """Write the lowest cell that holds each mask voxel into ``cell_of`` (z, y, x); voxels in no cell stay -1.
 

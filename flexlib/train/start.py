@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from flexlib.errors import InputError
+from flexlib.files import reading
 from flexlib.images.batch import read_ahead, split_batches
 from flexlib.imaging.fourier import stored_means
 from flexlib.layout import TrainFolder
@@ -59,7 +61,8 @@ def start_or_resume(setup: Setup, checkpoint: Path, identity: dict[str, str], di
     """
     if not checkpoint.exists():
         return start(setup)
-    saved = torch.load(checkpoint, map_location=setup.device, weights_only=True)
+    with reading(checkpoint, RuntimeError, pickle.UnpicklingError, EOFError):
+        saved = torch.load(checkpoint, map_location=setup.device, weights_only=True)
     if saved["identity"] == identity:
         return resume(setup, saved)
     differing = ", ".join(k for k in identity if saved["identity"].get(k) != identity[k])

@@ -5,7 +5,6 @@ import time
 
 import pytest
 import yaml
-from conftest import assert_one_line
 from run_snakemake import snakemake, start_snakemake, wait_for
 from small_run import CONFIG, Runner, jobs
 

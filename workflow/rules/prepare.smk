@@ -41,6 +41,7 @@ rule prepare:
         full_consensus=RUN.particles.full_consensus,
         full_mask=RUN.particles.full_mask,
         noise=RUN.particles.noise,
+        stacks=RUN.particles.stacks,
         left_out=RUN.particles.left_out,
         record=RUN.particles.record,
     log:

@@ -47,8 +47,8 @@ from flexlib.workflow_support.srun import run_tasks, tasks_to_start
 def run_stage(stage: Callable[[Any], None], snakemake: Any, processes: int = 1) -> None:
     """Call ``stage(snakemake)``; ends the process with one line where the user or the machine is at fault.
 
-    The status is 1 after an ``InputError`` and where a file cannot be written or read, 128 and the signal's number after
-    SIGINT and SIGTERM. What else goes wrong is a mistake of ours, whose traceback is wanted.
+    The status is 1 after an ``InputError`` and where a file cannot be written or read, 128 and the signal's number
+    after SIGINT and SIGTERM. What else goes wrong is a mistake of ours, whose traceback is wanted.
 
     Threads are set before ``stage`` imports anything, because numba reads its number once. Where several ``processes``
     are to be tasks of srun, these call ``stage`` and this one waits for them.
