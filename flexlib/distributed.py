@@ -352,6 +352,9 @@ def run_rank(descriptor: int) -> None:
         else:  # nobody leaves while the first still writes, however long that takes
             store.wait(["done"], timedelta(days=30))
     except Exception as error:
+        if isinstance(error, OSError) and (error.filename or error.strerror):
+            named = f"{error.filename}: " if error.filename else ""
+            error = InputError(f"{named}{error.strerror}")
         known = error if isinstance(error, InputError) else None
         with handler.lock:  # type: ignore[union-attr]
             connection.send(("failed", time.monotonic(), known, traceback.format_exc()))

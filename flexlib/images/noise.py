@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexlib.files import atomic_path
+from flexlib.files import atomic_path, reading
 from flexlib.imaging.fourier import shell_means
 from flexlib.imaging.image_transforms import plane_radius
 
@@ -69,7 +69,8 @@ def write_noise(path: str | Path, sigma: np.ndarray, frequency_1_per_A: np.ndarr
 
 
 def read_noise(path: str | Path) -> np.ndarray:
-    """(groups, shells) float64 sigma from noise.csv."""
-    columns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1, 3), ndmin=2)
-    groups = int(columns[:, 0].max())
-    return columns[:, 2].reshape(groups, -1)
+    """(groups, shells) float64 sigma from noise.csv. Raises InputError where it cannot be read."""
+    with reading(path, ValueError, IndexError):
+        columns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1, 3), ndmin=2)
+        groups = int(columns[:, 0].max())
+        return columns[:, 2].reshape(groups, -1)

@@ -19,7 +19,7 @@ import mrcfile
 import numpy as np
 
 from flexlib.errors import InputError
-from flexlib.files import is_there
+from flexlib.files import is_there, reading
 from flexlib.imaging.maps import MRC_LABEL
 from flexlib.particles.table import Particles
 
@@ -48,14 +48,14 @@ class StackHeader:
         """The images at ``slices`` (b,), from 0, as (b, side, side) float32; see ``Stacks.read``.
 
         Plain reads: a memory map would count every page around an image as this process's memory. Raises InputError
-        where the file has become shorter.
+        where the file is gone or has become shorter.
         """
         side = self.box if side is None else side
         start = self.box // 2 - side // 2
         inner = slice(start, start + side)
         image = np.empty((self.box, self.box), self.dtype)
         result = np.empty((len(slices), side, side), np.float32)
-        with self.path.open("rb", buffering=0) as file:
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
             for number, index in enumerate(slices):
                 file.seek(self.offset + int(index) * image.nbytes)
                 if file.readinto(image.data) != image.nbytes:
@@ -95,11 +95,8 @@ def read_stack_header(path: Path) -> StackHeader:
 
 def _read_header_bytes(path: Path) -> bytes:
     """The first 1024 bytes of a file that is long enough and not compressed."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_HEADER.itemsize)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), path.open("rb") as file:
+        raw = file.read(_HEADER.itemsize)
     for magic, name in _COMPRESSED.items():
         if raw.startswith(magic):
             raise InputError(f"{path}: compressed with {name}: unpack it first, images are read where they lie")

@@ -27,7 +27,7 @@ import cramjam
 import numpy as np
 
 from flexlib.errors import InputError
-from flexlib.files import atomic_path
+from flexlib.files import atomic_path, reading
 from flexlib.untrusted import parsing, read_npy
 
 _NUMPY, _STREAM = b"\x93NUMPY", b"\x95CSDAT"
@@ -126,7 +126,7 @@ def read_cs_file(path: str | Path) -> CsFile:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: CryoSPARC file not found")
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         start = file.read(6)
     if start == _STREAM:
         table = _read_stream(path)
@@ -176,7 +176,8 @@ def _object_columns(path: Path) -> list[str]:
 
 
 def _read_stream(path: Path) -> CsFile:
-    content = path.read_bytes()
+    with reading(path):
+        content = path.read_bytes()
     with parsing(path, "CryoSPARC .cs file: damaged: the header of the compressed stream cannot be read"):
         at = 10 + int.from_bytes(content[6:10], "little")
         header = json.loads(content[10:at])

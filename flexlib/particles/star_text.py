@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from flexlib.errors import InputError
-from flexlib.files import atomic_path
+from flexlib.files import atomic_path, reading
 from flexlib.untrusted import parsing
 
 _BLANK = np.zeros(256, bool)
@@ -311,10 +311,8 @@ def _tokens(row: bytes) -> Iterator[tuple[bytes, tuple[int, int]]]:
 def read_star_text(path: str | Path) -> StarText:
     """Read a STAR file and find its tables. Raises InputError where the file cannot be read."""
     path = Path(path)
-    try:
+    with reading(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     return StarText(path, content, tuple(_find_tables(content)))
 
 

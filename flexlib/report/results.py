@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from flexlib.errors import InputError
-from flexlib.files import read_json
+from flexlib.files import read_json, reading
 from flexlib.imaging.maps import Map, read_map
 from flexlib.layout import POINT_PATTERN, GenerateFolder, MeshFolder, ReconstructFolder, RunFolder, TrainFolder
 from flexlib.particles.input_rows import latent_columns
@@ -375,7 +375,8 @@ def _record(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
 
 
 def _csv(path: Path) -> pd.DataFrame | None:
-    table = pd.read_csv(path) if path.exists() and path.stat().st_size else None
+    with reading(path, ValueError):
+        table = pd.read_csv(path) if path.exists() and path.stat().st_size else None
     return table if table is not None and len(table) else None
 
 

@@ -17,7 +17,7 @@ import torch
 
 from flexlib.distributed import EXIT_INTERRUPTED, Ranks, launch
 from flexlib.errors import InputError
-from flexlib.files import atomic_path
+from flexlib.files import atomic_path, reading
 from flexlib.layout import MeshFolder, ParticlesFolder, TrainFolder
 from flexlib.model.forward import TRAINING, Accuracy
 from flexlib.runtime import tune_process
@@ -167,7 +167,7 @@ def _run_epochs(setup: Setup, state: State, out: TrainFolder, identity: dict[str
                 run_epoch(setup, state, after_batch)
             except Interrupted:
                 save()
-                logger.warning("SIGTERM: checkpoint written in epoch %d; run again to continue", state.epoch + 1)
+                logger.error("SIGTERM: checkpoint written in epoch %d; run again to continue", state.epoch + 1)
                 sys.exit(EXIT_INTERRUPTED)
             except FloatingPointError as error:
                 state = _gone_back(setup, state, (out, identity), error)
@@ -206,8 +206,13 @@ def run_identity(particles: ParticlesFolder, mesh: MeshFolder, settings: TrainSe
         "settings": json.dumps(
             {k: v for k, v in asdict(settings).items() if k != "processes"}, sort_keys=True, default=str
         ),
-        **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.exists()},
+        **{path.name: _sha256(path) for path in files if path.exists()},
     }
+
+
+def _sha256(path: Path) -> str:
+    with reading(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class _StopFlag:

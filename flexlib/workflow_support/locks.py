@@ -18,10 +18,10 @@ from typing import IO
 _held: dict[Path, IO[str]] = {}  # open until this process ends
 
 
-def remove_dead_locks(run: str, paths: Sequence[str], snakemake_dir: str | Path = ".snakemake") -> None:
+def remove_dead_locks(run: str, paths: Sequence[str], snakemake_dir: str | Path = ".snakemake") -> bool:
     """Remove the locks on a run that no living Snakemake of this workflow can have made, and count as living.
 
-    Where another one lives, Snakemake's own are left to speak.
+    Where another one lives, nothing is removed.
 
     Parameters
     ----------
@@ -31,16 +31,34 @@ def remove_dead_locks(run: str, paths: Sequence[str], snakemake_dir: str | Path 
         What its rules write, as beginnings of paths; lock files that name nothing of it are another workflow's.
     snakemake_dir
         Where Snakemake keeps its books.
+
+    Returns
+    -------
+    bool
+        Whether another one lives and has locked files of the run.
     """
     snakemake_dir = Path(snakemake_dir)
     own = snakemake_dir / f"flexlib.{run}.lock"
+    lives = False
     with suppress(OSError):
-        fcntl.flock(_open(own), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for path in (snakemake_dir / "locks").glob("*.lock"):
-            if any(line.startswith(tuple(paths)) for line in path.read_text().splitlines()):
+        try:
+            fcntl.flock(_open(own), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lives = True
+        locks = [path for path in (snakemake_dir / "locks").glob("*.lock") if _names_any(path, paths)]
+        if lives:
+            lives = bool(locks)
+        else:
+            for path in locks:
                 path.unlink(missing_ok=True)
     with suppress(OSError):
         fcntl.flock(_open(own), fcntl.LOCK_SH)
+    return lives
+
+
+def _names_any(lock: Path, paths: Sequence[str]) -> bool:
+    """Whether a lock file of Snakemake's lists a path that begins as one of ``paths``."""
+    return any(line.startswith(tuple(paths)) for line in lock.read_text().splitlines())
 
 
 def wait_for_orphan(job: str, snakemake_dir: str | Path = ".snakemake") -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from flexlib.errors import InputError
+from flexlib.files import reading
 from flexlib.layout import TrainFolder
 from flexlib.records import ValidationRecord
 from flexlib.workflow_support.points import SweepPoint
@@ -85,6 +86,9 @@ def _simplicity(score: Score) -> tuple[float, ...]:
 def read_score(point: SweepPoint, validation_json: str | Path) -> Score:
     """The score in a sweep point's ``validation.json`` and ``held_out.csv`` beside it; nan where none was held out."""
     validation = ValidationRecord.read(validation_json)
-    with TrainFolder(Path(validation_json).parent).held_out.open(newline="") as file:
+    held_out = TrainFolder(Path(validation_json).parent).held_out
+    with reading(held_out, ValueError, KeyError, TypeError), held_out.open(newline="") as file:
         particles = {int(row["row"]): float(row["gain"]) for row in csv.DictReader(file)}
+    if len(particles) != validation.validation_particles:
+        raise InputError(f"{held_out}: {len(particles)} particles, {validation.validation_particles} were held out")
     return Score(point, validation.gain, validation.gain_se, particles)

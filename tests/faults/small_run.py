@@ -165,8 +165,8 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # which closes its pipes and waits
+            self.process.stdin.close()
 
     def start(self, job: dict[str, Any], **fault: Any) -> None:
         """Start a job, with a fault or without."""
@@ -242,13 +242,12 @@ def content(path: Path) -> Any:
     """What a file says, but for the time that it took and when that was."""
     if path.name == "validation.json":
         return {key: value for key, value in json.loads(path.read_text()).items() if key != "wall_s"}
-    if path.name == "sweep.csv":
+    if path.name in ("sweep.csv", "log.csv"):  # seconds are last
         return re.sub(r"(?m)[^,\n]*$", "", path.read_text())
     if path.suffix == ".pt":
         return flat(torch.load(path, weights_only=True))
     if path.suffix in (".html", ".json"):
-        text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "", path.read_text())
-        return text
+        return re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:[\d:.+]*\d", "", path.read_text())
     return path.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""A disk without room, files that cannot be read or are not there: one line that names the file, then it goes on."""
+"""A disk without room, files that cannot be read or are not there: one line, and the same goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import Bench, assert_one_line, can_mount
+from bench import Bench, assert_one_line, can_mount
 from small_run import INPUTS, OUTPUTS, RECONSTRUCT, RESULTS, STACK, files_of, jobs
 
 from flexlib.files import atomic_path

@@ -1,4 +1,4 @@
-"""A stage that is killed, stopped or interrupted at any file that it writes: nothing half, and it goes on.
+"""A stage that is killed, stopped or interrupted at any file that it writes: nothing half, the same command goes on.
 
 The signal comes where a file is complete and about to take its final name, so the points are the same in every run.
 """
@@ -7,7 +7,7 @@ import re
 import signal
 
 import pytest
-from conftest import assert_one_line
+from bench import assert_one_line
 from small_run import INPUTS, OUTPUTS, jobs
 
 POLITE = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}

@@ -277,7 +277,15 @@ def check_machine():
         sys.exit(f"ERROR {complaint}")
 
 
-if workflow.is_main_process:
-    check_disk()
+def check_alone():
+    """Refuse to run beside another Snakemake that writes the same files; remove the locks of one that was killed."""
     simulated = [config["particles"]] if config["simulate"] is not None else []
-    remove_dead_locks(config["name"], [f"{RUN.path}/", *simulated])
+    lives = remove_dead_locks(config["name"], [f"{RUN.path}/", *simulated])
+    executes = workflow.executor_plugin is not None and not workflow.dryrun
+    if lives and executes and workflow.execution_settings.lock:
+        sys.exit(f"ERROR {RUN.path}: another Snakemake is at work on this run, in this folder: wait for its end, or end it")
+
+
+if workflow.is_main_process:
+    check_alone()
+    check_disk()
