@@ -123,7 +123,9 @@ def _read_mrc(path: Path) -> _StoredMap:
     with parsing(path, "MRC map"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with mrcfile.open(path, permissive=True, header_only=True) as file:
-            _check_size(path, file)
+            size = _checked_size(path, file)
+    with parsing(path, "MRC map", size), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         with mrcfile.open(path, permissive=True) as file:
             if file.data is None:
                 raise InputError(f"{path}: not a readable MRC map")
@@ -143,8 +145,8 @@ def _read_mrc(path: Path) -> _StoredMap:
     return _StoredMap(data, voxel_A, origin_A, (start[0], start[1], start[2]))
 
 
-def _check_size(path: Path, file: mrcfile.mrcfile.MrcFile) -> None:
-    """Refuse a map whose header claims more voxels than the file can hold, before they get memory."""
+def _checked_size(path: Path, file: mrcfile.mrcfile.MrcFile) -> int:
+    """Bytes that a map's header claims. Raises InputError where the file cannot hold them."""
     header = file.header
     shape = mrcfile.utils.data_shape_from_header(header)
     voxels = math.prod(int(side) for side in shape) if min(shape) > 0 else -1
@@ -152,6 +154,7 @@ def _check_size(path: Path, file: mrcfile.mrcfile.MrcFile) -> None:
     extra = header.nbytes + int(header.nsymbt)
     compressed = type(file) is not mrcfile.mrcfile.MrcFile
     check_claim(path, claimed + extra if claimed > 0 else -1, path.stat().st_size, compressed)
+    return claimed
 
 
 def write_map(
