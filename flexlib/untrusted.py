@@ -25,16 +25,16 @@ _MEMORY_FACTOR, _MEMORY_BYTES = 64, 2**29  # a parser's memory: a multiple of it
 
 
 @contextmanager
-def parsing(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+def parsing(path: str | os.PathLike[str], what: str, unpacked: int = 0) -> Iterator[None]:
     """For a library's call alone: whatever exception it ends in becomes an InputError, ``not a readable <what>``.
 
     Where the system can limit it (Linux), the call gets memory in proportion to the file's size, so that a small file
-    cannot ask for all there is. What the library prints is kept from the terminal; it is the reason given where the
-    exception has none.
+    cannot ask for all there is, and some for ``unpacked`` bytes (which ``check_claim`` has passed) besides. What the
+    library prints is kept from the terminal; it is the reason given where the exception has none.
     """
     printed = io.StringIO()
     try:
-        with _limited_memory(path), redirect_stdout(printed), redirect_stderr(printed):
+        with _limited_memory(path, unpacked), redirect_stdout(printed), redirect_stderr(printed):
             yield
     except InputError:
         raise
@@ -47,13 +47,13 @@ def parsing(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _limited_memory(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Memory of the process, limited to what it has now and a share in proportion to the file."""
+def _limited_memory(path: str | os.PathLike[str], unpacked: int) -> Iterator[None]:
+    """Limit this process's memory to what it has now and a share in proportion to the file."""
     with _one_at_a_time:  # the limit is the whole process's
-        yield from _limited(path)
+        yield from _limited(path, unpacked)
 
 
-def _limited(path: str | os.PathLike[str]) -> Iterator[None]:
+def _limited(path: str | os.PathLike[str], unpacked: int) -> Iterator[None]:
     try:
         import resource
 
@@ -63,7 +63,7 @@ def _limited(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = pages * resource.getpagesize() + _MEMORY_FACTOR * size + _MEMORY_BYTES
+    wanted = pages * resource.getpagesize() + _MEMORY_FACTOR * size + _MEMORY_BYTES + 4 * unpacked
     known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (min([wanted, *known]), hard))

@@ -24,6 +24,7 @@ import yaml
 from particle_files import cs_records, save_cs, write_relion_star, write_stacks
 from run_snakemake import snakemake
 
+from flexlib import untrusted
 from flexlib.errors import InputError
 from flexlib.first_config.config_text import _line
 from flexlib.first_config.picture import draw_mask
@@ -33,6 +34,7 @@ from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.layout import MeshFolder, RunFolder
 from flexlib.mesh.chimerax import write_chimerax
 from flexlib.mesh.lattice import bcc_mesh
+from flexlib.mesh.segments import read_segments
 from flexlib.mesh.weights import _read_cell_weights
 from flexlib.model.flex_model import FlexModel
 from flexlib.particles import read_particles
@@ -204,8 +206,6 @@ def test_image_paths_stay_in_their_folders(tmp_path, monkeypatch, suffix, column
 
 def test_segments_are_in_the_very_file(tmp_path):
     """HDF5 can point into other files, as raw bytes too."""
-    from flexlib.mesh.segments import read_segments
-
     damage.seg_files(tmp_path)
     (tmp_path / "secret").write_bytes(bytes(500))
     with h5py.File(tmp_path / "plain.seg", "a") as file:
@@ -299,12 +299,18 @@ def test_what_a_file_cannot_hold_is_refused_before_it_gets_memory(tmp_path):
     assert grown_MB < 1000
 
 
-def test_packed_maps_of_an_honest_size_are_read(tmp_path):
-    """A mask is nearly empty, and packed to a thousandth."""
-    write_map(tmp_path / "m.mrc", np.zeros((128,) * 3), 1.0)
-    for packer in (gzip.compress, bz2.compress):
+def test_packed_maps_of_an_honest_size_are_read(tmp_path, monkeypatch):
+    """A mask is nearly empty, and packed to a thousandth; its memory is not counted by the packed file's size."""
+    monkeypatch.setattr(untrusted, "_MEMORY_BYTES", 2**25)
+    write_map(tmp_path / "m.mrc", np.zeros((224,) * 3), 1.0)
+    for packer in (lambda data: gzip.compress(data, 6), bz2.compress):
         (tmp_path / "p.mrc").write_bytes(packer((tmp_path / "m.mrc").read_bytes()))
-        assert (tmp_path / "p.mrc").stat().st_size < 10_000 and read_map(tmp_path / "p.mrc").box == 128
+        assert (tmp_path / "p.mrc").stat().st_size < 50_000 and read_map(tmp_path / "p.mrc").box == 224
+    with h5py.File(tmp_path / "p.seg", "w") as file:
+        file.attrs["format"], file.attrs["ijk_to_xyz_transform"] = "segger", np.eye(3, 4)
+        file.create_dataset("mask", (224,) * 3, np.uint32, chunks=(56,) * 3, fillvalue=1)
+        file["region_ids"], file["parent_ids"] = [1], [0]
+    assert (tmp_path / "p.seg").stat().st_size < 20_000 and (read_segments(tmp_path / "p.seg").labels == 1).all()
 
 
 def test_a_map_holds_real_numbers_at_a_place(tmp_path):

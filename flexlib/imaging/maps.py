@@ -130,7 +130,9 @@ def _read_mrc(path: Path) -> _StoredMap:
     """Read an MRC file of any shape, axes brought to (z, y, x). Raises InputError."""
     with parsing(path, "MRC map"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _check_size(path)
+        size = _checked_size(path)
+    with parsing(path, "MRC map", size), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         with mrcfile.open(path, permissive=True) as file:
             if file.data is None:
                 raise InputError(f"{path}: not a readable MRC map")
@@ -150,8 +152,8 @@ def _read_mrc(path: Path) -> _StoredMap:
     return _StoredMap(data, voxel_A, origin_A, (start[0], start[1], start[2]))
 
 
-def _check_size(path: Path) -> None:
-    """Refuse a map whose header claims more than the file can hold, before that gets memory."""
+def _checked_size(path: Path) -> int:
+    """Bytes that a map's header claims. Raises InputError, before they get memory, where the file cannot hold them."""
     with path.open("rb") as file:
         unpack = _COMPRESSED.get(file.read(2), open)
     with unpack(path, "rb") as file:
@@ -166,6 +168,7 @@ def _check_size(path: Path) -> None:
     claimed = voxels * mrcfile.utils.data_dtype_from_header(header).itemsize + extra + _HEADER.itemsize
     possible = voxels > 0 and extra >= 0
     check_claim(path, claimed if possible else -1, path.stat().st_size, compressed=unpack is not open)
+    return claimed
 
 
 def write_map(

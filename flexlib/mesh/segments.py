@@ -108,9 +108,12 @@ def _read_segger(path: Path) -> LabelGrid:
         if kind != "segger" or missing:
             what = f"has no {missing[0]}" if missing else f"its format is {kind!r}"
             raise InputError(f"{path}: not a Segger segmentation: {what}")
-        mask, region, parent = (_whole_numbers(path, file, name) for name in ("mask", "region_ids", "parent_ids"))
+        names = ("mask", "region_ids", "parent_ids")
+        unpacked = sum(_checked_size(path, file, name) for name in names)
         transform = file.attrs.get("ijk_to_xyz_transform")
         transform = None if transform is None else np.asarray(transform, np.float64)
+    with parsing(path, "HDF5 file", unpacked), h5py.File(path, "r") as file:
+        mask, region, parent = (np.array(file[name]) for name in names)
     if transform is None:
         raise InputError(f"{path}: has no ijk_to_xyz_transform, so its voxels lie nowhere: save it again from Segger")
     if transform.size != 12 or not np.isfinite(transform).all():
@@ -124,13 +127,14 @@ def _read_segger(path: Path) -> LabelGrid:
     return LabelGrid(_root_labels(mask, region, parent, path), _three(voxel_A), _three(transform[:, 3]))
 
 
-def _whole_numbers(path: Path, file: h5py.File, name: str) -> np.ndarray:
-    """A dataset of whole numbers that lies in the file itself, as stored. Raises ``InputError``."""
+def _checked_size(path: Path, file: h5py.File, name: str) -> int:
+    """Bytes of a dataset of whole numbers that lies in the file itself. Raises ``InputError`` where it is none."""
     found = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual or found.dtype.kind not in "iu":
         raise InputError(f"{path}: {name} is no array of whole numbers in this very file")
-    check_claim(path, found.size * found.dtype.itemsize, path.stat().st_size, compressed=True)
-    return np.array(found)
+    size = int(found.size) * int(found.dtype.itemsize)
+    check_claim(path, size, path.stat().st_size, compressed=True)
+    return size
 
 
 def _root_labels(mask: np.ndarray, region: np.ndarray, parent: np.ndarray, path: Path) -> np.ndarray:
