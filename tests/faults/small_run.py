@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,17 +162,20 @@ class Runner:
         )
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
+        descriptor, name = tempfile.mkstemp()  # of the job's console, not on its disk
+        os.close(descriptor)
+        self.said = Path(name)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
         with self.process:  # which closes its pipes and waits
             self.process.stdin.close()
+        self.said.unlink()
 
     def start(self, job: dict[str, Any], **fault: Any) -> None:
         """Start a job, with a fault or without."""
         assert self.process.stdin is not None
-        self.said = self.folder / f"stderr.{os.getpid()}.{id(self)}"
         request = {"folder": str(self.folder), "job": job, "stdout": os.devnull, "stderr": str(self.said)}
         self.process.stdin.write(json.dumps(request | ({"fault": fault} if fault else {})) + "\n")
         self.process.stdin.flush()
@@ -180,9 +184,7 @@ class Runner:
         """Wait for the job's end."""
         assert self.process.stdout is not None
         status = int(self.process.stdout.readline())
-        said = self.said.read_text(errors="replace")
-        self.said.unlink()
-        return Ended(status, said)
+        return Ended(status, self.said.read_text(errors="replace"))
 
     def run(self, job: dict[str, Any], **fault: Any) -> Ended:
         """Run a job to its end."""
