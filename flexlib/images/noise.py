@@ -70,7 +70,7 @@ def write_noise(path: str | Path, sigma: np.ndarray, frequency_1_per_A: np.ndarr
 
 def read_noise(path: str | Path) -> np.ndarray:
     """(groups, shells) float64 sigma from noise.csv. Raises InputError where it cannot be read."""
-    with reading(path, ValueError, IndexError):
-        columns = np.loadtxt(path, delimiter=",", skiprows=1, usecols=(0, 1, 3), ndmin=2)
+    with reading(path, ValueError, IndexError), Path(path).open() as file:
+        columns = np.loadtxt(file, delimiter=",", skiprows=1, usecols=(0, 1, 3), ndmin=2)
         groups = int(columns[:, 0].max())
         return columns[:, 2].reshape(groups, -1)

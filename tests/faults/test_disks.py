@@ -131,7 +131,7 @@ def test_not_there(bench, stage, path):
     bench.clear(stage)
     (bench.folder / path).unlink()
     ended = bench.runner.run(jobs()[stage])
-    if stage == "report":  # what is not there becomes a sentence
+    if stage in ("report", "provenance") or path.endswith("segments.mrc"):  # told, or not needed
         assert ended.status == 0 and "Traceback" not in ended.said
         return
     assert ended.status == 1
