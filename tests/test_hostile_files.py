@@ -35,13 +35,13 @@ from flexlib.layout import MeshFolder, RunFolder
 from flexlib.mesh.chimerax import write_chimerax
 from flexlib.mesh.lattice import bcc_mesh
 from flexlib.mesh.segments import read_segments
-from flexlib.mesh.weights import _read_cell_weights
+from flexlib.mesh.weights import read_cell_weights
 from flexlib.model.flex_model import FlexModel
 from flexlib.particles import read_particles
 from flexlib.particles.cs_file import read_cs_file
 from flexlib.particles.latents_read import read_frame_latents
 from flexlib.records import ChecksumsRecord
-from flexlib.render.commands import chimerax_word
+from flexlib.render.chimerax import chimerax_text
 from flexlib.report import write_report
 from flexlib.report.markup import environment
 from flexlib.workflow_support.checks import check_config, check_paths
@@ -80,7 +80,7 @@ def test_no_array_or_model_runs_code(tmp_path, monkeypatch):
         (read_frame_latents, "a.npy"),
         (read_frame_latents, "a.cs"),
         (read_cs_file, "a.cs"),
-        (lambda path: _read_cell_weights(path, 1), "a.npy"),
+        (lambda path: read_cell_weights(path, 1), "a.npy"),
         (FlexModel.load, "a.pt"),
         (FlexModel.load, "b.pt"),
     ):
@@ -116,7 +116,7 @@ def test_a_config_is_plain_values_and_not_too_many():
         with pytest.raises(InputError, match=r"config: name: .* is not understood"):
             check_config({**MINIMAL, "name": name})
     for path in ("{wildcards}.star", "a\nb.star"):
-        with pytest.raises(InputError, match=r"config: particles: .* braces or line breaks"):
+        with pytest.raises(InputError, match=r"config: particles: .* braces"):
             check_paths(check_config({**MINIMAL, "particles": path}))
 
 
@@ -171,7 +171,7 @@ def _star_of(path: Path, image: str) -> Path:
 def _cs_of(path: Path, image: str) -> Path:
     records = cs_records()
     kinds = {name: (kind.base, kind.shape) for name, (kind, *_) in records.dtype.fields.items()}
-    records = records.astype([(name, *kind) for name, kind in (kinds | {"blob/path": ("S90", ())}).items()])
+    records = records.astype([(name, *kind) for name, kind in (kinds | {"blob/path": ("S400", ())}).items()])
     records["blob/path"], records["blob/idx"] = f">{image}".encode(), 0
     return save_cs(path, records)
 
@@ -398,20 +398,20 @@ def test_names_are_words_in_chimeraxs_scripts(tmp_path):
     names = (*NAMES, "two\nopen evil.cxc", 'a"; open evil', "back\\slash", "tab\t", "\u2028open evil", "plain_1.mrc")
     table = pd.DataFrame({"frame": [0, 1], "num_particles": [3, 4], "beyond_data": [0.0, 1.0]})
     for name in names:
-        word = chimerax_word(name)
+        word = chimerax_text(name)
         assert (ast.literal_eval(word) if word.startswith('"') else word) == name and len(word.splitlines()) == 1
         script = chimerax_script(name, table, 0.5)
         tame = chimerax_script("axis_1", table, 0.5)
         assert len(script.splitlines()) == len(tame.splitlines())
-        assert f"open {chimerax_word(f'{name}/frame_*.mrc')} vseries true" in script.splitlines()
-    assert chimerax_word("plain_1.mrc") == "plain_1.mrc"
+        assert f"open {chimerax_text(f'{name}/frame_*.mrc')} vseries true" in script.splitlines()
+    assert chimerax_text("plain_1.mrc") == "plain_1.mrc"
     mask = np.zeros((8, 8, 8), bool)
     mask[2:6, 2:6, 2:6] = True
     out = MeshFolder(tmp_path)
     write_chimerax(
         out, bcc_mesh(mask, 2.0, 6.0, None), Map(mask.astype(np.float32), 2.0), tmp_path / "a\nopen evil;b.mrc"
     )
-    assert out.chimerax.read_text().splitlines()[1] == r'open "a\nopen evil;b.mrc" id 1'
+    assert out.chimerax.read_text().splitlines()[1] == r'open "a\u000aopen evil;b.mrc" id 1'
 
 
 def test_a_series_is_written_below_its_folder():
