@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexlib.errors import InputError
+from flexlib.files import reading
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +116,10 @@ def load_saved(path: Path, device: torch.device | str = "cpu") -> Any:
     """
     import torch
 
+    with reading(path):
+        content = path.read_bytes()
     try:
-        return torch.load(io.BytesIO(path.read_bytes()), map_location=device, weights_only=True)
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: damaged, or not a file of tensors that flexlib wrote: not loaded") from error
 

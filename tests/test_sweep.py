@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
@@ -32,7 +33,8 @@ def write_training(folder, point, gains, wall_s=12.5):
     error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
     gain = fmean(gains) if gains else None
     train = RunFolder(folder).train(point.path)
-    validation_record(gain, error, wall_s).write(train.validation)
+    record = replace(validation_record(gain, error, wall_s), validation_particles=len(gains))
+    record.write(train.validation)
     lines = ["row,gain", *(f"{7 * row},{value}" for row, value in enumerate(gains))]
     train.held_out.write_text("\n".join(lines) + "\n")
 
