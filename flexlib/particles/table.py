@@ -169,15 +169,15 @@ def find_image_files(
     """
     found = [find_image_file(name, metadata_path, image_root) for name in names]
     for stack, (name, path) in enumerate(zip(names, found, strict=True)):
-        row = int(np.argmax(stack_index == stack))
         if re.search(r"[\x00-\x1f\x7f]", name):
-            raise InputError(f"{metadata_path}: row {row + 1}, column {column}: {name!r} holds control characters")
-        if path is None:
+            complaint = f"{name!r} holds control characters"
+        elif path is None:
             where = "the particle file's and the working folder" if image_root is None else str(image_root)
-            raise InputError(
-                f"{metadata_path}: row {row + 1}, column {column}: {name} leads out of {where}: image_root must be a "
-                "folder that holds the images too"
-            )
+            complaint = f"{name} leads out of {where}: image_root must be a folder that holds the images too"
+        else:
+            continue
+        row = int(np.argmax(stack_index == stack))  # a pass over all rows, for the one that is refused
+        raise InputError(f"{metadata_path}: row {row + 1}, column {column}: {complaint}")
     return tuple(path for path in found if path is not None)
 
 
