@@ -283,7 +283,9 @@ def check_alone():
     lives = remove_dead_locks(config["name"], [f"{RUN.path}/", *simulated])
     executes = workflow.executor_plugin is not None and not workflow.dryrun
     if lives and executes and workflow.execution_settings.lock:
-        sys.exit(f"ERROR {RUN.path}: another Snakemake is at work on this run, in this folder: wait for its end, or end it")
+        sys.exit(
+            f"ERROR {RUN.path}: another Snakemake is at work on this run, in this folder: wait for its end, or end it"
+        )
 
 
 if workflow.is_main_process:
