@@ -49,7 +49,7 @@ def measure(
     from flexlib.model.forward import Operator, solving_accuracy
     from flexlib.projection.op import gather_volume
     from flexlib.reconstruct.normal_equations import accumulate_normal_equations
-    from flexlib.reconstruct.run import flow_displacements
+    from flexlib.reconstruct.kinds import flow_displacements
     from flexlib.runtime import tune_process
     from flexlib.tetra.tetmesh import single_cell_mesh
 

@@ -173,6 +173,11 @@ class TrainFolder(Folder):
         return self.path / "held_out.csv"
 
     @property
+    def cross(self) -> Path:
+        """The score of the other half-set's particles, where one was trained alone."""
+        return self.path / "cross.csv"
+
+    @property
     def checkpoint(self) -> Path:
         """The state of a training under way."""
         return self.path / CHECKPOINTS / "checkpoint.pt"

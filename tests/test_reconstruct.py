@@ -25,7 +25,8 @@ from flexlib.particles.star_write import relion_tables, write_star
 from flexlib.projection.op import gather_volume, project, project_adjoint, scatter_volume, view_vertices
 from flexlib.reconstruct.fsc_table import fsc_table
 from flexlib.reconstruct.map_solver import SolverSettings
-from flexlib.reconstruct.run import reconstruct, warn_if_stopped
+from flexlib.reconstruct.kinds import warn_if_stopped
+from flexlib.reconstruct.run import reconstruct
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, ReconstructSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -91,6 +91,13 @@ class PreparedImages:
         changed._take_poses(change.as_of_poses(self.particles, self.pixel_size_A).of(self.particles))
         return changed
 
+    def subset(self, rows: np.ndarray) -> Self:
+        """The images at ``rows`` (m,) alone, in that order."""
+        chosen = copy(self)
+        chosen._take_poses(self.particles.subset(rows))
+        chosen.half_set = chosen.particles.half_set
+        return chosen
+
     @property
     def rotation(self) -> np.ndarray:
         """(n, 3, 3) float32 rotations of the views, as batches have them."""

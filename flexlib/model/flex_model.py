@@ -18,7 +18,7 @@ from flexlib.runtime import load_saved
 from flexlib.tetra.tetmesh import TetraMesh
 
 FORMAT_VERSION = 1
-_ARRAYS = ("probability", "parts", "occupancy", "occupancy_share")  # that a model may lack
+_ARRAYS = ("latent_covariance", "probability", "parts", "occupancy", "occupancy_share")  # that a model may lack
 
 
 @dataclass
@@ -37,7 +37,8 @@ class FlexModel:
     # the rigid map of the same particles; None where they were not refined
     pose: PoseChange | None = None
     rigid_pose: PoseChange | None = None
-    # rows as those of the latents; None where training did not ask
+    # rows as those of the latents; None where training did not ask, or is under way
+    latent_covariance: np.ndarray | None = None  # (n, K, K) float32, of the posteriors; the latents are their means
     probability: np.ndarray | None = None  # (n,) float32, posterior probability that the image shows a particle
     parts: np.ndarray | None = None  # (box, box, box) uint8, 0 what is always there, 1 to S parts that may be missing
     occupancy: np.ndarray | None = None  # (n, S) float32, posterior probability that the part is there

@@ -12,66 +12,32 @@ followed with others that were not, so it is not done.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from flexlib.distributed import Ranks, launch
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.images.batch import ImageSource
 from flexlib.images.cache import cached_images
-from flexlib.images.sources import PreparedImages, open_full_images
+from flexlib.images.sources import open_full_images
 from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.layout import ParticlesFolder, ReconstructFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel
-from flexlib.model.forward import Operator, solving_accuracy
-from flexlib.model.part_labels import labels_at
-from flexlib.particles.pose_change import PoseChange
 from flexlib.reconstruct.fsc_table import fsc_table
-from flexlib.reconstruct.map_solver import Convergence, SolverSettings, solve_map
-from flexlib.reconstruct.normal_equations import Displacements
+from flexlib.reconstruct.kinds import flexible_kind, rigid_kind, solve_half
+from flexlib.reconstruct.map_solver import Convergence
 from flexlib.reconstruct.postprocess import guinier_b_factor, local_resolution, moving_region, sharpened_map
-from flexlib.reconstruct.weighing import OccupancyOperator, WeighedImages
 from flexlib.records import ResolutionRecord
 from flexlib.runtime import describe_device, resolve_device, tune_process
-from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh, single_cell_mesh
-from flexlib.tetra.voxels import voxelise
 from flexlib.workflow_support.settings import ReconstructSettings
 
 logger = logging.getLogger(__name__)
 
 LOCAL_PERCENTILES = (5, 50, 95)  # of the local resolution, in the record
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """One way to see the particles: flexible or rigid."""
-
-    name: str  # "flex" or "rigid"
-    mesh: TetraMesh
-    voxels: MeshVoxels
-    displacements: Displacements | None  # None: at rest
-    pose: PoseChange | None  # None: as in the input
-    probability: np.ndarray | None  # (n,) that the image shows a particle; None: all count alike
-    occupancy: np.ndarray | None = None  # (n, S) that the particle has the part; None: all have all
-    labels: np.ndarray | None = None  # (nvox,) of the parts, where there is an occupancy
-
-    def seen(self, images: PreparedImages) -> ImageSource:
-        """The images with their poses and weights."""
-        posed = images if self.pose is None else images.posed(self.pose)
-        return posed if self.probability is None else WeighedImages(posed, self.probability)
-
-    def operator(self, device: torch.device) -> Operator:
-        """What projects the map."""
-        operator = Operator.of_voxels(self.mesh, self.voxels, device, solving_accuracy(device))
-        if self.occupancy is None or self.labels is None:
-            return operator
-        return OccupancyOperator.of_labels(operator, self.labels, self.occupancy)
 
 
 def reconstruct(
@@ -131,23 +97,28 @@ def _reconstruct(
     _check_input(source, mask, model, particles, train, settings.weigh_particles)
 
     inside = inside_mask(mask.data, FULL_FLOOR)
-    kinds = _kinds(model, inside, source, settings)
+    kinds = [flexible_kind(model, inside, source, settings)]
+    if settings.rigid_baseline:
+        kinds.append(rigid_kind(model, inside, source, settings))
+    if kinds[0].probability is not None:
+        weight = kinds[0].probability
+        logger.info("%d images weighed by their probability count as %.1f particles", len(weight), weight.sum())
     halves: dict[str, list[np.ndarray]] = {}
     courses: dict[str, list[Convergence]] = {}
     own_rows = np.concatenate([ranks.share(np.flatnonzero(source.half_set == half)) for half in (0, 1)])
     with cached_images(source, settings.cache_dir, own_rows) as images:
         for kind in kinds:
-            solution = _solve_halves(kind.seen(images), kind, kind.operator(chosen), mask, settings, ranks)
-            halves[kind.name], courses[kind.name] = solution
+            solved = [solve_half(images, half, kind, mask, settings, chosen, ranks) for half in (1, 2)]
+            halves[kind.name], courses[kind.name] = ([*part] for part in zip(*solved, strict=True))
             if ranks.leads:
                 _write_half_maps(out, kind.name, halves[kind.name], source.pixel_size_A, mask)
     if not ranks.leads:
         return
-    _write_csv(out.convergence, _course_table(courses))
+    write_csv(out.convergence, course_table(courses))
     moving, motion_A = moving_region(model, kinds[0].voxels, mask.data)
     write_map(out.moving_mask, moving, source.pixel_size_A, like=mask)
     table, resolutions_A = fsc_table(halves, mask.data, source.pixel_size_A, moving)
-    _write_csv(out.fsc, table)
+    write_csv(out.fsc, table)
     b_factor_A2, local_A = _write_derived_maps(out, halves["flex"], mask, table["fsc_flex"].to_numpy(), resolutions_A)
     ResolutionRecord(
         resolutions_A=resolutions_A,
@@ -163,23 +134,6 @@ def _reconstruct(
         poses={kind.name: "input" if kind.pose is None else "refined" for kind in kinds},
         effective_particles=None if kinds[0].probability is None else float(kinds[0].probability.sum()),
     ).write(out.resolution)
-
-
-def _kinds(model: FlexModel, inside: np.ndarray, source: ImageSource, settings: ReconstructSettings) -> list[_Kind]:
-    """The flexible way to see the particles, and the rigid one if it is wanted; each with the poses found under it."""
-    refined = settings.poses == "refined"
-    voxels = voxelise(model.mesh, inside, source.pixel_size_A)
-    weight = model.probability if settings.weigh_particles else None
-    if weight is not None:
-        logger.info("%d images weighed by their probability count as %.1f particles", len(weight), weight.sum())
-    labels = labels_at(model, source.box, source.pixel_size_A).reshape(-1)[voxels.index]
-    flow, pose = flow_displacements(model), model.pose if refined else None
-    kinds = [_Kind("flex", model.mesh, voxels, flow, pose, weight, model.occupancy, labels)]
-    if settings.rigid_baseline:
-        mesh = single_cell_mesh(source.box * source.pixel_size_A)
-        voxels = voxelise(mesh, inside, source.pixel_size_A)
-        kinds.append(_Kind("rigid", mesh, voxels, None, model.rigid_pose if refined else None, weight))
-    return kinds
 
 
 def _check_input(
@@ -215,42 +169,6 @@ def _check_input(
                 f"{train.path}: hardly an image of half-set {half + 1} shows a particle (their probabilities add up to "
                 f"{model.probability[rows].sum():.2g}): reconstruct.weigh_particles: false counts all alike"
             )
-
-
-def flow_displacements(model: FlexModel) -> Displacements:
-    """Rows -> (b, nv, 3) Angstrom: what the flow makes of each particle's latents."""
-    return lambda rows: model.displacements_A(torch.as_tensor(model.latents[rows]))
-
-
-def _solve_halves(
-    source: ImageSource, kind: _Kind, operator: Operator, mask: Map, settings: ReconstructSettings, ranks: Ranks
-) -> tuple[list[np.ndarray], list[Convergence]]:
-    """Both half-maps (N, N, N) of one kind, and the course of their solution."""
-    mask_values = torch.as_tensor(mask.data.reshape(-1)[kind.voxels.index])
-    solver = SolverSettings(max_iterations=settings.max_bfgs_iterations, keep_views=settings.all_in_ram)
-    halves, courses = [], []
-    for half in (0, 1):
-        label = f"{kind.name} half {half + 1}"
-        rows = np.flatnonzero(source.half_set == half)
-        volume, course = solve_map(
-            source, rows, operator, kind.displacements, mask_values, solver, label=label, ranks=ranks
-        )
-        warn_if_stopped(label, course, solver)
-        halves.append(volume.cpu().numpy())
-        courses.append(course)
-    return halves, courses
-
-
-def warn_if_stopped(label: str, course: Convergence, solver: SolverSettings) -> None:
-    """Name the setting to raise where a solution ended before it had converged."""
-    if not course.converged:
-        logger.warning(
-            "%s: stopped by reconstruct.max_bfgs_iterations = %d at a relative gradient of %.1e (aim %.1e); raise it",
-            label,
-            solver.max_iterations,
-            course.relative_gradient[-1],
-            solver.tolerance,
-        )
 
 
 def _write_half_maps(
@@ -294,7 +212,7 @@ def _write_derived_maps(
     return b_factor_A2, {f"percentile_{p}": float(v) for p, v in zip(LOCAL_PERCENTILES, percentiles, strict=True)}
 
 
-def _course_table(courses: dict[str, list[Convergence]]) -> pd.DataFrame:
+def course_table(courses: dict[str, list[Convergence]]) -> pd.DataFrame:
     """A row for each iteration of each solution."""
     tables = [
         pd.DataFrame(
@@ -312,6 +230,7 @@ def _course_table(courses: dict[str, list[Convergence]]) -> pd.DataFrame:
     return pd.concat(tables)
 
 
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table, atomically, without its index."""
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)

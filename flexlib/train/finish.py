@@ -47,8 +47,11 @@ def infer_all(setup: Setup, state: State) -> Inferred:
     measure_widths(setup, state)
     if not frozen:
         state.set_parameters(setup.rows_on_device(setup.validation_rows), state.held_parameters())
-    whole, num_modes = _infer_own_share(setup, state)
-    precision, view_std_err = latent_precision(whole, setup.settings.latent_dims), _view_std_err(state, whole)
+    whole, num_modes = infer_rows(setup, state, np.arange(len(setup.source)))
+    if setup.settings.find_junk:
+        learn_junk(setup, state)
+        state.junk.log_share()
+    precision, view_std_err = latent_precision(whole, setup.settings.latent_dims), view_std_errs(state, whole)
     if state.given_latents is not None:
         scale, offset = standard_scale(state.given_latents)[1]
         state.rescale_latents(torch.diag(1 / scale), -offset / scale)
@@ -65,7 +68,7 @@ def infer_all(setup: Setup, state: State) -> Inferred:
     return Inferred(back.T @ precision @ back, view_std_err, num_modes)
 
 
-def _view_std_err(state: State, precision: torch.Tensor) -> torch.Tensor:
+def view_std_errs(state: State, precision: torch.Tensor) -> torch.Tensor:
     """(n, 6 or 0) standard errors of the view parameters, from the precision (n, P, P) of all."""
     prior, num = state.views.prior, state.views.num
     if prior is None:
@@ -74,17 +77,20 @@ def _view_std_err(state: State, precision: torch.Tensor) -> torch.Tensor:
     return inverse.diagonal(dim1=1, dim2=2)[:, -num:].clamp(min=0).sqrt() * prior.widths.to(inverse)
 
 
-def _infer_own_share(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Tensor]:
-    """Infer the parameters of this rank's rows, and gather all ranks'; (n, P, P) precision and (n,) modes."""
-    num, device, prior = len(setup.source), setup.device, setup.prior(state.views.num)
+def infer_rows(setup: Setup, state: State, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Infer the parameters of some rows with flow and map as they are.
+
+    Returns (m, P, P) precision and (m,) modes of the rows ``wanted`` (m,). ``state`` takes over parameters, information
+    and what the images say for particles.
+    """
+    device, prior = setup.device, setup.prior(state.views.num)
     fixed = setup.settings.latent_dims if setup.settings.freeze_latents else 0
     weight = setup.weight(setup.schedule.full_band)
-    precision, num_modes = torch.zeros_like(state.information), torch.ones(num, dtype=torch.long, device=device)
-    mine = setup.ranks.part(num)
-    own_batches = split_batches(np.arange(num)[mine], setup.pass_size)
+    precision, num_modes = torch.zeros_like(state.information), torch.ones_like(state.junk.advantage, dtype=torch.long)
+    own_rows = setup.ranks.share(wanted)
     centres = None if setup.settings.freeze_latents else search_centres(setup, state)
     model, advantage = state.moving_map(setup.operator, setup.coarse), state.junk.advantage
-    for number, batch in enumerate(read_ahead(setup.source, own_batches, device)):
+    for number, batch in enumerate(read_ahead(setup.source, split_batches(own_rows, setup.pass_size), device)):
         rows = setup.rows_on_device(batch.rows)
         start = state.parameters(rows)
         if number == 0:
@@ -104,12 +110,10 @@ def _infer_own_share(setup: Setup, state: State) -> tuple[torch.Tensor, torch.Te
         state.set_parameters(rows, found)
         advantage[rows] = noise_loss(batch, weight) + evidence
     state.information_ratios = model.information_ratios
-    for rows_of_all in (state.latents, state.views.units, precision, state.information, num_modes, advantage):
-        rows_of_all.copy_(setup.ranks.gather(rows_of_all[mine], num))
-    if setup.settings.find_junk:
-        learn_junk(setup, state)
-        state.junk.log_share()
-    return precision, num_modes
+    mine, every = setup.rows_on_device(own_rows), setup.rows_on_device(wanted)
+    for of_rows in (state.latents, state.views.units, precision, state.information, num_modes, advantage):
+        of_rows[every] = setup.ranks.gather(of_rows[mine], len(wanted))
+    return precision[every], num_modes[every]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,21 @@ logger = logging.getLogger(__name__)
 NO_PARTS = PartResults()
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The held-out scores of a finished run."""
+
+    own: HeldOutScore  # of the model as it is
+    rejected: HeldOutScore | None  # of the model that did not convince and was set to rest
+    cross: HeldOutScore | None = None  # of the other half-set's particles, where one was trained alone
+
+
 def write_results(
     out: TrainFolder,
     setup: Setup,
     state: State,
     found: Inferred,
-    scores: tuple[HeldOutScore, HeldOutScore | None],
+    scores: Scores,
     parts: PartResults,
 ) -> None:
     """Write everything of a finished run.
@@ -59,16 +68,19 @@ def write_results(
     found
         What ``finish.infer_all`` gives.
     scores
-        As ``finish.final_score`` gives them.
+        As ``finish.final_score`` and ``place.place_all`` give them.
     parts
         What ``describe_parts`` gives.
     """
-    score = scores[0]
+    score = scores.own
     write_log(out.log, state.log)
     _write_spectrum(out.spectrum, state.spectrum)
     _write_held_out(out.held_out, score)
+    if scores.cross is not None:
+        _write_held_out(out.cross, scores.cross)
     write_map(out.canonical, state.canonical.volume(), setup.source.pixel_size_A, like=setup.consensus)
-    deviation = torch.linalg.inv(found.latent_precision).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().cpu().numpy()
+    covariance = torch.linalg.inv(found.latent_precision)
+    deviation = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().cpu().numpy()
     motion_A, motion_share = motion_coordinates_A(setup, state)
     dims = setup.settings.latent_dims
     extra = {f"flexLatentStdErr{k + 1}": deviation[:, k] for k in range(dims)}
@@ -88,7 +100,7 @@ def write_results(
     turn_error, shift_error = (errors[:, kind].square().sum(1).sqrt().numpy() for kind in (ROTATION, SHIFT))
     write_refined(out, setup.particles.path, change, turn_error, shift_error)
     validation_record(setup, state, motion_share, scores, parts).write(out.validation)
-    write_model(out.model, setup, state, parts)
+    write_model(out.model, setup, state, parts, covariance)
     logger.info(
         "done: held-out gain %.2f +- %.2f nats per particle, %.0f s", score.gain, score.standard_error, state.wall_s
     )
@@ -130,11 +142,11 @@ def validation_record(
     setup: Setup,
     state: State,
     motion_share: np.ndarray,
-    scores: tuple[HeldOutScore, HeldOutScore | None],
+    scores: Scores,
     parts: PartResults,
 ) -> ValidationRecord:
     """What the run came to; ``motion_share`` (K,) of ``motion_coordinates_A``, the rest as for ``write_results``."""
-    score, rejected = scores
+    score, rejected = scores.own, scores.rejected
     images, probability = setup.source.particles.image_index, state.junk.probability()[:, None]
     latents = torch.where(probability >= 0.5, state.latents, torch.nan).cpu().numpy()  # of junk they say nothing
     told = entanglement(
@@ -185,8 +197,10 @@ def _write_parts(path: Path, setup: Setup, parts: PartResults) -> None:
     write_label_map(path, parts.labels, setup.source.pixel_size_A, like=setup.consensus)
 
 
-def write_model(path: Path, setup: Setup, state: State, parts: PartResults = NO_PARTS) -> None:
-    """Write the model as it stands; ``parts`` are known at the end."""
+def write_model(
+    path: Path, setup: Setup, state: State, parts: PartResults = NO_PARTS, covariance: torch.Tensor | None = None
+) -> None:
+    """Write the model as it stands; ``parts``, and the latents' ``covariance`` (n, K, K), are known at the end."""
     plain = json.loads(json.dumps(asdict(setup.settings), default=str))
     FlexModel(
         mesh=setup.mesh,
@@ -199,6 +213,7 @@ def write_model(path: Path, setup: Setup, state: State, parts: PartResults = NO_
         epoch=state.epoch,
         pose=refined_views(setup, state.views, state.latents),
         rigid_pose=refined_views(setup, state.rigid_views, state.latents[:, :0]),
+        latent_covariance=None if covariance is None else covariance.float().cpu().numpy(),
         probability=state.junk.probability().cpu().numpy(),
         parts=parts.labels,
         occupancy=parts.probability,

@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -25,7 +25,8 @@ from flexlib.train.confirm_parts import confirm_parts, parts_at_rest
 from flexlib.train.describe_parts import describe_parts
 from flexlib.train.epoch import run_epoch
 from flexlib.train.finish import final_score, infer_all
-from flexlib.train.results import write_log, write_model, write_results
+from flexlib.train.place import place_all
+from flexlib.train.results import Scores, write_log, write_model, write_results
 from flexlib.train.settle import settle_shape, take_out_mean_pose
 from flexlib.train.setup import Setup, set_up
 from flexlib.train.start import start_or_resume
@@ -53,6 +54,7 @@ class TrainJob:
     discard_other_checkpoint: bool = False  # pass over a checkpoint of another run, with a warning
     batch_size: int | None = None  # rows of a mini-batch; None chooses by their number
     accuracy: Accuracy = TRAINING  # of the projection
+    half: int | None = None  # 1 or 2: the half-set that is trained alone
 
 
 def train(
@@ -64,6 +66,7 @@ def train(
     *,
     discard_other_checkpoint: bool = False,
     batch_size: int | None = None,
+    half: int | None = None,
 ) -> None:
     """Train one sweep point and write its results (see docs/architecture.md).
 
@@ -85,12 +88,17 @@ def train(
         where it is refused otherwise.
     batch_size
         Rows of a mini-batch; None chooses by their number.
+    half
+        1 or 2: train on this half-set as if there were no other particles, from scratch, and place the others in the
+        model at the end. Results are those of all particles, with ``cross.csv``: how well it predicts the others.
 
     Raises
     ------
     InputError
         Settings or files do not fit.
     """
+    if half is not None:
+        settings = from_scratch(settings)
     job = TrainJob(
         particles=ParticlesFolder(Path(particles_dir)),
         mesh=MeshFolder(Path(mesh_dir)),
@@ -98,6 +106,7 @@ def train(
         settings=settings,
         discard_other_checkpoint=discard_other_checkpoint,
         batch_size=batch_size,
+        half=half,
     )
     launch(train_rank, (job,), settings.processes, device)
 
@@ -107,9 +116,16 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
     tune_process()
     began = time.perf_counter()
     setup = set_up(
-        job.particles, job.mesh, job.settings, device, ranks, batch_size=job.batch_size, accuracy=job.accuracy
+        job.particles,
+        job.mesh,
+        job.settings,
+        device,
+        ranks,
+        batch_size=job.batch_size,
+        accuracy=job.accuracy,
+        half=job.half,
     )
-    identity = run_identity(job.particles, job.mesh, job.settings)
+    identity = run_identity(job.particles, job.mesh, job.settings, job.half)
     state = start_or_resume(setup, job.out.checkpoint, identity, job.discard_other_checkpoint)
     clock = _Clock(began, state.wall_s)
     state = _run_epochs(setup, state, job.out, identity, clock)
@@ -120,12 +136,15 @@ def train_rank(ranks: Ranks, device: str, job: TrainJob) -> None:
         settle_shape(setup, state)
     else:
         evidence += parts_at_rest(setup, state)
-    parts = describe_parts(setup, state, evidence)
     if state.rigid_views.refines_poses:
         take_out_mean_pose(setup, state.rigid_views, state.latents[:, :0], state.all_particles())
+    cross = None
+    if job.half is not None:
+        setup, state, found, cross = place_all(setup, state, found)
+    parts = describe_parts(setup, state, evidence)
     if ranks.leads:
         state.wall_s = clock.wall_s()
-        write_results(job.out, setup, state, found, (score, rejected), parts)
+        write_results(job.out, setup, state, found, Scores(score, rejected, cross), parts)
 
 
 @dataclass(frozen=True)
@@ -199,10 +218,23 @@ def _gone_back(
     return state
 
 
-def run_identity(particles: ParticlesFolder, mesh: MeshFolder, settings: TrainSettings) -> dict[str, str]:
+def from_scratch(settings: TrainSettings) -> TrainSettings:
+    """The settings of a half-set's training: nothing of another model, which may have seen the other half-set.
+
+    Raises InputError where the latents are to stay as they are given.
+    """
+    if settings.freeze_latents:
+        raise InputError("train.freeze_latents: latents that are given have seen both half-sets: validate: none")
+    return replace(settings, init_from=None, latent_init="spectral")
+
+
+def run_identity(
+    particles: ParticlesFolder, mesh: MeshFolder, settings: TrainSettings, half: int | None = None
+) -> dict[str, str]:
     """What a checkpoint must share with this run: settings, but for what changes no result, and the input files."""
     files = [particles.particles, particles.record, mesh.mesh, mesh.segments]
     return {
+        "half-set": "both" if half is None else str(half),
         "settings": json.dumps(
             {k: v for k, v in asdict(settings).items() if k != "processes"}, sort_keys=True, default=str
         ),

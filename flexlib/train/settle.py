@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
 from flexlib.model.views import ROTATION, SHIFT, PoseFrame, mean_rigid_motion, rotation_matrices
 from flexlib.projection.op import gather_volume
 from flexlib.tetra.deform import deform_volume
+from flexlib.tetra.gradients import directional_derivative
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.train.gauge import rigid_part
 from flexlib.train.map_pass import map_pass
@@ -110,19 +110,11 @@ def take_out_mean_pose(setup: Setup, views: Views, latents: torch.Tensor, rows: 
 def carried_fields(mesh: TetraMesh, basis_A: torch.Tensor, shift_A: torch.Tensor) -> np.ndarray:
     """(m, m) float32: each basis field, carried along by the field ``shift_A`` (nv, 3), in terms of the basis.
 
-    What was at x comes to x + shift. To first order the carried field is that at ``x - shift``, with the gradients of
-    a vertex' cells averaged by volume; the basis is then fitted to it.
+    What was at x comes to x + shift. To first order the carried field is that at ``x - shift``; the basis is then
+    fitted to it.
     """
-    corners = mesh.vertices_A[mesh.cells]
-    edges = (corners[:, 1:] - corners[:, :1]).transpose(0, 2, 1)
-    gradients = np.linalg.inv(edges)  # of the barycentric coordinates 1 to 3
-    gradients = np.concatenate([-gradients.sum(1, keepdims=True), gradients], axis=1)  # (nc, 4, 3)
-    volumes = np.abs(np.linalg.det(edges))
-    share = volumes[:, None] / np.bincount(mesh.cells.ravel(), np.repeat(volumes, 4))[mesh.cells]  # (nc, 4)
-    along = np.einsum("ckd,cvd->cvk", gradients, shift_A.cpu().numpy()[mesh.cells]) * share[:, :, None]
-    rows, columns = np.repeat(mesh.cells, 4, axis=1), np.tile(mesh.cells, (1, 4))
+    directed = directional_derivative(mesh, shift_A.cpu().numpy())
     num = len(mesh.vertices_A)
-    directed = sparse.csr_matrix((along.ravel(), (rows.ravel(), columns.ravel())), shape=(num, num))
     fields = basis_A.cpu().double().numpy()  # (m, nv, 3)
     change = directed @ fields.transpose(1, 0, 2).reshape(num, -1)
     carried = fields - change.reshape(num, len(fields), 3).transpose(1, 0, 2)

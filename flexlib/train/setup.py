@@ -13,6 +13,7 @@ from flexlib.distributed import ALONE, Ranks
 from flexlib.errors import InputError
 from flexlib.images.batch import split_batches
 from flexlib.images.sources import TrainingImages, open_training_images
+from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import Map, read_map
 from flexlib.imaging.masks import TRAINING_FLOOR, inside_mask
@@ -31,10 +32,22 @@ from flexlib.train.score import HeldOut, choose_held_out
 from flexlib.workflow_support.settings import TrainSettings
 
 RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
+HALF_START_BAND = 0.2  # of Nyquist: what a half-set's map starts with of a consensus of all particles
 COARSE_BOX = 64  # training boxes from here on have a coarse map too
 BATCH_SIZE = 200  # rows of a mini-batch, at most
 PASS_ROWS = 2000  # at once, at most, where nothing is learnt from one batch to the next
 PASS_BYTES, CPU_PASS_BYTES = 2**29, 2**22  # of images and displacements: a GPU's memory, a CPU's cache
+
+
+@dataclass(frozen=True)
+class HalfSet:
+    """A half-set that is trained as if there were no other particles, and where it lies among all."""
+
+    number: int  # 1 or 2
+    all_images: TrainingImages
+    rows: np.ndarray  # (n,) of ``all_images``: the half-set's
+    other_rows: np.ndarray  # the other particles'
+    other_held_out: np.ndarray  # of ``other_rows``, those that no training of theirs has seen
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class Setup:
     device: torch.device
     batch_size: int
     ranks: Ranks = ALONE
+    half: HalfSet | None = None  # that is trained alone; None: all particles
 
     def prior(self, num_views: int = 0) -> LatentPrior:
         """Of the latents, and of ``num_views`` view parameters behind them.
@@ -133,6 +147,7 @@ def set_up(
     *,
     batch_size: int | None = None,
     accuracy: Accuracy = TRAINING,
+    half: int | None = None,
 ) -> Setup:
     """Read and build what stays fixed.
 
@@ -148,11 +163,13 @@ def set_up(
         Rows of a mini-batch; None chooses by the number of rows.
     accuracy
         Of the projection.
+    half
+        1 or 2: as if there were no particles but those of this half-set. None for all.
 
     Raises
     ------
     InputError
-        Files do not fit, or a mini-batch has fewer particles than there are processes.
+        Files do not fit, a half-set is empty, or a mini-batch has fewer particles than there are processes.
     """
     chosen = resolve_device(device)
     source = open_training_images(particles.path)
@@ -164,6 +181,10 @@ def set_up(
     training_rows, validation_rows = choose_held_out(
         source.particles.image_index, settings.validation_fraction, settings.seed
     )
+    half_set = None
+    if half is not None:
+        half_set, training_rows, validation_rows = _half_set(source, half, validation_rows, particles)
+        source = source.subset(half_set.rows)
     rigid = Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy)
     return Setup(
         particles=particles,
@@ -183,7 +204,22 @@ def set_up(
         device=chosen,
         batch_size=_fitting_batch_size(training_rows, batch_size, ranks),
         ranks=ranks,
+        half=half_set,
     )
+
+
+def _half_set(
+    source: TrainingImages, number: int, held_out: np.ndarray, particles: ParticlesFolder
+) -> tuple[HalfSet, np.ndarray, np.ndarray]:
+    """A half-set, and which of its own rows are trained on and held out; the choice is that for all particles."""
+    own = source.half_set == number - 1
+    if not own.any():
+        raise InputError(f"{particles.particles}: half-set {number} is empty")
+    held = np.zeros(len(source), bool)
+    held[held_out] = True
+    rows = np.flatnonzero(own)
+    half = HalfSet(number, source, rows, np.flatnonzero(~own), np.flatnonzero(~own & held))
+    return half, np.flatnonzero(~held[rows]), np.flatnonzero(held[rows])
 
 
 def _fitting_batch_size(rows: np.ndarray, wanted: int | None, ranks: Ranks) -> int:
@@ -206,11 +242,18 @@ def _coarse_map(mesh: TetraMesh, inside: np.ndarray, fine: Operator, accuracy: A
 def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor, *, inside_only: bool) -> CanonicalMap:
     """The consensus, ready to be improved at the voxels of ``operator``.
 
+    Of a half-set alone only the consensus' low band, and its power in each shell: the rest has seen the other half-set.
     ``transfer2`` as ``mean_transfer2``, ``inside_only`` as for ``CanonicalMap``.
     """
     volume = torch.as_tensor(setup.consensus.data, device=setup.device)
     mask = torch.as_tensor(setup.mask.data, device=setup.device)
-    return CanonicalMap(volume, mask, operator.voxels, transfer2, len(setup.training_rows), inside_only=inside_only)
+    rows = len(setup.training_rows)
+    canonical = CanonicalMap(volume, mask, operator.voxels, transfer2, rows, inside_only=inside_only)
+    if setup.half is not None:
+        low = lowpass_map(setup.consensus.data, 1.0, 2.0 / HALF_START_BAND)
+        start = gather_volume(torch.as_tensor(low, device=setup.device), operator.voxels)
+        canonical.values = start * canonical.mask_values
+    return canonical
 
 
 def derived_seed(*key: int) -> int:

@@ -1,0 +1,37 @@
+"""Derivatives of fields that a mesh carries."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import sparse
+
+from flexlib.tetra.tetmesh import TetraMesh
+
+
+def directional_derivative(mesh: TetraMesh, shift_A: np.ndarray) -> sparse.csr_array:
+    """What a field at the vertices changes by, to first order, at vertices that are shifted.
+
+    A vertex has the gradients of its cells, averaged by volume.
+
+    Parameters
+    ----------
+    mesh
+        With nv vertices.
+    shift_A
+        (nv, 3).
+
+    Returns
+    -------
+    derivative
+        (nv, nv): its product with the values (nv, ...) of a field f is ``f(x + shift) - f(x)``.
+    """
+    corners = mesh.vertices_A[mesh.cells]
+    edges = (corners[:, 1:] - corners[:, :1]).transpose(0, 2, 1)
+    gradients = np.linalg.inv(edges)  # of the barycentric coordinates 1 to 3
+    gradients = np.concatenate([-gradients.sum(1, keepdims=True), gradients], axis=1)  # (nc, 4, 3)
+    volumes = np.abs(np.linalg.det(edges))
+    share = volumes[:, None] / np.bincount(mesh.cells.ravel(), np.repeat(volumes, 4))[mesh.cells]  # (nc, 4)
+    along = np.einsum("ckd,cvd->cvk", gradients, shift_A[mesh.cells]) * share[:, :, None]
+    rows, columns = np.repeat(mesh.cells, 4, axis=1), np.tile(mesh.cells, (1, 4))
+    num = len(mesh.vertices_A)
+    return sparse.csr_array((along.ravel(), (rows.ravel(), columns.ravel())), shape=(num, num))
