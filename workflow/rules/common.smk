@@ -74,10 +74,13 @@ ASKED_FOR = {name: MISSING_GPUS[name] or GPUS[name] or 0 for name in USED}
 TASKS = {name: tasks_of(given) for name, given in GIVEN.items()}
 A_NODE = {name: -(-PROCESSES // int(given.get("nodes") or 1)) for name, given in GIVEN.items()}
 
+# the executor is not known while the workflow is read; only one that sends jobs elsewhere has a number of them
+IS_LOCAL = workflow.resource_settings.nodes is None
+
 # which of envs/ the jobs run in, with --sdm conda. The jobs' own Snakemakes, perhaps on another machine, must come to
 # the same: they find the choice in the environment.
 DEVICE = os.environ.setdefault(
-    "FLEXLIB_ENVIRONMENT", "cuda" if uses_gpu(config["device"], workflow.local_exec, ASKED_FOR) else "cpu"
+    "FLEXLIB_ENVIRONMENT", "cuda" if uses_gpu(config["device"], IS_LOCAL, ASKED_FOR) else "cpu"
 )
 ENVIRONMENT = f"../../envs/{DEVICE}.yaml"
 # for what pin files do not name
@@ -310,12 +313,20 @@ def check_machine():
         sys.exit(f"ERROR {complaint}")
 
 
+# what is asked of Snakemake beside a run; nothing is executed (or the user said that no lock is to be minded)
+QUESTIONS = {
+    *("--summary", "-S", "--detailed-summary", "-D", "--dag", "--rulegraph", "--filegraph", "--d3dag", "--report"),
+    *("--list-rules", "-l", "--list-target-rules", "--lt", "--list-input-changes", "--list-params-changes", "--lint"),
+    *("--unlock", "--nolock"),
+}
+
+
 def check_alone():
     """Refuse to run beside another Snakemake that writes the same files; remove the locks of one that was killed."""
     simulated = [config["particles"]] if config["simulate"] is not None else []
     lives = remove_dead_locks(config["name"], [f"{RUN.path}/", *simulated])
-    executes = workflow.executor_plugin is not None and not workflow.dryrun
-    if lives and executes and workflow.execution_settings.lock:
+    asks = workflow.output_settings.dryrun or not QUESTIONS.isdisjoint(word.split("=")[0] for word in sys.argv)
+    if lives and not asks:
         sys.exit(
             f"ERROR {RUN.path}: another Snakemake is at work on this run, in this folder: wait for its end, or end it"
         )
