@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml
 
 # one thread each: the sweep's points then train side by side, which is quicker than one after the other on all cores
 demo: setup
-	$(BIN)/snakemake --cores $(CORES) --set-threads train=1 generate=1
+	$(BIN)/snakemake --cores $(CORES) --set-threads train=1 train_half=1 generate=1
 	@echo "Report: $(CURDIR)/results/demo/report.html"
 
 # a worker for each core, each test file in one of them

@@ -48,8 +48,8 @@ def measure(
     from flexlib.model.flow import FlowGenerator
     from flexlib.model.forward import Operator, solving_accuracy
     from flexlib.projection.op import gather_volume
-    from flexlib.reconstruct.normal_equations import accumulate_normal_equations
     from flexlib.reconstruct.kinds import flow_displacements
+    from flexlib.reconstruct.normal_equations import accumulate_normal_equations
     from flexlib.runtime import tune_process
     from flexlib.tetra.tetmesh import single_cell_mesh
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 MESH_PATTERN = "cells~{cells}"  # of a mesh below mesh/, as a Snakemake pattern
 POINT_PATTERN = "cells~{cells}/dims~{dims}/rigidity~{rigidity}/seed~{seed}"  # of a sweep point below each later stage
-
+HALF_PATTERN = "half_{half}"  # of the training of a half-set, 1 or 2, below its sweep point
 CHECKPOINTS = "checkpoints"  # folder of a training under way
 
 PathLike = str | os.PathLike[str]
@@ -24,89 +24,56 @@ class Folder:
     path: Path
 
 
+class File:
+    """A file of a folder, by its path from there: an attribute of the folder's class."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: Folder, kind: type[Folder] | None = None) -> Path:
+        return folder.path / self._name
+
+
 @dataclass(frozen=True)
 class ParticlesFolder(Folder):
     """What prepare writes."""
 
-    @property
-    def particles(self) -> Path:
-        """The kept particles, a row for each symmetry copy."""
-        return self.path / "particles.star"
-
-    @property
-    def images(self) -> Path:
-        """The training images."""
-        return self.path / "train.mrcs"
-
-    @property
-    def consensus(self) -> Path:
-        """The consensus map at the training box."""
-        return self.path / "consensus.mrc"
-
-    @property
-    def mask(self) -> Path:
-        """The solvent mask at the training box."""
-        return self.path / "mask.mrc"
-
-    @property
-    def full_consensus(self) -> Path:
-        """The consensus map at the reconstruction box."""
-        return self.path / "full" / "consensus.mrc"
-
-    @property
-    def full_mask(self) -> Path:
-        """The solvent mask at the reconstruction box."""
-        return self.path / "full" / "mask.mrc"
-
-    @property
-    def noise(self) -> Path:
-        """Noise spectra of the optics groups."""
-        return self.path / "noise.csv"
-
-    @property
-    def left_out(self) -> Path:
-        """The images that are not used, and why."""
-        return self.path / "left_out.csv"
-
-    @property
-    def outlying(self) -> Path:
-        """The images that are used but unlike the others."""
-        return self.path / "outlying.csv"
-
-    @property
-    def record(self) -> Path:
-        """``records.PreparedRecord``."""
-        return self.path / "prepared.json"
+    particles = File("particles.star")
+    """The kept particles, a row for each symmetry copy."""
+    images = File("train.mrcs")
+    """The training images."""
+    consensus = File("consensus.mrc")
+    """The consensus map at the training box."""
+    mask = File("mask.mrc")
+    """The solvent mask at the training box."""
+    full_consensus = File("full/consensus.mrc")
+    """The consensus map at the reconstruction box."""
+    full_mask = File("full/mask.mrc")
+    """The solvent mask at the reconstruction box."""
+    noise = File("noise.csv")
+    """Noise spectra of the optics groups."""
+    left_out = File("left_out.csv")
+    """The images that are not used, and why."""
+    outlying = File("outlying.csv")
+    """The images that are used but unlike the others."""
+    record = File("prepared.json")
+    """``records.PreparedRecord``."""
 
 
 @dataclass(frozen=True)
 class MeshFolder(Folder):
     """What mesh writes."""
 
-    @property
-    def mesh(self) -> Path:
-        """The mesh."""
-        return self.path / "mesh.vtu"
-
-    @property
-    def segments(self) -> Path:
-        """The segment of each voxel; a single voxel of -1 where the mesh has no segment map."""
-        return self.path / "segments.mrc"
-
-    @property
-    def tetra_index(self) -> Path:
-        """The cell of each voxel."""
-        return self.path / "tetra_index.mrc"
-
-    @property
-    def quality(self) -> Path:
-        """Figures of the mesh."""
-        return self.path / "mesh_quality.json"
-
-    @property
-    def chimerax(self) -> Path:
-        """ChimeraX commands that show the mesh."""
-        return self.path / "mesh.cxc"
+    mesh = File("mesh.vtu")
+    """The mesh."""
+    segments = File("segments.mrc")
+    """The segment of each voxel; a single voxel of -1 where the mesh has no segment map."""
+    tetra_index = File("tetra_index.mrc")
+    """The cell of each voxel."""
+    quality = File("mesh_quality.json")
+    """Figures of the mesh."""
+    chimerax = File("mesh.cxc")
+    """ChimeraX commands that show the mesh."""
 
     def bild(self, name: str) -> Path:
         """The mesh as coloured edges, for ChimeraX; ``name`` is "segments" or "rigidity"."""
@@ -117,85 +84,42 @@ class MeshFolder(Folder):
 class TrainFolder(Folder):
     """What train writes for one sweep point."""
 
-    @property
-    def model(self) -> Path:
-        """The finished model."""
-        return self.path / "model.pt"
-
-    @property
-    def canonical(self) -> Path:
-        """The canonical map."""
-        return self.path / "canonical.mrc"
-
-    @property
-    def parts(self) -> Path:
-        """The parts that some particles lack, as labels from 1."""
-        return self.path / "occupancy_parts.mrc"
-
-    @property
-    def latents(self) -> Path:
-        """The input particles with their latents."""
-        return self.path / "latents.star"
-
-    @property
-    def latents_cs(self) -> Path:
-        """The latents as CryoSPARC stores them, of a .cs input."""
-        return self.path / "latents.cs"
-
-    @property
-    def refined(self) -> Path:
-        """The input particles with refined poses, where they were refined."""
-        return self.path / "particles_refined.star"
-
-    @property
-    def refined_cs(self) -> Path:
-        """The same of a .cs input, as CryoSPARC stores them."""
-        return self.path / "particles_refined.cs"
-
-    @property
-    def log(self) -> Path:
-        """A line for each epoch."""
-        return self.path / "log.csv"
-
-    @property
-    def spectrum(self) -> Path:
-        """Eigenvalues of the spectral start."""
-        return self.path / "spectrum.csv"
-
-    @property
-    def validation(self) -> Path:
-        """``records.ValidationRecord``."""
-        return self.path / "validation.json"
-
-    @property
-    def held_out(self) -> Path:
-        """The score of each held-out particle."""
-        return self.path / "held_out.csv"
-
-    @property
-    def cross(self) -> Path:
-        """The score of the other half-set's particles, where one was trained alone."""
-        return self.path / "cross.csv"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The state of a training under way."""
-        return self.path / CHECKPOINTS / "checkpoint.pt"
-
-    @property
-    def checkpoint_model(self) -> Path:
-        """The model of a training under way."""
-        return self.path / CHECKPOINTS / "model.pt"
+    model = File("model.pt")
+    """The finished model."""
+    canonical = File("canonical.mrc")
+    """The canonical map."""
+    parts = File("occupancy_parts.mrc")
+    """The parts that some particles lack, as labels from 1."""
+    latents = File("latents.star")
+    """The input particles with their latents."""
+    latents_cs = File("latents.cs")
+    """The latents as CryoSPARC stores them, of a .cs input."""
+    refined = File("particles_refined.star")
+    """The input particles with refined poses, where they were refined."""
+    refined_cs = File("particles_refined.cs")
+    """The same of a .cs input, as CryoSPARC stores them."""
+    log = File("log.csv")
+    """A line for each epoch."""
+    spectrum = File("spectrum.csv")
+    """Eigenvalues of the spectral start."""
+    validation = File("validation.json")
+    """``records.ValidationRecord``."""
+    held_out = File("held_out.csv")
+    """The score of each held-out particle."""
+    cross = File("cross.csv")
+    """The score of each particle of the other half-set, where a half-set was trained."""
+    checkpoint = File(f"{CHECKPOINTS}/checkpoint.pt")
+    """The state of a training under way."""
+    checkpoint_model = File(f"{CHECKPOINTS}/model.pt")
+    """The model of a training under way."""
 
 
 @dataclass(frozen=True)
 class GenerateFolder(Folder):
     """What generate writes for one sweep point."""
 
-    @property
-    def table(self) -> Path:
-        """A row for each frame of each series."""
-        return self.path / "series.csv"
+    table = File("series.csv")
+    """A row for each frame of each series."""
 
     def series(self, name: str) -> Path:
         """The folder of a series' frames."""
@@ -226,35 +150,54 @@ class ReconstructFolder(Folder):
         """The mean of the half-maps."""
         return self.path / f"{kind}_map.mrc"
 
-    @property
-    def sharpened(self) -> Path:
-        """The sharpened flexible map."""
-        return self.path / "flex_sharpened.mrc"
+    sharpened = File("flex_sharpened.mrc")
+    """The sharpened flexible map."""
+    local_resolution = File("flex_local_resolution.mrc")
+    """The flexible map's local resolution."""
+    moving_mask = File("moving_mask.mrc")
+    """The part that moves."""
+    fsc = File("fsc.csv")
+    """Half-map FSC curves."""
+    resolution = File("resolution.json")
+    """``records.ResolutionRecord``."""
+    convergence = File("convergence.csv")
+    """The course of each solution."""
 
-    @property
-    def local_resolution(self) -> Path:
-        """The flexible map's local resolution."""
-        return self.path / "flex_local_resolution.mrc"
 
-    @property
-    def moving_mask(self) -> Path:
-        """The part that moves."""
-        return self.path / "moving_mask.mrc"
+@dataclass(frozen=True)
+class ValidateFolder(Folder):
+    """What validate writes for one sweep point, beside the trainings of its halves."""
 
-    @property
-    def fsc(self) -> Path:
-        """Half-map FSC curves."""
-        return self.path / "fsc.csv"
+    def half(self, number: int | str = "{half}") -> TrainFolder:
+        """What train writes for the particles of half-set 1 or 2 alone; by default with a wildcard."""
+        return TrainFolder(self.path / HALF_PATTERN.format(half=number))
 
-    @property
-    def resolution(self) -> Path:
-        """``records.ResolutionRecord``."""
-        return self.path / "resolution.json"
+    def half_map(self, number: int) -> Path:
+        """The half-map 1 or 2 that the half-set's own model makes."""
+        return self.path / f"independent_half{number}.mrc"
 
-    @property
-    def convergence(self) -> Path:
-        """The course of each solution."""
-        return self.path / "convergence.csv"
+    map = File("independent_map.mrc")
+    """The mean of these half-maps."""
+    fsc = File("fsc.csv")
+    """Their FSC curves."""
+    motion_error = File("motion_error.mrc")
+    """The error of the motion in each voxel, rms over the particles, Angstrom."""
+    motion_size = File("motion_size.mrc")
+    """The motion itself in each voxel, rms over the particles, Angstrom."""
+    modes = File("modes.csv")
+    """How far the two models agree on the motion along each mode of the mesh."""
+    latents = File("latents.star")
+    """The input particles with their latents, corrected standard errors, and the error of their motion."""
+    regions = File("regions.csv")
+    """The error of the motion in regions of the latent space."""
+    calibration = File("calibration.csv")
+    """The latents' standard errors beside how far the two models differ."""
+    cross = File("cross.csv")
+    """The score of each particle by the model of the other half-set."""
+    convergence = File("convergence.csv")
+    """The course of each half-map's solution."""
+    record = File("agreement.json")
+    """``records.AgreementRecord``."""
 
 
 @dataclass(frozen=True)
@@ -282,85 +225,46 @@ class RunFolder(Folder):
         """Of reconstruct."""
         return ReconstructFolder(self.path / "reconstruct" / point)
 
-    @property
-    def benchmarks(self) -> Path:
-        """Time and memory of each job, as Snakemake measures them."""
-        return self.path / "benchmarks"
+    def validate(self, point: str = POINT_PATTERN) -> ValidateFolder:
+        """Of validate."""
+        return ValidateFolder(self.path / "validate" / point)
 
-    @property
-    def best_point(self) -> Path:
-        """``records.ChoiceRecord``."""
-        return self.path / "best_point.json"
-
-    @property
-    def table(self) -> Path:
-        """A row for each sweep point."""
-        return self.path / "sweep.csv"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.path / "report.html"
-
-    @property
-    def summary(self) -> Path:
-        """One picture of the run, beside the report."""
-        return self.path / "summary.png"
-
-    @property
-    def checksums(self) -> Path:
-        """``records.ChecksumsRecord``."""
-        return self.path / "checksums.json"
-
-    @property
-    def config(self) -> Path:
-        """The checked config, complete with defaults."""
-        return self.path / "config.yaml"
-
-    @property
-    def crate(self) -> Path:
-        """Versions, config, inputs, outputs and command of the run, as an RO-Crate; the name is the standard's."""
-        return self.path / "ro-crate-metadata.json"
+    benchmarks = File("benchmarks")
+    """Time and memory of each job, as Snakemake measures them."""
+    best_point = File("best_point.json")
+    """``records.ChoiceRecord``."""
+    table = File("sweep.csv")
+    """A row for each sweep point."""
+    report = File("report.html")
+    """The report."""
+    summary = File("summary.png")
+    """One picture of the run, beside the report."""
+    checksums = File("checksums.json")
+    """``records.ChecksumsRecord``."""
+    config = File("config.yaml")
+    """The checked config, complete with defaults."""
+    crate = File("ro-crate-metadata.json")
+    """Versions, config, inputs, outputs and command of the run, as an RO-Crate; the name is the standard's."""
 
 
 @dataclass(frozen=True)
 class SimulationFolder(Folder):
     """What simulate writes."""
 
-    @property
-    def particles(self) -> Path:
-        """RELION's metadata."""
-        return self.path / "particles.star"
-
-    @property
-    def particles_cs(self) -> Path:
-        """CryoSPARC's metadata."""
-        return self.path / "particles.cs"
-
-    @property
-    def images(self) -> Path:
-        """The noisy images."""
-        return self.path / "particles.mrcs"
-
-    @property
-    def consensus(self) -> Path:
-        """A rigid reconstruction of them."""
-        return self.path / "consensus.mrc"
-
-    @property
-    def truth(self) -> Path:
-        """Hinge angles, half-sets, scale, limits."""
-        return self.path / "truth.npz"
-
-    @property
-    def truth_mean(self) -> Path:
-        """The mean map over all particles, without noise."""
-        return self.path / "truth_mean.mrc"
-
-    @property
-    def truth_part(self) -> Path:
-        """Labels of the molecule at rest: 1, and 2 where the part is that some particles lack."""
-        return self.path / "truth_part.mrc"
+    particles = File("particles.star")
+    """RELION's metadata."""
+    particles_cs = File("particles.cs")
+    """CryoSPARC's metadata."""
+    images = File("particles.mrcs")
+    """The noisy images."""
+    consensus = File("consensus.mrc")
+    """A rigid reconstruction of them."""
+    truth = File("truth.npz")
+    """Hinge angles, half-sets, scale, limits."""
+    truth_mean = File("truth_mean.mrc")
+    """The mean map over all particles, without noise."""
+    truth_part = File("truth_part.mrc")
+    """Labels of the molecule at rest: 1, and 2 where the part is that some particles lack."""
 
     def truth_state(self, number: int) -> Path:
         """The map of a state, without noise."""

@@ -53,6 +53,10 @@ class Record:
         write_json(path, self.to_json())
 
 
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
 @dataclass(frozen=True)
 class OpticsRecord:
     """How the images of one optics group were recorded, and what prepare made of them."""
@@ -169,17 +173,20 @@ class ValidationRecord(Record):
     @property
     def gain(self) -> float:
         """``validation_gain``, nan where there is none."""
-        return math.nan if self.validation_gain is None else float(self.validation_gain)
+        return _or_nan(self.validation_gain)
 
     @property
     def gain_se(self) -> float:
         """``validation_gain_se``, nan where there is none."""
-        return math.nan if self.validation_gain_se is None else float(self.validation_gain_se)
+        return _or_nan(self.validation_gain_se)
 
 
 @dataclass(frozen=True)
 class ChoiceRecord(Record):
-    """``best_point.json``: the chosen sweep point, and how it compares with the one of the highest score."""
+    """``best_point.json``: the chosen sweep point, and how it compares with the one of the highest score.
+
+    Gains are of the score that ``choose_by`` names.
+    """
 
     stage: ClassVar[str] = "choose"
 
@@ -194,6 +201,7 @@ class ChoiceRecord(Record):
     highest_validation_gain_path: str
     difference_to_best: float | None
     difference_to_best_se: float | None
+    choose_by: str = "held_out"  # ``sweep.choose_by``
 
 
 @dataclass(frozen=True)
@@ -247,3 +255,42 @@ class ResolutionRecord(Record):
         """See ``from_json``."""
         content = super().to_json()
         return {f"{key}_A": value for key, value in content.pop("resolutions_A").items()} | content
+
+
+@dataclass(frozen=True)
+class AgreementRecord(Record):
+    """``agreement.json``: what two models agree on, one of each half-set, that never met.
+
+    Resolutions in Angstrom are those of the half-maps that each half-set's own model makes, by part and threshold:
+    "independent_0.143", "independent_moving_0.143". Sizes of motion are rms over particles and density.
+    """
+
+    stage: ClassVar[str] = "validate"
+
+    cross_gain: float | None  # of each half-set's particles by the other's model: nats per particle, over the rigid one
+    cross_gain_se: float | None
+    cross_particles: int  # scored
+    resolutions_A: dict[str, float]
+    motion_error_A: float  # of the model of all particles
+    motion_size_A: float
+    moving_error_A: float | None  # within the part that moves; None where nothing does
+    moving_size_A: float | None
+    at_rest: list[bool]  # which half-set's model was set to rest, for want of evidence
+    num_modes_agreeing: int  # softest modes of the mesh along which the two agree
+    mode_limit_A: float | None  # scale in space of the last of them
+    latent_coverage: list[float]  # of each latent the share of particles that differ by no more than a standard error
+    std_err_factor: list[float]  # of each latent, at least 1, by which its standard errors are too small
+    rest_shape_A: float  # rms distance of the two shapes at rest
+    converged: dict[str, bool]  # by half-map: "independent_half1"
+    wall_s: float
+    device: str = ""  # that computed it, as ``runtime.describe_device`` says
+
+    @property
+    def gain(self) -> float:
+        """``cross_gain``, nan where there is none."""
+        return _or_nan(self.cross_gain)
+
+    @property
+    def gain_se(self) -> float:
+        """``cross_gain_se``, nan where there is none."""
+        return _or_nan(self.cross_gain_se)

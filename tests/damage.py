@@ -406,6 +406,7 @@ sweep:
   points: [{cells: 20, latent_dims: 4}]
 generate: {series: [axes, kmeans 3, 'between 1 2'], frames: 5}
 reconstruct: {points: [{cells: 20}]}
+validate: {points: best}
 """
 
 _YAML_VALUES = (

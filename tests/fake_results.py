@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from json_records import agreement_record
 
 from flexlib.images.noise import write_noise
 from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import frequencies_1_per_A, fsc
 from flexlib.imaging.maps import write_map
 from flexlib.imaging.masks import make_mask
-from flexlib.layout import ReconstructFolder, RunFolder, TrainFolder
+from flexlib.layout import ReconstructFolder, RunFolder, TrainFolder, ValidateFolder
 from flexlib.mesh.build import build_mesh
 from flexlib.particles.star_write import write_star
 from flexlib.records import (
@@ -92,6 +93,7 @@ def write_fake_results(
             write_map(generated.frame(f"axis_{axis + 1}", frame), moved, pixel_size_A)
     _write_series(generated.table, dims, frames)
     _write_reconstruction(run.reconstruct(point.path), consensus, mask, pixel_size_A, rng)
+    _write_validation(run.validate(point.path), consensus, mask, pixel_size_A, rng)
     _write_sweep(run.table, point, rng)
     ChecksumsRecord(
         [
@@ -160,7 +162,7 @@ def _write_particles(
     write_noise(run.particles.noise, np.ones((2, len(frequencies))), frequencies)
 
 
-def _write_training(folder: TrainFolder, rng: np.random.Generator) -> None:
+def _write_training(folder: TrainFolder, rng: np.random.Generator, device: str = "") -> None:
     epoch = np.arange(1, 26)
     log = pd.DataFrame(
         {
@@ -171,6 +173,7 @@ def _write_training(folder: TrainFolder, rng: np.random.Generator) -> None:
             "validation_gain": 30 * (1 - np.exp(-epoch / 6)) + 0.5 * rng.standard_normal(len(epoch)),
         }
     )
+    folder.path.mkdir(parents=True, exist_ok=True)
     log.to_csv(folder.log, index=False)
     values = np.concatenate([[6.1, 3.4], 1.25 - 0.02 * np.arange(18)])
     spectrum = pd.DataFrame({"index": np.arange(1, 21), "eigenvalue": values, "noise_edge": 1.3})
@@ -195,6 +198,7 @@ def _write_training(folder: TrainFolder, rng: np.random.Generator) -> None:
         wall_s=312.5,
         num_rows=1350,
         validation_rows=80,
+        device=device,
         entanglement=[
             _told(1, "view direction", 0.124),
             _told(1, "defocus", -0.003),
@@ -251,6 +255,26 @@ def _write_reconstruction(
         flex_local_A={},
         converged={name: True for name in ("flex_half1", "flex_half2", "rigid_half1", "rigid_half2")},
     ).write(folder.resolution)
+
+
+def _write_validation(
+    folder: ValidateFolder, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float, rng: np.random.Generator
+) -> None:
+    """Models of the half-sets without the models themselves; motion that is told in the upper half of the box only."""
+    for number in (1, 2):
+        _write_training(folder.half(number), rng, device="a GPU")
+        noise = volume.std() * rng.standard_normal(volume.shape)
+        write_map(folder.half_map(number), (volume + noise).astype(np.float32), pixel_size_A)
+    write_map(folder.map, volume, pixel_size_A)
+    error_A = np.full_like(volume, 1.0)
+    error_A[: len(volume) // 2] = 3.0
+    write_map(folder.motion_error, mask * error_A, pixel_size_A)
+    write_map(folder.motion_size, mask * (8.0 - 2.0 * error_A), pixel_size_A)
+    gains = 20 + 5 * rng.standard_normal(200)
+    pd.DataFrame({"row": np.arange(len(gains)), "gain": gains}).to_csv(folder.cross, index=False)
+    agreement_record(float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains))), len(gains)).write(
+        folder.record
+    )
 
 
 def _write_sweep(path: Path, chosen: SweepPoint, rng: np.random.Generator) -> None:

@@ -117,9 +117,9 @@ def _weights(path: Path) -> None:
 
 def check(config: Any) -> None:
     """All that the workflow asks of a config before any job."""
-    from flexlib.workflow_support.checks import check_config, check_maps, check_paths
+    from flexlib.workflow_support.checks import check_config, check_maps, check_paths, settle_validation
     from flexlib.workflow_support.connections import check_mesh_keys
-    from flexlib.workflow_support.points import select_points, sweep_points
+    from flexlib.workflow_support.points import sweep_points, wanted_points
     from flexlib.workflow_support.series import check_series, count_maps
     from flexlib.workflow_support.settings import MeshSettings, make_settings
 
@@ -128,8 +128,9 @@ def check(config: Any) -> None:
     check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
     check_series(complete["generate"]["series"], sorted({point.latent_dims for point in points}))
     count_maps(complete["generate"]["series"], complete["generate"]["frames"], 2)
-    if isinstance(complete["reconstruct"]["points"], list):
-        select_points(points, complete["reconstruct"]["points"])
+    candidates = wanted_points(points, complete, "reconstruct")
+    wanted_points(points, complete, "validate")
+    settle_validation(config, complete, len(candidates))
     check_paths(complete)
     check_maps(complete)
 
@@ -211,6 +212,7 @@ sweep:
   points: [{rigidity: 5.0}]
 generate: {series: [axes, kmeans 3, between 1 2], frames: 5}
 reconstruct: {points: [{cells: 20, rigidity: 2.0}]}
+validate: {points: [{cells: 20}]}
 """
 
 

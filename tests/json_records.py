@@ -1,6 +1,6 @@
 """The JSON records that stages leave for each other, with values that a test does not care about."""
 
-from flexlib.records import PreparedRecord, ResolutionRecord, ValidationRecord
+from flexlib.records import AgreementRecord, PreparedRecord, ResolutionRecord, ValidationRecord
 
 
 def prepared_record(num_rows: int, crop_box: int, train_box: int) -> PreparedRecord:
@@ -57,4 +57,27 @@ def resolution_record(resolutions_A: dict[str, float]) -> ResolutionRecord:
         flex_b_factor_A2=None,
         flex_local_A={},
         converged={"flex_half1": True, "flex_half2": True},
+    )
+
+
+def agreement_record(gain: float | None, gain_se: float | None, count: int) -> AgreementRecord:
+    """Of a validation with this cross score."""
+    return AgreementRecord(
+        cross_gain=gain,
+        cross_gain_se=gain_se,
+        cross_particles=count,
+        resolutions_A={"independent_0.143": 5.5, "independent_moving_0.143": 7.0, "independent_0.5": 8.0},
+        motion_error_A=1.0,
+        motion_size_A=6.0,
+        moving_error_A=1.5,
+        moving_size_A=9.0,
+        at_rest=[False, False],
+        num_modes_agreeing=12,
+        mode_limit_A=40.0,
+        latent_coverage=[0.68, 0.66],
+        std_err_factor=[1.0, 1.05],
+        rest_shape_A=0.4,
+        converged={"independent_half1": True, "independent_half2": True},
+        wall_s=20.0,
+        device="cpu",
     )

@@ -33,9 +33,9 @@ from flexlib.mesh.cryosparc import read_flex_mesh
 from flexlib.mesh.segments import read_segments
 from flexlib.particles import read_particles
 from flexlib.tetra.io import read_grid, read_mesh
-from flexlib.workflow_support.checks import check_config, check_maps, check_paths
+from flexlib.workflow_support.checks import check_config, check_maps, check_paths, settle_validation
 from flexlib.workflow_support.connections import check_mesh_keys
-from flexlib.workflow_support.points import select_points, sweep_points
+from flexlib.workflow_support.points import sweep_points, wanted_points
 from flexlib.workflow_support.series import check_series
 from flexlib.workflow_support.settings import MeshSettings, make_settings
 
@@ -75,8 +75,9 @@ def read_config_file(path: Path) -> None:
     check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
     points = sweep_points(complete)
     check_series(complete["generate"]["series"], sorted({point.latent_dims for point in points}))
-    if isinstance(complete["reconstruct"]["points"], list):
-        select_points(points, complete["reconstruct"]["points"])
+    candidates = wanted_points(points, complete, "reconstruct")
+    wanted_points(points, complete, "validate")
+    settle_validation(config, complete, len(candidates))
     check_paths(complete)
     check_maps(complete)
 

@@ -117,7 +117,8 @@ def test_mask_share_is_known_after_preparation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage", ["simulate", "prepare", "checksum", "mesh", "train", "generate", "reconstruct", "report"]
+    "stage",
+    ["simulate", "prepare", "checksum", "mesh", "train", "train_half", "generate", "reconstruct", "validate", "report"],
 )
 def test_needs_grow_with_the_data(stage):
     assert 1500 <= memory_mb(stage, SMALL) < memory_mb(stage, LARGE)
@@ -125,12 +126,12 @@ def test_needs_grow_with_the_data(stage):
     assert 0 < disk_mb(stage, SMALL, maps=4) <= disk_mb(stage, LARGE, maps=4)
 
 
-@pytest.mark.parametrize("stage", ["mesh", "train", "generate", "reconstruct", "report"])
+@pytest.mark.parametrize("stage", ["mesh", "train", "train_half", "generate", "reconstruct", "validate", "report"])
 def test_needs_grow_with_the_mesh(stage):
     coarse, fine = (num_vertices(SMALL, cells, "not there") for cells in (10, 60))
     assert memory_mb(stage, SMALL, coarse) < memory_mb(stage, SMALL, fine)
     assert runtime_min(stage, SMALL, coarse, 10) < runtime_min(stage, SMALL, fine, 10)
-    if stage in ("mesh", "train", "generate"):
+    if stage in ("mesh", "train", "train_half", "generate"):
         assert disk_mb(stage, SMALL, coarse, maps=4) < disk_mb(stage, SMALL, fine, maps=4)
 
 
@@ -165,13 +166,24 @@ def test_time_follows_epochs_dims_and_threads():
     assert field_kb == pytest.approx(3 * 4 / 1000, rel=0.01)
 
 
+def test_a_half_set_takes_about_half_of_the_time_and_no_less_memory():
+    size, vertices = DataSize(100_000, 128, 128), 3000
+    for processes in (1, 4):
+        whole, half = (memory_mb(stage, size, vertices, processes=processes) for stage in ("train", "train_half"))
+        assert whole == half
+    whole, half = (runtime_min(stage, size, vertices, 20, 2) - estimates.LEAST_MIN for stage in ("train", "train_half"))
+    assert 0.5 * whole < half < 0.75 * whole
+    assert memory_mb("validate", size, vertices) > memory_mb("reconstruct", size, vertices)
+    assert runtime_min("validate", size, vertices, 20, 2) < runtime_min("reconstruct", size, vertices, 40)
+
+
 def test_jobs_ask_by_their_own_mesh(tmp_path):
     """A dry run of two coarsenesses, without the rules' messages, which would hide what a job asks for."""
     (tmp_path / "data").mkdir()
     for name in ("p.star", "c.mrc"):
         (tmp_path / "data" / name).touch()
     config = {"name": "tiny", "particles": "data/p.star", "consensus": "data/c.mrc", "prepare": {"train_box": 32}}
-    config |= {"mesh": {"cells": [10, 40]}, "reconstruct": {"points": "all"}}
+    config |= {"mesh": {"cells": [10, 40]}, "reconstruct": {"points": "all"}, "validate": {"points": "all"}}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "Snakefile").write_text(
         f"workflow.include({str(ROOT / 'Snakefile')!r}, overwrite_default_target=True)\n"
@@ -179,7 +191,7 @@ def test_jobs_ask_by_their_own_mesh(tmp_path):
     )
     asked = asked_for(tmp_path)
     vertices = {cells: num_vertices(DataSize(0, 32, 32), cells, "not there") for cells in (10, 40)}
-    for rule in ("mesh", "train", "generate", "reconstruct"):
+    for rule in ("mesh", "train", "train_half", "generate", "reconstruct", "validate"):
         for cells in (10, 40):
             assert asked[rule, cells]["mem_mb"] == memory_mb(rule, DataSize(0, 32, 32), vertices[cells])
     assert asked["train", 10]["runtime"] < asked["train", 40]["runtime"]

@@ -179,7 +179,9 @@ def test_the_crate_is_valid_and_complete(finished):
     assert action["description"] == "snakemake --cores 2"
     results = {link["@id"] for link in action["result"]}
     folder = run.reconstruct(POINT.path)
+    validated = run.validate(POINT.path)
     expected = [run.table, run.train(POINT.path).latents, folder.half("flex", 1), folder.half("rigid", 2), folder.fsc]
+    expected += [validated.record, validated.half_map(2), validated.motion_error, validated.half(1).validation]
     assert {path.relative_to(root).as_posix() for path in expected} <= results
     assert f"generate/{POINT.path}/axis_1/" in results
     inputs = [entity for name, entity in entities.items() if name.startswith("#input-")]
@@ -216,6 +218,8 @@ def test_versions_machine_and_seeds(finished):
     assert {"torch", "scipy", "numba", "mrcfile"} <= set(needed)
     told = values(entities, entities["#run"]["additionalProperty"])
     assert told["seeds of the random numbers"] == [0, 3]
+    assert told["device of the training"] == "a GPU"  # of a half-set
+    assert told["device of the validation"] == "cpu"
     assert told["operating system"] and told["processor of the machine that wrote this file"]
     assert platform.node() not in json.dumps(told)
     begin, end = (datetime.fromisoformat(entities["#run"][name]) for name in ("startTime", "endTime"))

@@ -24,8 +24,8 @@ from flexlib.particles.pose_change import PoseChange
 from flexlib.particles.star_write import relion_tables, write_star
 from flexlib.projection.op import gather_volume, project, project_adjoint, scatter_volume, view_vertices
 from flexlib.reconstruct.fsc_table import fsc_table
-from flexlib.reconstruct.map_solver import SolverSettings
 from flexlib.reconstruct.kinds import warn_if_stopped
+from flexlib.reconstruct.map_solver import SolverSettings
 from flexlib.reconstruct.run import reconstruct
 from flexlib.workflow_support.settings import MaskSettings, PrepareSettings, ReconstructSettings
 

@@ -166,10 +166,6 @@ def test_slider_moves_the_drawn_surface(page: Chrome) -> None:
     frames = [np.frombuffer(base64.b64decode(one["data"][0]["x"]["bdata"]), "<f4") for one in figure["frames"]]
     scroll_to(page, "#morph-axis_1")
     scene = page.find_element("css selector", "#morph-axis_1 canvas")
-    grip = page.execute_script(
-        "const {left, top, width, height} = document.querySelector('#morph-axis_1 .slider-grip-rect')"
-        ".getBoundingClientRect(); return [left + width / 2, top + height / 2]"
-    )
     rail = page.execute_script(
         "const {left, right} = document.querySelector('#morph-axis_1 .slider-rail-touch-rect').getBoundingClientRect();"
         "return [left, right]"
@@ -177,6 +173,10 @@ def test_slider_moves_the_drawn_surface(page: Chrome) -> None:
     middle, picture = shown(), wait_for(lambda: scene.screenshot_as_png, "picture")
     assert np.array_equal(middle, frames[2])
     for end, number in ((rail[0] + 4, 0), (rail[1] - 4, 4)):
+        grip = page.execute_script(
+            "const {left, top, width, height} = document.querySelector('#morph-axis_1 .slider-grip-rect')"
+            ".getBoundingClientRect(); return [left + width / 2, top + height / 2]"
+        )
         drag(page, np.array([grip, [(grip[0] + end) / 2, grip[1]], [end, grip[1]]]))
         wait_for(lambda wanted=frames[number]: np.array_equal(shown(), wanted), f"frame {number}")
         wait_for(lambda before=picture: scene.screenshot_as_png != before, "another picture")

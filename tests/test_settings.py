@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from flexlib.errors import InputError
 from flexlib.imaging.maps import write_map
 from flexlib.simulate.settings import Simulation
-from flexlib.workflow_support.checks import check_config, check_maps, check_paths
+from flexlib.workflow_support.checks import check_config, check_maps, check_paths, settle_validation
 from flexlib.workflow_support.gpus import gpu_complaint, tasks_complaint, tasks_of
 from flexlib.workflow_support.schema import made_files
 from flexlib.workflow_support.settings import (
@@ -118,6 +118,11 @@ def test_demo_config_is_valid():
         ("prepare: {symmetry: X3}", "prepare.symmetry: 'X3' is not understood; Point group"),
         ("reconstruct: {points: [{lambda: 1}]}", "reconstruct.points: [{'lambda': 1}] is not understood"),
         ("reconstruct: {points: []}", "reconstruct.points: [] is not understood; Which points"),
+        ("validate: {points: some}", "validate.points: 'some' is not understood; Which points"),
+        ("validate: {points: [{lambda: 1}]}", "validate.points: [{'lambda': 1}] is not understood"),
+        ("validate: all", "validate: 'all' is not understood; Two models, one of each half-set"),
+        ("validate: [none]", "validate: ['none'] is not of type 'object', 'string'"),
+        ("sweep: {choose_by: score}", "sweep.choose_by: 'score' is not one of ['held_out', 'cross']"),
         ("generate: {series: []}", "generate.series: [] is not understood; Which series."),
         ("train: {rigidity: 1e-x}", "train.rigidity: '1e-x' is not of type 'number', 'array'"),
         ("sweep: {exclude: [{cell: 20}]}", "unknown key 'cell' in sweep.exclude.0; did you mean 'cells'?"),
@@ -152,6 +157,56 @@ def test_empty_sections_and_the_given_config_stay_as_they_are():
     assert given["mesh"] is None
     assert given["train"] == {"seed": 3}
     assert "cells" not in SCHEMA["properties"]["mesh"]["default"]
+
+
+@pytest.mark.parametrize(
+    ("text", "points", "told"),
+    [
+        ("{}", "best", None),
+        ("validate: none", "none", None),
+        ("validate: null", "best", None),
+        ("validate: {points: [{cells: 20}]}", [{"cells": 20}], None),
+        ("sweep: {choose_by: cross}", "all", None),
+        ("{sweep: {choose_by: cross}, validate: {points: [{cells: 20}]}}", "all", None),
+        ("{sweep: {choose_by: cross}, train: {validation_fraction: 0}}", "all", None),
+        ("train: {freeze_latents: true}", "none", "train.freeze_latents: true gives both half-sets' models latents"),
+        ("train: {validation_fraction: 0}", "none", "train.validation_fraction: 0 holds no particle out, so that none"),
+        ("{train: {validation_fraction: 0}, validate: {points: all}}", "all", None),
+        ("{train: {freeze_latents: true}, validate: none}", "none", None),
+    ],
+)
+def test_what_is_validated_is_settled(text, points, told):
+    given = {**MINIMAL, **yaml.safe_load(text)}
+    config = check_config(given)
+    found = settle_validation(given, config, 3)
+    assert config["validate"] == {"points": points}
+    assert found is None if told is None else found.startswith(told) and found.endswith(", or validate: none")
+    assert settle_validation(config, check_config(config), 3) is None  # as the record of the run has it
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "{sweep: {choose_by: cross}, validate: none}",
+            r"sweep\.choose_by: cross .* validate\.points: none leaves out",
+        ),
+        ("{train: {freeze_latents: true}, validate: {points: best}}", r"train\.freeze_latents: .*, or validate: none$"),
+        (
+            "{train: {freeze_latents: true}, sweep: {choose_by: cross}}",
+            r"train\.freeze_latents: .*, or sweep\.choose_by: held_out$",
+        ),
+        (
+            "{train: {validation_fraction: 0}, validate: {points: best}}",
+            r"train\.validation_fraction: 0 .* none of 3 points is best: set it above 0, or validate: none$",
+        ),
+    ],
+)
+def test_a_validation_that_cannot_be_is_refused_where_it_is_asked_for(text, message):
+    given = {**MINIMAL, **yaml.safe_load(text)}
+    with pytest.raises(InputError, match=f"^config: {message}") as refused:
+        settle_validation(given, check_config(given), 3)
+    assert "\n" not in str(refused.value)
 
 
 def test_order_of_the_keys_does_not_matter():
@@ -234,11 +289,15 @@ def test_a_gpu_that_is_needed_must_be_there_or_asked_for(monkeypatch):
     assert "this machine shows no GPU" in gpu_complaint("cuda", True, {"train": 1})
     assert "no GPU is asked for train and reconstruct" in gpu_complaint("cuda", False, {"train": 0, "reconstruct": "0"})
     assert gpu_complaint("cuda", False, {"train": 1, "reconstruct": "1"}) is None
+    asked_for = {"train": 0, "reconstruct": 0, "validate": 0}
+    assert "no GPU is asked for train, reconstruct and validate: " in gpu_complaint("cuda", False, asked_for)
 
 
 def test_several_processes_need_a_gpu_each_where_there_are_gpus(monkeypatch):
     asked_for = {"train": 2, "reconstruct": "1"}
-    assert "processes: 2, one a GPU, but jobs are given 1: raise gpu" in gpu_complaint("auto", False, asked_for, 2)
+    assert "processes: 2, one a GPU, but jobs are given 1: raise gpu of train and reconstruct" in gpu_complaint(
+        "auto", False, asked_for, 2
+    )
     assert gpu_complaint("cuda", False, {"train": 2, "reconstruct": "2"}, 2) is None
     assert gpu_complaint("auto", False, {"train": 0, "reconstruct": 0}, 2) is None
     assert gpu_complaint("cpu", False, asked_for, 2) is None

@@ -3,16 +3,18 @@
 import csv
 import math
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-from json_records import resolution_record, validation_record
+from json_records import agreement_record, resolution_record, validation_record
 
 from flexlib.errors import InputError
 from flexlib.files import read_json
 from flexlib.layout import RunFolder
-from flexlib.workflow_support.points import SweepPoint, select_points, sweep_points
-from flexlib.workflow_support.scores import Score, choose_point
+from flexlib.records import AgreementRecord
+from flexlib.workflow_support.points import SweepPoint, select_points, sweep_points, wanted_points
+from flexlib.workflow_support.scores import Score, choose_point, read_cross_score
 from flexlib.workflow_support.sweep import COLUMNS, choose_from_files, summarise_sweep
 
 
@@ -39,6 +41,14 @@ def write_training(folder, point, gains, wall_s=12.5):
     train.held_out.write_text("\n".join(lines) + "\n")
 
 
+def write_agreement(folder, point, gains):
+    """agreement.json and cross.csv of a point with these gains of all particles."""
+    validate = RunFolder(folder).validate(point.path)
+    error = stdev(gains) / math.sqrt(len(gains))
+    agreement_record(fmean(gains), error, len(gains)).write(validate.record)
+    validate.cross.write_text("\n".join(["row,gain", *(f"{row},{gain}" for row, gain in enumerate(gains))]) + "\n")
+
+
 def test_sweep_is_the_product_of_the_lists():
     assert [point.path for point in sweep_points(config())] == ["cells~20/dims~2/rigidity~2.0/seed~0"]
     points = sweep_points(config([10, 20], [1, 2, 3], [0.5, 2], [0, 1]))
@@ -56,13 +66,13 @@ def test_paths_do_not_depend_on_how_a_number_is_written():
 
 def test_points_are_selected_by_some_or_all_keys():
     points = sweep_points(config([10, 20], 2, [0.5, 2.0]))
-    assert select_points(points, [{"cells": 10}]) == points[:2]
-    assert select_points(points, [{"cells": 20, "rigidity": 2}, {"cells": 10, "rigidity": 0.5}]) == [
-        points[0],
-        points[3],
-    ]
-    with pytest.raises(InputError, match="is no point of the sweep"):
-        select_points(points, [{"cells": 30}])
+    assert select_points(points, [{"cells": 10}], "key") == points[:2]
+    both = [{"cells": 20, "rigidity": 2}, {"cells": 10, "rigidity": 0.5}]
+    assert select_points(points, both, "key") == [points[0], points[3]]
+    with pytest.raises(InputError, match=r"key: \{'cells': 30\} is no point of the sweep"):
+        select_points(points, [{"cells": 30}], "key")
+    for words, expected in (("best", points), ("none", points), ([{"cells": 20}], points[2:])):
+        assert wanted_points(points, {"validate": {"points": words}}, "validate") == expected
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_table_and_choice_from_files(tmp_path):
     assert best["highest_validation_gain_path"] == points[1].path
     assert (best["difference_to_best"], best["difference_to_best_se"]) == (-0.5, pytest.approx(0.577350))
 
-    summarise_sweep(points, tmp_path, points[:1], tmp_path / "sweep.csv")
+    summarise_sweep(points, tmp_path, points[:1], [], tmp_path / "sweep.csv")
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
@@ -161,6 +171,7 @@ def test_table_and_choice_from_files(tmp_path):
     assert rows[1]["wall_s"] == "12.5"
     assert [row["difference_to_best"] for row in rows] == ["-0.5", "0"]
     assert [row["difference_to_best_se"] for row in rows] == ["0.57735", "0"]
+    assert {row[name] for row in rows for name in ("cross_gain", "cross_gain_se")} == {""}
 
 
 def test_chosen_is_among_the_reconstructed(tmp_path):
@@ -169,8 +180,79 @@ def test_chosen_is_among_the_reconstructed(tmp_path):
         write_training(tmp_path, point, [gain - 1, gain, gain + 1] if gain == 10 else [gain, gain - 1, gain + 1])
         resolution_record({"flex_0.143": 5.0}).write(RunFolder(tmp_path).reconstruct(point.path).resolution)
     for reconstructed, chosen in ((points, 1), (points[2:], 2), ([points[0], points[2]], 0)):
-        summarise_sweep(points, tmp_path, reconstructed, tmp_path / "sweep.csv")
+        summarise_sweep(points, tmp_path, reconstructed, [], tmp_path / "sweep.csv")
         with (tmp_path / "sweep.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [row["chosen"] for row in rows].index("true") == chosen
         assert [row["resolution_flex_A"] != "" for row in rows] == [point in reconstructed for point in points]
+
+
+def test_choice_by_the_cross_score(tmp_path):
+    """The held-out score has the first point for the best, the cross score the second, and so the choice."""
+    points = sweep_points(config([10, 20]))
+    run = RunFolder(tmp_path)
+    for point, held_out, cross in zip(points, (30.0, 20.0), (5.0, 9.0), strict=True):
+        write_training(tmp_path, point, [held_out - 1, held_out, held_out + 1])
+        write_agreement(tmp_path, point, [cross - 0.5, cross + 0.5, cross, cross])
+        resolution_record({"flex_0.143": 5.0}).write(run.reconstruct(point.path).resolution)
+    by_held_out = choose_from_files(points, [run.train(point.path).validation for point in points], run.best_point)
+    assert by_held_out.point == points[0]
+    assert read_json(run.best_point)["choose_by"] == "held_out"
+    records = [run.validate(point.path).record for point in points]
+    assert choose_from_files(points, records, run.best_point, "cross").point == points[1]
+    best = read_json(run.best_point)
+    assert (best["choose_by"], best["path"], best["validation_gain"]) == ("cross", points[1].path, 9.0)
+
+    for choose_by, chosen in (("held_out", 0), ("cross", 1)):
+        summarise_sweep(points, tmp_path, points, points, run.table, choose_by)
+        with run.table.open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["chosen"] for row in rows].index("true") == chosen
+        assert [row["cross_gain"] for row in rows] == ["5", "9"]
+        assert [float(row["cross_gain_se"]) for row in rows] == pytest.approx([0.204124] * 2)
+        assert [row["difference_to_best"] for row in rows] == ["0", "-10"]  # of the held-out score
+    summarise_sweep(points, tmp_path, points, points[1:], run.table)
+    assert tuple(run.table.read_text().splitlines()[0].split(",")) == COLUMNS
+    assert COLUMNS[-2:] == ("cross_gain", "cross_gain_se")
+    assert [line.split(",")[-2] for line in run.table.read_text().splitlines()[1:]] == ["", "9"]
+
+
+def test_cross_scores_are_paired_over_all_particles(tmp_path):
+    points = sweep_points(config(seed=[0, 1]))
+    write_agreement(tmp_path, points[0], [1.0, 5.0, 9.0])
+    write_agreement(tmp_path, points[1], [2.0, 6.0, 10.5])
+    scores = [read_cross_score(point, RunFolder(tmp_path).validate(point.path).record) for point in points]
+    difference, error = scores[1].difference(scores[0])
+    assert (difference, error) == (pytest.approx(3.5 / 3), pytest.approx(0.5 / 3))
+    cross = RunFolder(tmp_path).validate(points[0].path).cross
+    cross.write_text("row,gain\n0,1.0\n")
+    with pytest.raises(InputError, match=r"cross\.csv: 1 particles, 3 were scored"):
+        read_cross_score(points[0], RunFolder(tmp_path).validate(points[0].path).record)
+
+
+def test_records_of_a_validation_come_back_as_they_were(tmp_path):
+    record = agreement_record(3.5, 0.25, 100)
+    record.write(tmp_path / "agreement.json")
+    assert AgreementRecord.read(tmp_path / "agreement.json") == record
+    none = replace(record, cross_gain=None, cross_gain_se=math.nan, moving_error_A=None, mode_limit_A=None)
+    none.write(tmp_path / "agreement.json")
+    again = AgreementRecord.read(tmp_path / "agreement.json")
+    assert math.isnan(again.gain) and math.isnan(again.gain_se)
+    assert again.moving_error_A is None and again.mode_limit_A is None
+    with pytest.raises(InputError, match="is this a folder that validate has written"):
+        AgreementRecord.read(tmp_path / "nowhere.json")
+
+
+def test_files_of_a_validation_lie_apart_from_those_of_its_halves():
+    point = sweep_points(config())[0]
+    folder, pattern = RunFolder(Path("results/x")).validate(point.path), RunFolder(Path("results/x")).validate()
+    assert folder.path == Path(f"results/x/validate/{point.path}")
+    halves = [folder.half(number) for number in (1, 2)]
+    assert [half.model for half in halves] == [folder.path / f"half_{number}/model.pt" for number in (1, 2)]
+    wildcards = dict(cells=20, dims=2, rigidity=2.0, seed=0)
+    assert [Path(str(pattern.half().cross).format(**wildcards, half=number)) for number in (1, 2)] == [
+        half.cross for half in halves
+    ]
+    own = [folder.half_map(1), folder.half_map(2), folder.map, folder.cross, folder.fsc, folder.record]
+    assert len({*own, *(half.cross for half in halves)}) == 8
+    assert all(path.parent == folder.path for path in own)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
@@ -17,9 +18,13 @@ from run_snakemake import ROOT, snakemake, start_snakemake
 from snakemake_executor_plugin_slurm.partitions import read_partition_file
 
 from flexlib.imaging.maps import write_map
+from flexlib.layout import RunFolder
+from flexlib.records import ChoiceRecord
 from flexlib.workflow_support.gpus import gpus_of
+from flexlib.workflow_support.points import SweepPoint
 
 CONFIG = {"name": "tiny", "particles": "data/p.star", "consensus": "data/c.mrc", "prepare": {"train_box": 32}}
+GPU_RULES = ["train", "train_half", "reconstruct", "validate"]
 DONE = "{train: {rigidity: 2.0}, reconstruct: {points: all}}"  # of a finished run
 
 
@@ -41,8 +46,12 @@ class DryRun:
 
     def __call__(self, text: str = "{}", *arguments: str) -> dict[str, int]:
         """Job counts per rule."""
-        counts = re.findall(r"^(\w+) +(\d+)$", self.output(text, *arguments), re.M)
-        return {rule: int(count) for rule, count in counts}
+        return counted(self.output(text, *arguments))
+
+
+def counted(said: str) -> dict[str, int]:
+    """Job counts per rule in what Snakemake says."""
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", said, re.M)}
 
 
 @pytest.fixture
@@ -50,8 +59,9 @@ def dry_run(tmp_path):
     return DryRun(tmp_path)
 
 
-def jobs(mesh=1, train=1, generate=1, reconstruct=0, choose=0) -> dict[str, int]:
+def jobs(mesh=1, train=1, generate=1, reconstruct=0, choose=0, validate=0) -> dict[str, int]:
     counts = dict(prepare=1, mesh=mesh, train=train, generate=generate, reconstruct=reconstruct, choose=choose)
+    counts |= dict(train_half=2 * validate, validate=validate)
     counts = {
         rule: count
         for rule, count in (counts | dict(checksum=1, summarise=1, report=1, provenance=1, all=1)).items()
@@ -61,29 +71,80 @@ def jobs(mesh=1, train=1, generate=1, reconstruct=0, choose=0) -> dict[str, int]
 
 
 def test_one_point_needs_no_choice(dry_run):
-    assert dry_run() == jobs(reconstruct=1)
+    assert dry_run() == jobs(reconstruct=1, validate=1)
 
 
 def test_shared_work_is_done_once(dry_run):
     sweep = "{mesh: {cells: [10, 20]}, train: {latent_dims: [2, 3], rigidity: [0.5, 1e-3]}, reconstruct: {points: all}}"
-    assert dry_run(sweep) == jobs(mesh=2, train=8, generate=8, reconstruct=8)
+    assert dry_run(sweep) == jobs(mesh=2, train=8, generate=8, reconstruct=8, choose=1)
     more = sweep.replace("1e-3", "1e-3, 4")
-    assert dry_run(more) == jobs(mesh=2, train=12, generate=12, reconstruct=12)
+    assert dry_run(more) == jobs(mesh=2, train=12, generate=12, reconstruct=12, choose=1)
 
 
 def test_best_is_chosen_after_all_trainings(dry_run):
-    assert dry_run("train: {rigidity: [0.5, 2.0]}") == jobs(train=2, generate=2, choose=1)  # then one reconstruct
+    # reconstruct and validate are planned after it
+    assert dry_run("train: {rigidity: [0.5, 2.0]}") == jobs(train=2, generate=2, choose=1)
 
 
 def test_named_points_are_reconstructed(dry_run):
     sweep = "{train: {rigidity: [0.5, 2.0], seed: [0, 1]}, reconstruct: {points: [{rigidity: 2}]}}"
-    assert dry_run(sweep) == jobs(train=4, generate=4, reconstruct=2)
+    assert dry_run(sweep) == jobs(train=4, generate=4, reconstruct=2, choose=1)
 
 
 def test_excluded_and_single_points(dry_run):
     sweep = "mesh: {cells: [10, 20]}, train: {rigidity: [0.5, 2.0]}, reconstruct: {points: all}"
-    assert dry_run(f"{{{sweep}, sweep: {{exclude: [{{cells: 20, rigidity: 0.5}}]}}}}") == jobs(2, 3, 3, 3)
-    assert dry_run(f"{{{sweep}, sweep: {{points: [{{cells: 30}}, {{rigidity: 9}}]}}}}") == jobs(3, 6, 6, 6)
+    assert dry_run(f"{{{sweep}, sweep: {{exclude: [{{cells: 20, rigidity: 0.5}}]}}}}") == jobs(2, 3, 3, 3, choose=1)
+    assert dry_run(f"{{{sweep}, sweep: {{points: [{{cells: 30}}, {{rigidity: 9}}]}}}}") == jobs(3, 6, 6, 6, choose=1)
+
+
+SWEEP = "train: {rigidity: [0.5, 2.0]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{{{SWEEP}, validate: none}}", jobs(train=2, generate=2, choose=1)),
+        (f"{{{SWEEP}, validate: {{points: none}}, reconstruct: {{points: all}}}}", jobs(1, 2, 2, 2)),
+        (f"{{{SWEEP}, validate: {{points: all}}}}", jobs(train=2, generate=2, choose=1, validate=2)),
+        (f"{{{SWEEP}, validate: {{points: [{{rigidity: 2}}]}}}}", jobs(train=2, generate=2, choose=1, validate=1)),
+        # best is one of those that are reconstructed: of one there is no choice
+        (f"{{{SWEEP}, reconstruct: {{points: [{{rigidity: 2}}]}}}}", jobs(1, 2, 2, 1, validate=1)),
+        # the choice waits for all, and for nothing that waits for it
+        (f"{{{SWEEP}, sweep: {{choose_by: cross}}}}", jobs(train=2, generate=2, choose=1, validate=2)),
+        (f"{{{SWEEP}, sweep: {{choose_by: cross}}, reconstruct: {{points: all}}}}", jobs(1, 2, 2, 2, validate=2)),
+        ("{sweep: {choose_by: cross}, train: {seed: 3}}", jobs(reconstruct=1, validate=1)),
+        ("train: {freeze_latents: true}", jobs(reconstruct=1)),
+    ],
+)
+def test_points_are_validated_as_the_config_has_it(dry_run, text, expected):
+    assert dry_run(text) == expected
+
+
+def test_a_validation_that_is_left_out_is_told_once(dry_run):
+    said = dry_run.output("train: {freeze_latents: true}")
+    assert said.count("Nothing is validated: train.freeze_latents: true ") == 1
+    assert "Nothing is validated" not in dry_run.output("{train: {freeze_latents: true}, validate: none}")
+
+
+def test_the_chosen_point_is_validated_after_the_choice(dry_run):
+    dry_run(SWEEP)
+    make_outputs(dry_run.folder)
+    write_choice(dry_run.folder, SweepPoint(20, 2, 2.0, 0))
+    arguments = ("--configfile", "my.yaml", "--cores", "1", "--touch", "--until", "choose", "generate", "checksum")
+    assert snakemake(dry_run.folder, *arguments).returncode == 0
+    said = dry_run.output(SWEEP)
+    last = dict(summarise=1, report=1, provenance=1, all=1)
+    assert counted(said) == dict(train_half=2, validate=1, reconstruct=1, **last, total=8)
+    points = re.findall(r"(?:Train half-set . alone|Compare the models of the half-sets): (.*)", said)
+    assert len(points) == 3 and all("rigidity=2.0" in point for point in points)
+
+
+def write_choice(folder: Path, point: SweepPoint) -> None:
+    """What choose leaves."""
+    scores = dict(validation_gain=9.0, validation_gain_se=1.0, highest_validation_gain=9.0)
+    differences = dict(difference_to_best=0.0, difference_to_best_se=0.0)
+    chosen = dict(**asdict(point), path=point.path, highest_validation_gain_path=point.path)
+    ChoiceRecord(**chosen, **scores, **differences).write(RunFolder(folder / "results/tiny").best_point)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +162,25 @@ def finished(tmp_path_factory):
     ("text", "again"),
     [
         # another point is trained; nothing is prepared or meshed again, and the first point is left alone
-        ("{train: {rigidity: [2.0, 4.0]}, reconstruct: {points: all}}", dict(train=1, generate=1, reconstruct=1)),
-        ("{mesh: {cells: [20, 30]}, reconstruct: {points: all}}", dict(mesh=1, train=1, generate=1, reconstruct=1)),
-        ("{train: {epochs: 30}, reconstruct: {points: all}}", dict(train=1, generate=1, reconstruct=1)),
+        (
+            "{train: {rigidity: [2.0, 4.0]}, reconstruct: {points: all}}",
+            dict(train=1, generate=1, reconstruct=1, choose=1),
+        ),
+        (
+            "{mesh: {cells: [20, 30]}, reconstruct: {points: all}, validate: none}",
+            dict(mesh=1, train=1, generate=1, reconstruct=1),
+        ),
+        (
+            "{train: {epochs: 30}, reconstruct: {points: all}}",
+            dict(train=1, generate=1, reconstruct=1, train_half=2, validate=1),
+        ),
         ("{generate: {frames: 5}, reconstruct: {points: all}}", dict(generate=1)),
         (
             "{mesh: {min_rigidity_weight: 0.4}, reconstruct: {points: all}}",
-            dict(mesh=1, train=1, generate=1, reconstruct=1),
+            dict(mesh=1, train=1, generate=1, reconstruct=1, train_half=2, validate=1),
         ),
+        ("{validate: {points: all}, reconstruct: {points: all}}", {}),  # the same point
+        ("{validate: none, reconstruct: {points: all}}", {}),
         ("{device: cpu, reconstruct: {points: all}}", {}),
         ("{train: {rigidity: [2.0]}, sweep: {points: [{rigidity: 8}]}}", dict(train=1, choose=1, generate=1)),
     ],
@@ -163,7 +235,9 @@ def test_another_working_folder(dry_run, tmp_path_factory, snakefile):
     result = snakemake(tmp_path_factory.mktemp("elsewhere"), *arguments, snakefile=ROOT / snakefile)
     assert result.returncode == 0, result.stderr
     assert f"Using workflow specific profile {(ROOT / snakefile).parent}/profiles/default" in result.stderr
-    assert dict(re.findall(r"^(\w+) +(\d+)$", result.stdout, re.M))["total"] == str(jobs(reconstruct=1)["total"])
+    assert dict(re.findall(r"^(\w+) +(\d+)$", result.stdout, re.M))["total"] == str(
+        jobs(reconstruct=1, validate=1)["total"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,6 +261,11 @@ def test_another_working_folder(dry_run, tmp_path_factory, snakefile):
         (
             "train: {validation_fraction: 0, rigidity: [1, 2]}",
             "config: train.validation_fraction: 0 holds no particle out, so that none of 2 points is best",
+        ),
+        ("validate: {points: [{cells: 5}]}", "config: validate.points: {'cells': 5} is no point of the sweep"),
+        (
+            "{sweep: {choose_by: cross}, validate: none}",
+            "config: sweep.choose_by: cross chooses by the scores of a validation, which validate.points: none leaves",
         ),
         ("sweep: {exclude: [{cells: 5}]}", "config: sweep.exclude: {'cells': 5} is no point of the sweep"),
     ],
@@ -212,7 +291,7 @@ def test_mistakes_end_the_run_in_one_line(tmp_path, monkeypatch, text, message):
 def test_a_mask_of_another_box_but_the_same_extent_is_taken(dry_run):
     write_map(dry_run.folder / "data/c.mrc", np.zeros((40,) * 3, np.float32), 5.0)
     write_map(dry_run.folder / "mask.mrc", np.zeros((80,) * 3, np.float32), 2.5)
-    assert dry_run("mask: mask.mrc") == jobs(reconstruct=1)
+    assert dry_run("mask: mask.mrc") == jobs(reconstruct=1, validate=1)
 
 
 def test_a_job_whose_output_has_no_room_ends_in_one_line(tmp_path):
@@ -244,13 +323,15 @@ def test_bad_particles_end_the_job_in_one_line(tmp_path):
 
 def test_slurm_profile_is_found_and_understood(dry_run):
     (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
-    assert dry_run("{}", "--profile", "slurm") == jobs(reconstruct=1)
+    assert dry_run("{}", "--profile", "slurm") == jobs(reconstruct=1, validate=1)
     profile = yaml.safe_load((ROOT / "slurm/profile.yaml").read_text())
     default = yaml.safe_load((ROOT / "profiles/default/profile.yaml").read_text())
     assert profile["executor"] == "slurm"
     assert profile["retries"] >= 1
-    assert profile["set-resources"]["train"]["gpu"] == profile["set-resources"]["reconstruct"]["gpu"] == 1
-    assert "--signal=TERM@120" in profile["set-resources"]["train"]["slurm_extra"]
+    assert {rule: given["gpu"] for rule, given in profile["set-resources"].items()} == dict.fromkeys(GPU_RULES, 1)
+    assert set(GPU_RULES) < set(profile["set-threads"])
+    for rule in ("train", "train_half"):
+        assert "--signal=TERM@120" in profile["set-resources"][rule]["slurm_extra"]
     assert not [key for key in set(profile) & set(default) if profile[key] != default[key]]  # the default would win
     assert profile["rerun-incomplete"] is default["rerun-incomplete"] is True
     names = {path.name for path in (ROOT / "slurm").iterdir()}
@@ -262,12 +343,14 @@ def test_slurm_profile_is_found_and_understood(dry_run):
 def test_the_profile_spreads_processes_over_nodes(dry_run):
     """Its commented lines, with the comment taken off."""
     text = (ROOT / "slurm/profile.yaml").read_text()
-    commented = re.findall(r"^#  (train|reconstruct): (\{mpi.*\})$", text, re.M)
+    commented = re.findall(r"^#  (\w+): (\{mpi.*\})$", text, re.M)
     resources = {rule: yaml.safe_load(given) for rule, given in commented}
-    assert resources["train"]["slurm_extra"] == yaml.safe_load(text)["set-resources"]["train"]["slurm_extra"]
+    assert set(resources) == set(GPU_RULES)
+    for rule, given in yaml.safe_load(text)["set-resources"].items():
+        assert resources[rule].get("slurm_extra") == given.get("slurm_extra")
     (dry_run.folder / "slurm").symlink_to(ROOT / "slurm")
     (dry_run.folder / "Snakefile").write_text(
-        f'include: "{ROOT}/Snakefile"\nfor name in ("train", "reconstruct"):\n'
+        f'include: "{ROOT}/Snakefile"\nfor name in {GPU_RULES}:\n'
         "    print(name, TASKS[name], A_NODE[name], GPUS[name], file=sys.stderr)\n"
     )
     (dry_run.folder / "my.yaml").write_text(yaml.safe_dump({**CONFIG, "train": {"processes": 4}}))
@@ -275,7 +358,7 @@ def test_the_profile_spreads_processes_over_nodes(dry_run):
     arguments = ("--configfile", "my.yaml", "--dry-run", "--profile", "slurm", "--set-resources", *given)
     result = snakemake(dry_run.folder, *arguments, snakefile=dry_run.folder / "Snakefile")
     assert result.returncode == 0, result.stderr
-    assert "train 4 2 4\nreconstruct 4 2 4\n" in result.stderr
+    assert "".join(f"{rule} 4 2 4\n" for rule in GPU_RULES) in result.stderr
 
 
 HEAVY = ("numpy", "scipy", "pandas", "torch", "numba", "mrcfile", "h5py", "matplotlib", "skimage", "plotly", "PIL")
@@ -392,7 +475,11 @@ def test_rules_leave_retries_to_profiles_and_have_their_script():
             assert (ROOT / f"workflow/scripts/{name}.py").exists()
 
 
-def test_another_workflow_uses_this_one_as_a_module(dry_run):
+@pytest.mark.parametrize(
+    ("rigidity", "expected"),
+    [([1, 2], jobs(train=2, generate=2, choose=1)), (1, jobs(reconstruct=1, validate=1))],
+)
+def test_another_workflow_uses_this_one_as_a_module(dry_run, rigidity, expected):
     (dry_run.folder / "Snakefile").write_text(
         f"""
 configfile: "my.yaml"
@@ -408,11 +495,10 @@ rule everything:
     input: rules.flex_all.input
 """
     )
-    (dry_run.folder / "my.yaml").write_text(yaml.safe_dump({"flex": {**CONFIG, "train": {"rigidity": [1, 2]}}}))
+    (dry_run.folder / "my.yaml").write_text(yaml.safe_dump({"flex": {**CONFIG, "train": {"rigidity": rigidity}}}))
     result = snakemake(dry_run.folder, "--dry-run", snakefile=dry_run.folder / "Snakefile")
     assert result.returncode == 0, result.stderr
     counts = dict(re.findall(r"^flex_(\w+) +(\d+)$", result.stdout, re.M))
-    expected = jobs(train=2, generate=2, choose=1)
     assert counts == {rule: str(count) for rule, count in expected.items() if rule not in ("all", "total")}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from flexlib.layout import GenerateFolder, ReconstructFolder, RunFolder, TrainFolder
+from flexlib.layout import GenerateFolder, ReconstructFolder, RunFolder, TrainFolder, ValidateFolder
 from flexlib.workflow_support.points import SweepPoint
 
 Output = tuple[Path, str]  # a file or a folder, and what it is
@@ -28,6 +28,7 @@ def main_outputs(run: RunFolder, points: Iterable[SweepPoint]) -> list[Output]:
         found += _trained(run.train(point.path))
         found += _generated(run.generate(point.path))
         found += _reconstructed(run.reconstruct(point.path))
+        found += _validated(run.validate(point.path))
     return [(path, what) for path, what in found if path.exists()]
 
 
@@ -61,3 +62,21 @@ def _reconstructed(folder: ReconstructFolder) -> Iterator[Output]:
     yield folder.moving_mask, "The part that moves"
     yield folder.fsc, "Half-map FSC curves"
     yield folder.resolution, "Resolutions of the half-maps"
+
+
+def _validated(folder: ValidateFolder) -> Iterator[Output]:
+    for number in (1, 2):
+        half = folder.half(number)
+        yield half.model, f"The model trained on half-set {number} alone"
+        yield half.validation, f"Held-out score and figures of the training on half-set {number} alone"
+        yield folder.half_map(number), f"Half-map {number}, reconstructed with its own half-set's model"
+    yield folder.map, "The mean of the half-maps that share no model"
+    yield folder.fsc, "FSC curves of the half-maps that share no model"
+    yield folder.motion_error, "The error of the motion in each voxel, Angstrom"
+    yield folder.motion_size, "The size of the motion in each voxel, Angstrom"
+    yield folder.modes, "Agreement of the half-sets' models on the motion, by mode of the mesh"
+    yield folder.particles, "The error of the motion of each particle"
+    yield folder.regions, "The error of the motion in regions of the latent space"
+    yield folder.calibration, "The latents' standard errors, checked against the half-sets' models"
+    yield folder.cross, "The score of each particle by the model of the other half-set"
+    yield folder.record, "What the half-sets' models agree on"

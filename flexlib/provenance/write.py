@@ -21,7 +21,7 @@ from flexlib.layout import RunFolder
 from flexlib.provenance.crate import CONTEXT, CRATE, FORMATS, PROCESS_RUN, Entity, data_entity, links, property_value
 from flexlib.provenance.machine import code_commit, operating_system, public_command
 from flexlib.provenance.outputs import main_outputs
-from flexlib.records import ChecksumsRecord, InputFile, ResolutionRecord, ValidationRecord
+from flexlib.records import AgreementRecord, ChecksumsRecord, InputFile, ResolutionRecord, ValidationRecord
 from flexlib.runtime import package_versions, processor_name
 from flexlib.workflow_support.points import SweepPoint, sweep_points
 
@@ -134,9 +134,12 @@ def _circumstances(run: RunFolder, points: Iterable[SweepPoint]) -> Iterable[Ent
     yield property_value("seeds", "seeds of the random numbers", sorted({point.seed for point in points}))
     trained = [run.train(point.path).validation for point in points]
     reconstructed = [run.reconstruct(point.path).resolution for point in points]
+    validated = [run.validate(point.path) for point in points]
+    trained += [folder.half(number).validation for folder in validated for number in (1, 2)]
     devices = {
         "training": {ValidationRecord.read(path).device for path in trained if path.is_file()},
         "reconstruction": {ResolutionRecord.read(path).device for path in reconstructed if path.is_file()},
+        "validation": {AgreementRecord.read(one.record).device for one in validated if one.record.is_file()},
     }
     for stage, found in devices.items():
         if known := sorted(found - {""}):

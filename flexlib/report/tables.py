@@ -25,6 +25,8 @@ _STAGES = (
     "choose",
     "generate",
     "reconstruct",
+    "train_half",
+    "validate",
     "summarise",
     "report",
 )

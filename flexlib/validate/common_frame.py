@@ -33,7 +33,8 @@ class CommonFrame:
     def _along(self) -> torch.Tensor:
         derivative = directional_derivative(self.first.mesh, self.shift_A.cpu().numpy()).tocoo()
         index = torch.as_tensor(np.stack(derivative.coords))
-        return torch.sparse_coo_tensor(index, torch.as_tensor(derivative.data).float(), derivative.shape).coalesce()
+        values = torch.as_tensor(derivative.data).float()
+        return torch.sparse_coo_tensor(index, values, derivative.shape, check_invariants=False).coalesce()
 
     @cached_property
     def _rigid(self) -> tuple[torch.Tensor, torch.Tensor]:

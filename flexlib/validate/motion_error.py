@@ -56,7 +56,7 @@ def motion_error(frame: CommonFrame, model: FlexModel, weight: np.ndarray) -> Mo
         (n,) with which each particle counts in the sums by vertex.
     """
     num, share = len(model.latents), frame.density_share
-    rows, weight = np.arange(num), weight / weight.sum()
+    rows, weight = np.arange(num), weight / weight.sum(dtype=np.float64)
     first, second, own = _means(frame, model, rows, weight)
     at_vertices = [np.zeros(len(share)) for _ in range(3)]
     of_particles = [np.zeros(num) for _ in range(3)]

@@ -42,7 +42,10 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"config: keys and values are needed, such as name: run, not a {type(config).__name__}")
     _check_plain(config)
     schema = config_schema()
-    checked = _fill(_understand_numbers(config, schema), schema)
+    understood = _understand_numbers(config, schema)
+    if understood.get("validate") == "none":
+        understood["validate"] = {"points": "none"}
+    checked = _fill(understood, schema)
     _check_plain(checked)  # text that was understood as a number may be none either
     errors = jsonschema.Draft202012Validator(schema).iter_errors(checked)
     if error := min(
@@ -91,7 +94,7 @@ def _understand_numbers(config: Mapping[str, Any], schema: Mapping[str, Any]) ->
         return copy.deepcopy(value)
 
     def is_section(key: str) -> bool:
-        return schema["properties"].get(key, {}).get("type") == "object"
+        return schema["properties"].get(key, {}).get("default") == {}
 
     result = {key: understand(value) if isinstance(value, dict) else value for key, value in config.items()}
     return {key: {} if value is None and is_section(key) else value for key, value in result.items()}
@@ -183,11 +186,69 @@ def check_choice(config: Mapping[str, Any], num_points: int) -> None:
     InputError
         Nothing is held out of training.
     """
-    if num_points > 1 and config["reconstruct"]["points"] == "best" and config["train"]["validation_fraction"] == 0:
-        raise InputError(
-            f"config: train.validation_fraction: 0 holds no particle out, so that none of {num_points} points is best: "
-            "set it above 0, or name points in reconstruct.points"
+    if config["reconstruct"]["points"] == "best" and (complaint := _no_best(config, num_points)):
+        raise InputError(f"config: {complaint}, or name points in reconstruct.points")
+
+
+def _no_best(config: Mapping[str, Any], num_points: int) -> str | None:
+    """Why none of several points is the best, in one line that an alternative may follow; None where one is."""
+    held_out = config["train"]["validation_fraction"] > 0
+    if held_out or num_points == 1 or config["sweep"]["choose_by"] == "cross":
+        return None
+    return (
+        f"train.validation_fraction: 0 holds no particle out, so that none of {num_points} points is best: "
+        "set it above 0"
+    )
+
+
+def settle_validation(given: Mapping[str, Any], config: dict[str, Any], num_candidates: int) -> str | None:
+    """Write into ``validate.points`` of a checked config which points are validated, where this is not what it says.
+
+    With ``sweep.choose_by: cross`` all are. None is where that cannot be and nothing but the default asks for it.
+
+    Parameters
+    ----------
+    given
+        The config as the user has it.
+    config
+        The same, checked; changed.
+    num_candidates
+        How many points are reconstructed, or may be.
+
+    Returns
+    -------
+    str | None
+        Why nothing is validated by a config that does not say so, and what to change, in one line.
+
+    Raises
+    ------
+    InputError
+        What the config asks for cannot be.
+    """
+    validate, by_cross = config["validate"], config["sweep"]["choose_by"] == "cross"
+    if validate["points"] == "none":
+        if by_cross:
+            raise InputError(
+                "config: sweep.choose_by: cross chooses by the scores of a validation, which validate.points: none "
+                "leaves out: change one of them"
+            )
+        return None
+    complaint = None
+    if config["train"]["freeze_latents"]:
+        complaint = (
+            "train.freeze_latents: true gives both half-sets' models latents from outside, so that they are not "
+            "independent: set it to false"
         )
+    elif validate["points"] == "best":
+        complaint = _no_best(config, num_candidates)
+    if complaint is None:
+        validate["points"] = "all" if by_cross else validate["points"]
+        return None
+    told = f"{complaint}, or {'sweep.choose_by: held_out' if by_cross else 'validate: none'}"
+    if by_cross or given.get("validate"):
+        raise InputError(f"config: {told}")
+    validate["points"] = "none"
+    return told
 
 
 def check_maps(config: Mapping[str, Any]) -> None:

@@ -45,6 +45,7 @@ LONGEST_MIN = 1440  # of most clusters' queues; the training resumes where its l
 LEAST_MIN = 30  # a full node, a slow disk, a compiler that starts anew
 AUTO_EPOCHS = 20  # with epochs: auto, at most (``train/schedule.py``)
 PASSES = 14  # of train besides its epochs: rigid map and its poses, spectral start, other local minima, final latents
+CROSS_PASSES = 10  # over particles that a model has not seen: their poses and latents, and their score; not measured
 ITERATIONS_BESIDES = 3  # of reconstruct for each kind of map: the data, and gradients computed anew
 SIMULATE_US = 10.0, 100.0  # of one core for a pixel of a particle's image, and for a voxel of the phantom's maps
 PREPARE_US = 1.5  # of one core for a pixel of a particle's image
@@ -177,7 +178,7 @@ def memory_mb(
         return round(BASE_MB + maps * _map_mb(size.full_box) + 8000 * rows_mb)
     if stage == "mesh":
         return round(BASE_MB + 15 * _map_mb(size.train_box) + MESH_KB * vertices / 2**10)
-    if stage == "train":
+    if stage in ("train", "train_half"):  # the latter looks at the other half's particles too, once
         batch_mb = 0.06 * size.train_box**2  # a batch's images, their transforms and gradients
         mesh_kb = (MODES_KB + BATCH_ROW_KB * _batch_rows(size.num_rows)) * vertices  # the first process has the modes
         others = (processes - 1) * 2 * fields_mb
@@ -192,6 +193,8 @@ def memory_mb(
         maps_mb = 12 * _map_mb(size.full_box) + RESTING_GRIDS * largest_grid_mb(size.full_box)
         each = BASE_MB + maps_mb + 2000 * rows_mb + 4 * fields_mb
         return round(processes * each + held)
+    if stage == "validate":  # reconstructs, one half at a time, with its own model, and has both models' flows and maps
+        return memory_mb("reconstruct", size, 2 * vertices, processes=processes) + round(8 * _map_mb(size.full_box))
     if stage == "checksum":  # the particles' metadata
         return round(BASE_MB + 4000 * rows_mb)
     if stage == "report":
@@ -214,15 +217,15 @@ def runtime_min(
     stage, size, vertices
         See ``memory_mb``.
     repeats
-        Epochs of train; iterations of reconstruct, flexible and rigid ones; maps of generate.
+        Epochs of train; iterations of reconstruct, flexible and rigid ones, and of validate; maps of generate.
     latent_dims
-        Of train.
+        Of train and validate.
     threads
         Of the job, in all its processes; beyond two, which is what was measured, each counts as half a core.
     """
     cores = min(threads, 2) + 0.5 * max(threads - 2, 0)
     seconds = _core_s(stage, size, vertices, repeats, latent_dims) / cores
-    if stage == "train":
+    if stage in ("train", "train_half"):
         seconds += MODES_S * (vertices / 20_000) ** 1.5  # on one core
     return min(LONGEST_MIN, LEAST_MIN + math.ceil(seconds / 60))
 
@@ -234,13 +237,17 @@ def _core_s(stage: str, size: DataSize, vertices: int, repeats: int, latent_dims
         return (rows * SIMULATE_US[0] * full_box**2 + SIMULATE_US[1] * full_box**3) * 1e-6
     if stage == "prepare":
         return rows * PREPARE_US * 1e-6 * full_box**2
-    if stage == "train":
-        image_s = TRAIN.seconds(size.train_box, size.mask_share, vertices)
-        epoch_s = rows * image_s + rows / _batch_rows(rows) * FIELDS_US * 1e-6 * vertices
-        return (repeats + PASSES + latent_dims) * epoch_s
+    image_s = TRAIN.seconds(size.train_box, size.mask_share, vertices)
+    if stage in ("train", "train_half"):
+        own = rows if stage == "train" else rows / 2
+        epoch_s = own * image_s + own / _batch_rows(own) * FIELDS_US * 1e-6 * vertices
+        return (repeats + PASSES + latent_dims) * epoch_s + (rows - own) * (CROSS_PASSES + latent_dims) * image_s
+    full_image_s = RECONSTRUCT.seconds(full_box, size.mask_share, vertices)
     if stage == "reconstruct":
-        iterations = repeats + 2 * ITERATIONS_BESIDES
-        return iterations * rows * RECONSTRUCT.seconds(full_box, size.mask_share, vertices)
+        return (repeats + 2 * ITERATIONS_BESIDES) * rows * full_image_s
+    if stage == "validate":
+        inference_s = rows * (CROSS_PASSES + latent_dims) * image_s
+        return (repeats + ITERATIONS_BESIDES) * rows * full_image_s + inference_s
     if stage in ("mesh", "generate", "report"):
         return repeats * (VOXEL_US * full_box**3 + VERTEX_US * vertices) * 1e-6
     if stage == "checksum":
@@ -248,7 +255,7 @@ def _core_s(stage: str, size: DataSize, vertices: int, repeats: int, latent_dims
     return 0.0
 
 
-def _batch_rows(rows: int) -> float:
+def _batch_rows(rows: float) -> float:
     """Of a mini-batch of training, at most (``train/setup.py``)."""
     return min(max(rows / 20, 10), 200)
 
@@ -263,7 +270,9 @@ def disk_mb(stage: str, size: DataSize, vertices: int = 0, *, maps: int = 0, vol
         # the model, and in the checkpoints its state and the model again
         "train": 3 * _map_mb(size.train_box) + 4000 * size.num_rows / 2**20 + 3.3 * fields_mb,
         "reconstruct": 10 * _map_mb(size.full_box),
+        "validate": 8 * _map_mb(size.full_box) + 400 * size.num_rows / 2**20,
     }
+    written["train_half"] = written["train"]
     if stage == "generate":
         deformed = _map_mb(size.train_box) if volume is None else Path(volume).stat().st_size / 2**20
         return math.ceil(maps * (1.2 * deformed + FRAME_KB * vertices / 2**10)) + 1  # with the film

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any], proces
         return None
     gpus = count_gpus() if local else min((int(n) for n in asked_for.values() if str(n).isdecimal()), default=0)
     if processes > gpus > 0:
-        more = "lower it, or set device: cpu" if local else "raise gpu of train and reconstruct in the profile"
+        more = "lower it, or set device: cpu" if local else f"raise gpu of {_listed(asked_for)} in the profile"
         found = "this machine shows" if local else "jobs are given"
         return f"config: train.processes: {processes}, one a GPU, but {found} {gpus}: {more}"
     if device == "auto":
@@ -42,10 +42,15 @@ def gpu_complaint(device: str, local: bool, asked_for: Mapping[str, Any], proces
     without = [rule for rule, gpus in asked_for.items() if str(gpus) == "0"]
     if not local and without:
         return (
-            f"config: device: cuda, but no GPU is asked for {' and '.join(without)}: give them gpu: 1 in the profile's "
+            f"config: device: cuda, but no GPU is asked for {_listed(without)}: give them gpu: 1 in the profile's "
             "set-resources, or set device: auto"
         )
     return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def gpus_of(resources: Mapping[str, Any]) -> int | str | None:

@@ -74,9 +74,7 @@ def _values(key: str, value: Any, number: Callable[[Any], Any]) -> list[Any]:
     return values
 
 
-def select_points(
-    points: Sequence[SweepPoint], wanted: Sequence[Mapping[str, Any]], key: str = "reconstruct.points"
-) -> list[SweepPoint]:
+def select_points(points: Sequence[SweepPoint], wanted: Sequence[Mapping[str, Any]], key: str) -> list[SweepPoint]:
     """The points that agree with at least one of ``wanted`` (under ``key``), each a choice of some or all swept keys.
 
     Raises
@@ -91,3 +89,15 @@ def select_points(
             raise InputError(f"config: {key}: {dict(entry)} is no point of the sweep")
         chosen += matches
     return [point for point in points if point in chosen]
+
+
+def wanted_points(points: Sequence[SweepPoint], config: Mapping[str, Any], stage: str) -> list[SweepPoint]:
+    """The points that ``points`` of a stage's section lists; all of them where it is a word.
+
+    Raises
+    ------
+    InputError
+        An entry that no point agrees with.
+    """
+    wanted = config[stage]["points"]
+    return select_points(points, wanted, f"{stage}.points") if isinstance(wanted, list) else list(points)

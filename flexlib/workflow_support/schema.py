@@ -11,7 +11,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -80,6 +80,8 @@ def _property(item: Field[Any], hint: Any) -> dict[str, Any]:
         content = _object(SECTIONS[item.name])
         if NoneType in get_args(hint):
             return described | content | {"type": ["object", "null"], "default": None}
+        if words := _words(get_args(hint)):  # in place of the whole section
+            content |= {"type": ["object", "string"], "pattern": f"^({'|'.join(words)})$(?!\\n)"}
         return described | content | {"default": {}}
     limits = item.metadata["limits"]
     content = _one_of(hint, limits)
@@ -93,7 +95,7 @@ def _property(item: Field[Any], hint: Any) -> dict[str, Any]:
 def _one_of(hint: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a type; words beside a path or text are text themselves."""
     kinds = list(get_args(hint)) if get_origin(hint) in (UnionType, Union) else [hint]
-    words = [word for kind in kinds for word in get_args(kind) if get_origin(kind) is Literal]
+    words = _words(kinds)
     kinds = [kind for kind in kinds if get_origin(kind) is not Literal]
     if not kinds:
         return {"enum": words}
@@ -105,6 +107,10 @@ def _one_of(hint: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
         return {"anyOf": branches}
     (branch,) = branches
     return branch | {"type": [branch["type"], "null"]} if NoneType in kinds else branch
+
+
+def _words(kinds: Iterable[Any]) -> list[str]:
+    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def _typed(kind: Any, limits: Mapping[str, Any]) -> dict[str, Any]:

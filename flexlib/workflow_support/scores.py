@@ -1,4 +1,4 @@
-"""The held-out score: when it confirms motion, and which sweep point is best by it."""
+"""The held-out and the cross score: when a gain confirms motion, and which sweep point is best."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from statistics import fmean, stdev
 
 from flexlib.errors import InputError
 from flexlib.files import reading
-from flexlib.layout import TrainFolder
-from flexlib.records import ValidationRecord
+from flexlib.layout import TrainFolder, ValidateFolder
+from flexlib.records import AgreementRecord, ValidationRecord
 from flexlib.workflow_support.points import SweepPoint
 
 SIGNIFICANT_ERRORS = 3.0  # standard errors of held-out gain below which no motion is claimed
@@ -29,7 +29,7 @@ def confirms_motion(gain: float, standard_error: float) -> bool:
 
 @dataclass(frozen=True)
 class Score:
-    """The held-out score of one sweep point, in nats per particle, flexible minus rigid."""
+    """The held-out or cross score of one sweep point, in nats per particle, flexible minus rigid."""
 
     point: SweepPoint
     gain: float
@@ -50,9 +50,9 @@ class Score:
 
 
 def choose_point(scores: Sequence[Score]) -> Score:
-    """The simplest sweep point within one standard error of the best held-out score (the one-standard-error rule).
+    """The simplest sweep point within one standard error of the best score (the one-standard-error rule).
 
-    The standard error is the best sweep point's own, over the held-out particles. (That of the paired difference is far
+    The standard error is the best sweep point's own, over the scored particles. (That of the paired difference is far
     smaller, and one such error is what chance alone gives the luckiest of a dozen points that are equally good.)
     Simplest is, in this order: fewer latent dimensions, coarser mesh, higher rigidity. Points that differ in the seed
     alone are equally simple: the one with the higher score is taken.
@@ -74,7 +74,7 @@ def choose_point(scores: Sequence[Score]) -> Score:
 
 
 def best_score(scores: Iterable[Score]) -> Score | None:
-    """The highest held-out score; None where no sweep point has one."""
+    """The highest score; None where no sweep point has one."""
     return max((score for score in scores if math.isfinite(score.gain)), key=lambda score: score.gain, default=None)
 
 
@@ -85,10 +85,25 @@ def _simplicity(score: Score) -> tuple[float, ...]:
 
 def read_score(point: SweepPoint, validation_json: str | Path) -> Score:
     """The score in a sweep point's ``validation.json`` and ``held_out.csv`` beside it; nan where none was held out."""
-    validation = ValidationRecord.read(validation_json)
-    held_out = TrainFolder(Path(validation_json).parent).held_out
-    with reading(held_out, ValueError, KeyError, TypeError), held_out.open(newline="") as file:
+    record = ValidationRecord.read(validation_json)
+    particles = TrainFolder(Path(validation_json).parent).held_out
+    return Score(point, record.gain, record.gain_se, _read_particles(particles, record.validation_particles))
+
+
+def read_cross_score(point: SweepPoint, agreement_json: str | Path) -> Score:
+    """The score in a sweep point's ``agreement.json`` and ``cross.csv`` beside it: each half by the other's model."""
+    record = AgreementRecord.read(agreement_json)
+    particles = ValidateFolder(Path(agreement_json).parent).cross
+    return Score(point, record.gain, record.gain_se, _read_particles(particles, record.cross_particles))
+
+
+READERS = {"held_out": read_score, "cross": read_cross_score}  # by ``sweep.choose_by``
+
+
+def _read_particles(path: Path, count: int) -> dict[int, float]:
+    """Row and gain of each scored particle; InputError where they are not as many as the record says."""
+    with reading(path, ValueError, KeyError, TypeError), path.open(newline="") as file:
         particles = {int(row["row"]): float(row["gain"]) for row in csv.DictReader(file)}
-    if len(particles) != validation.validation_particles:
-        raise InputError(f"{held_out}: {len(particles)} particles, {validation.validation_particles} were held out")
-    return Score(point, validation.gain, validation.gain_se, particles)
+    if len(particles) != count:
+        raise InputError(f"{path}: {len(particles)} particles, {count} were scored")
+    return particles

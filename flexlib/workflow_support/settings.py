@@ -191,6 +191,12 @@ class SweepSettings:
         "Points besides the product, a list such as [{rigidity: 50.0}]; what an entry does not name is the first "
         "value of its list.",
     )
+    choose_by: Literal["held_out", "cross"] = setting(
+        "held_out",
+        "The score that the best point has the highest of, held_out (particles that were held out of its training) or "
+        "cross (all particles, each half-set scored by the model of the other). cross validates every point of the "
+        "sweep, which takes about the time of its trainings once more.",
+    )
 
 
 @dataclass(frozen=True)
@@ -269,6 +275,18 @@ class ReconstructSettings:
     )
 
 
+@dataclass(frozen=True)
+class ValidateSettings:
+    """``validate:``; ``points`` is for the workflow to interpret."""
+
+    points: Literal["best", "all", "none"] | list[PointChoice] = setting(
+        "best",
+        "Which points of the sweep are validated: best (the chosen one of those that are reconstructed, which the "
+        "report shows), all, none, or a list such as [{cells: 20, rigidity: 2.0}].",
+        minItems=1,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The whole config: its top level, and a section for each stage."""
@@ -313,6 +331,12 @@ class RunSettings:
     )
     generate: GenerateSettings = setting(GenerateSettings, "Series of maps along the latent space.")
     reconstruct: ReconstructSettings = setting(ReconstructSettings, "Half-maps at full resolution.")
+    validate: ValidateSettings | Literal["none"] = setting(
+        ValidateSettings,
+        "Two models, one of each half-set, trained from scratch and compared; neither starts from what "
+        "train.latent_init and train.init_from name. validate: none leaves it out. With train.freeze_latents the two "
+        "would not be independent: nothing is validated then, and a run that asks for it is refused.",
+    )
 
 
 SECTIONS: dict[str, type] = {
@@ -323,6 +347,7 @@ SECTIONS: dict[str, type] = {
     "sweep": SweepSettings,
     "generate": GenerateSettings,
     "reconstruct": ReconstructSettings,
+    "validate": ValidateSettings,
 }
 
 

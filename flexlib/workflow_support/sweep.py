@@ -13,7 +13,7 @@ from flexlib.files import atomic_path
 from flexlib.layout import RunFolder
 from flexlib.records import ChoiceRecord, ResolutionRecord, ValidationRecord
 from flexlib.workflow_support.points import SweepPoint
-from flexlib.workflow_support.scores import Score, best_score, choose_point, read_score
+from flexlib.workflow_support.scores import READERS, Score, best_score, choose_point, read_cross_score, read_score
 
 # Of sweep.csv; the swept keys, and gains in nats per particle
 COLUMNS = (
@@ -29,12 +29,28 @@ COLUMNS = (
     "chosen",
     "difference_to_best",
     "difference_to_best_se",
+    "cross_gain",
+    "cross_gain_se",
 )
 
 
-def choose_from_files(points: Sequence[SweepPoint], validations: Sequence[str | Path], out_json: str | Path) -> Score:
-    """Choose among sweep points by their ``validation.json`` (in the order of ``points``) and record the choice."""
-    scores = [read_score(point, path) for point, path in zip(points, validations, strict=True)]
+def choose_from_files(
+    points: Sequence[SweepPoint], records: Sequence[str | Path], out_json: str | Path, choose_by: str = "held_out"
+) -> Score:
+    """Choose among sweep points and record the choice.
+
+    Parameters
+    ----------
+    points
+        The sweep points.
+    records
+        In their order, each one's ``validation.json``, or its ``agreement.json`` for the cross score.
+    out_json
+        The ``ChoiceRecord`` to write.
+    choose_by
+        ``sweep.choose_by``.
+    """
+    scores = [READERS[choose_by](point, path) for point, path in zip(points, records, strict=True)]
     chosen = choose_point(scores)
     best = best_score(scores) or chosen
     difference, error = chosen.difference(best)
@@ -47,6 +63,7 @@ def choose_from_files(points: Sequence[SweepPoint], validations: Sequence[str | 
         highest_validation_gain_path=best.point.path,
         difference_to_best=difference,
         difference_to_best_se=error,
+        choose_by=choose_by,
     )
     record.write(out_json)
     return chosen
@@ -56,18 +73,22 @@ def summarise_sweep(
     points: Sequence[SweepPoint],
     results_dir: str | Path,
     reconstructed: Sequence[SweepPoint],
+    validated: Sequence[SweepPoint],
     out_csv: str | Path,
+    choose_by: str = "held_out",
 ) -> None:
-    """Write ``sweep.csv`` from each point's ``ValidationRecord`` and, of the reconstructed ones, ``ResolutionRecord``.
+    """Write ``sweep.csv`` from each point's ``ValidationRecord`` and, where there are any, its other records.
 
-    ``difference_to_best`` is a sweep point's gain minus the highest of all, with its standard error
-    (``Score.difference``). ``chosen`` marks the one that ``choose_point`` takes among the reconstructed, which the
-    report shows. Where several were reconstructed and none has a held-out score, none is chosen.
+    ``difference_to_best`` is a sweep point's held-out gain minus the highest of all, with its standard error
+    (``Score.difference``). ``chosen`` marks the one that ``choose_point`` takes among the reconstructed by the score
+    that ``choose_by`` names, which the report shows. Where several were reconstructed and none has a score, none is
+    chosen. Resolutions are those of the ``reconstructed``, cross gains those of the ``validated``.
     """
     run = RunFolder(Path(results_dir))
     validations = {point: run.train(point.path).validation for point in points}
     scores = {point: read_score(point, path) for point, path in validations.items()}
-    chosen = _chosen([scores[point] for point in reconstructed])
+    cross = {point: read_cross_score(point, run.validate(point.path).record) for point in validated}
+    chosen = _chosen([(cross if choose_by == "cross" else scores)[point] for point in reconstructed])
     best = best_score(scores.values())
     rows = []
     for point in points:
@@ -78,6 +99,8 @@ def summarise_sweep(
             row["difference_to_best"], row["difference_to_best_se"] = scores[point].difference(best)
         if point in reconstructed:
             row |= read_resolutions(run.reconstruct(point.path).resolution)
+        if point in cross:
+            row |= {"cross_gain": cross[point].gain, "cross_gain_se": cross[point].standard_error}
         rows.append(row)
     write_sweep_table(rows, out_csv)
 

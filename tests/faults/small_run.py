@@ -30,6 +30,7 @@ CONFIG: dict[str, Any] = {
     "train": {"epochs": 2, "validation_fraction": 0.25, "latent_dims": 2, "rigidity": 2.0},
     "generate": {"frames": 3},
     "reconstruct": {"max_bfgs_iterations": 3},
+    "validate": "none",
 }
 
 
@@ -75,14 +76,14 @@ def jobs(config: dict[str, Any] = CONFIG, threads: int = 1) -> dict[str, dict[st
             "params": {"settings": reconstruct_settings},
         },
         "choose": {
-            "input": {"validation": [str(TRAIN / "validation.json")]},
+            "input": {"records": [str(TRAIN / "validation.json")]},
             "output": {"best": str(RESULTS / "best_point.json")},
-            "params": {"points": [SWEEP_POINT]},
+            "params": {"points": [SWEEP_POINT], "choose_by": "held_out"},
         },
         "summarise": {
-            "input": {"reconstructed": [str(RECONSTRUCT / "resolution.json")]},
+            "input": {"reconstructed": [str(RECONSTRUCT / "resolution.json")], "validated": []},
             "output": {"table": str(RESULTS / "sweep.csv")},
-            "params": {"points": [SWEEP_POINT]},
+            "params": {"points": [SWEEP_POINT], "choose_by": "held_out"},
         },
         "checksum": {
             "output": {"checksums": str(RESULTS / "checksums.json")},

@@ -53,8 +53,8 @@ def test_a_sweep_of_200_points_is_chosen_from_and_tabled_at_once(tmp_path):
     start = time.process_time()
     validations = [RunFolder(tmp_path).train(point.path).validation for point in points]
     chosen = choose_from_files(points, validations, tmp_path / "best.json")
-    summarise_sweep(points, tmp_path, points, tmp_path / "sweep.csv")
-    assert select_points(points, [{"cells": 10}, {"seed": 1}])
+    summarise_sweep(points, tmp_path, points, [], tmp_path / "sweep.csv")
+    assert select_points(points, [{"cells": 10}, {"seed": 1}], "sweep.exclude")
     assert time.process_time() - start < 10  # some 1.5 s
     lines = (tmp_path / "sweep.csv").read_text().splitlines()
     assert len(lines) == 201 and sum(",true," in line for line in lines) == 1

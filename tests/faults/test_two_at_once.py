@@ -39,11 +39,11 @@ def test_a_second_driver_is_refused_in_one_line(tmp_path):
     try:
         wait_for("its lock", lambda: list(tmp_path.glob(".snakemake/locks/*")), first, log)
         second = snakemake(tmp_path, *command, "sim/particles.star")
-        dry = snakemake(tmp_path, *command, "--dry-run")
+        asked = [snakemake(tmp_path, *command, question) for question in ("--dry-run", "--summary")]
     finally:
         status = first.wait()
     assert status == 0, log.read_text()
     assert second.returncode != 0
     said = [line for line in second.stderr.splitlines() if re.search("ERROR|Lock|Error|Traceback", line)]
     assert len(said) == 1 and said[0].startswith("ERROR") and "tiny" in said[0], second.stderr
-    assert dry.returncode == 0, dry.stderr  # it writes nothing
+    assert [one.returncode for one in asked] == [0, 0], [one.stderr for one in asked]  # they write nothing

@@ -6,12 +6,13 @@ import os
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 from bench import IN_NAMESPACE, can_mount
-from run_snakemake import ENVIRONMENT, command, snakemake, start_snakemake, wait_for
+from run_snakemake import ENVIRONMENT, command, snakemake, start, start_snakemake, wait_for
 from small_run import CONFIG, TRAIN, Runner, content, files_of
 
 MODEL = str(TRAIN / "model.pt")
@@ -46,30 +47,37 @@ def assert_as(undisturbed: Path, folder: Path) -> None:
         assert content(path) == content(wanted[name]), name
 
 
-@pytest.mark.parametrize("room_kB", [2200, 4300])
-def test_disk_full_then_room_then_the_same_command(undisturbed, tmp_path, room_kB):
-    """While prepare writes, and while the training does. What is not on the disk: the console, temporary files."""
+def fill(path: Path) -> None:
+    """Write to the file until there is no room."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**12))
+
+
+@pytest.mark.parametrize("last", ["sim/particles.star", f"{TRAIN}/checkpoints/checkpoint.pt"])
+def test_disk_full_then_room_then_the_same_command(undisturbed, tmp_path, last):
+    """Others fill the disk when the file ``last`` has found room. Not on the disk: the console, temporary files."""
     folder = tmp_path / "disk"
     folder.mkdir()
     with Runner(tmp_path, IN_NAMESPACE if can_mount() else []) as holder:  # of the namespace
-        inside = ["nsenter", "--mount", "--target", str(holder.process.pid)]
-        limit = []
-        if can_mount():
-            mount = [*inside, "mount", "-t", "tmpfs", "-o", f"size={room_kB}k", "none", str(folder)]
-            subprocess.run(mount, check=True)
-        else:
-            inside, limit = [], ["prlimit", f"--fsize={room_kB * 100}"]
+        inside = ["nsenter", "--mount", "--target", str(holder.process.pid)] if can_mount() else []
+        if inside:
+            subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)], check=True)
         seen = Path(f"/proc/{holder.process.pid}/root{folder}") if inside else folder
         write_config(seen)
-        options = {"env": ENVIRONMENT, "capture_output": True, "text": True}
         run = [*inside, "sh", "-c", 'cd "$0" && exec "$@"', str(folder)]
-        full = subprocess.run([*run, *limit, *command(*arguments(MODEL))], **options)
-        assert full.returncode != 0
-        assert "Traceback" not in full.stderr, full.stderr[-4000:]
-        assert re.search(r"ERROR \w+: .*(No space left on device|File too large|disk full)", full.stderr), full.stderr
+        log = tmp_path / "console"
+        full = start([*run, *command(*arguments(MODEL))], tmp_path, log, ENVIRONMENT)
+        wait_for(last, (seen / last).exists, full, log)
         if inside:
-            subprocess.run([*inside, "mount", "-o", "remount,size=64m", str(folder)], check=True)
-        again = subprocess.run([*run, *command(*arguments(MODEL))], **options)
+            fill(seen / "others")
+        else:  # no file of what is started from now on may become larger
+            subprocess.run(["prlimit", "--fsize=16384", "--pid", str(full.pid)], check=True)
+        assert full.wait() != 0, log.read_text()[-4000:]
+        assert "Traceback" not in log.read_text(), log.read_text()[-4000:]
+        assert re.search(r"ERROR \w+: .*(No space left on device|File too large|disk full)", log.read_text())
+        (seen / "others").unlink(missing_ok=True)
+        again = subprocess.run([*run, *command(*arguments(MODEL))], env=ENVIRONMENT, capture_output=True, text=True)
         assert again.returncode == 0, again.stderr[-4000:]
         assert_as(undisturbed, seen)
 

@@ -36,6 +36,7 @@ CONFIG = {
     "train": {"rigidity": [0.5, 1.0, 2.0], "epochs": 5, "validation_fraction": 0.25},
     "generate": {"frames": 3},
     "reconstruct": {"max_bfgs_iterations": 4},
+    "validate": "none",
 }
 POINTS = {
     "cancelled": "cells~6/dims~2/rigidity~0.5/seed~0",

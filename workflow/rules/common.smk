@@ -9,14 +9,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flexlib.errors import InputError
-from flexlib.layout import MESH_PATTERN, POINT_PATTERN, RunFolder, SimulationFolder
+from flexlib.layout import HALF_PATTERN, MESH_PATTERN, POINT_PATTERN, RunFolder, SimulationFolder
 from flexlib.records import ChoiceRecord
 from flexlib.workflow_support import estimates
-from flexlib.workflow_support.checks import check_choice, check_config, check_maps, check_paths, input_paths
+from flexlib.workflow_support.checks import (
+    check_choice,
+    check_config,
+    check_maps,
+    check_paths,
+    input_paths,
+    settle_validation,
+)
 from flexlib.workflow_support.connections import check_mesh_keys
 from flexlib.workflow_support.gpus import gpu_complaint, gpus_of, tasks_complaint, tasks_of, uses_gpu
 from flexlib.workflow_support.locks import remove_dead_locks
-from flexlib.workflow_support.points import select_points, sweep_points
+from flexlib.workflow_support.points import sweep_points, wanted_points
 from flexlib.workflow_support.series import check_series, count_maps
 from flexlib.workflow_support.settings import MaskSettings, MeshSettings, make_settings
 
@@ -31,8 +38,11 @@ def checked(config):
         points = sweep_points(complete)
         check_choice(complete, len(points))
         check_series(complete["generate"]["series"], sorted({point.latent_dims for point in points}))
-        if isinstance(complete["reconstruct"]["points"], list):
-            select_points(points, complete["reconstruct"]["points"])
+        candidates = wanted_points(points, complete, "reconstruct")
+        wanted_points(points, complete, "validate")
+        left_out = settle_validation(config, complete, len(candidates))
+        if left_out and workflow.is_main_process:
+            print(f"Nothing is validated: {left_out}", file=sys.stderr)
         return complete, {point.path: point for point in points}
     except InputError as error:
         sys.exit(f"ERROR {error}")
@@ -45,7 +55,8 @@ RUN = RunFolder(Path("results", config["name"]))  # with wildcards where there i
 LOGS = f"logs/{config['name']}"
 BENCHMARKS = RUN.benchmarks
 
-GPU_RULES = ["train", "reconstruct"]
+GPU_RULES = ["train", "reconstruct", "train_half", "validate"]
+USED = GPU_RULES[:2] if config["validate"]["points"] == "none" else GPU_RULES
 PROCESSES = config["train"]["processes"]
 # what the profile's set-resources says of them, rule by rule; its words are called orig_arg by older Snakemakes
 GIVEN = {
@@ -58,15 +69,18 @@ GIVEN = {
 GPUS = {name: gpus_of(given) for name, given in GIVEN.items()}
 # asked for where the config insists on them and the profile says nothing; with device: auto the profile decides
 MISSING_GPUS = {name: PROCESSES if config["device"] == "cuda" and GPUS[name] is None else 0 for name in GPU_RULES}
-ASKED_FOR = {name: MISSING_GPUS[name] or GPUS[name] or 0 for name in GPU_RULES}
+ASKED_FOR = {name: MISSING_GPUS[name] or GPUS[name] or 0 for name in USED}
 # where processes are tasks of srun, each is given the rule's threads, and each node the memory of those that it has
 TASKS = {name: tasks_of(given) for name, given in GIVEN.items()}
 A_NODE = {name: -(-PROCESSES // int(given.get("nodes") or 1)) for name, given in GIVEN.items()}
 
+# the executor is not known while the workflow is read; only one that sends jobs elsewhere has a number of them
+IS_LOCAL = workflow.resource_settings.nodes is None
+
 # which of envs/ the jobs run in, with --sdm conda. The jobs' own Snakemakes, perhaps on another machine, must come to
 # the same: they find the choice in the environment.
 DEVICE = os.environ.setdefault(
-    "FLEXLIB_ENVIRONMENT", "cuda" if uses_gpu(config["device"], workflow.local_exec, ASKED_FOR) else "cpu"
+    "FLEXLIB_ENVIRONMENT", "cuda" if uses_gpu(config["device"], IS_LOCAL, ASKED_FOR) else "cpu"
 )
 ENVIRONMENT = f"../../envs/{DEVICE}.yaml"
 # for what pin files do not name
@@ -93,6 +107,7 @@ wildcard_constraints:
     dims=r"\d+",
     rigidity=r"[0-9.e+-]+",
     seed=r"\d+",
+    half=r"[12]",
 
 
 def user_files(section):
@@ -145,24 +160,32 @@ def reconstruct_settings(wildcards):
     return {key: value for key, value in config["reconstruct"].items() if key != "points"}
 
 
-# the best of several is known once all are trained
-IS_CHOSEN = config["reconstruct"]["points"] == "best" and len(POINTS) > 1
+# one of these is the best, and shown in the report
+CANDIDATES = [point.path for point in wanted_points(list(POINTS.values()), config, "reconstruct")]
 
 
-def reconstructed_points():
-    """Paths of the sweep points to reconstruct."""
-    wanted = config["reconstruct"]["points"]
-    if isinstance(wanted, list):
-        return [point.path for point in select_points(list(POINTS.values()), wanted)]
-    if IS_CHOSEN:
+def points_of(stage):
+    """Paths of the sweep points that reconstruct or validate is asked for."""
+    wanted = config[stage]["points"]
+    if wanted == "none":
+        return []
+    if wanted == "best" and len(CANDIDATES) > 1:  # known once all are trained
         return [ChoiceRecord.read(checkpoints.choose.get().output.best).path]
-    return list(POINTS)
+    if wanted == "best":
+        return CANDIDATES
+    return [point.path for point in wanted_points(list(POINTS.values()), config, stage)]
 
 
 def reconstructed(wildcards):
     """What later jobs read of each reconstructed sweep point."""
-    folders = [RUN.reconstruct(path) for path in reconstructed_points()]
+    folders = [RUN.reconstruct(path) for path in points_of("reconstruct")]
     return [file for folder in folders for file in (folder.resolution, folder.map("flex"), folder.fsc)]
+
+
+def validated(wildcards):
+    """What later jobs read of each validated sweep point."""
+    folders = [RUN.validate(path) for path in points_of("validate")]
+    return [file for folder in folders for file in (folder.record, folder.cross, folder.fsc)]
 
 
 PREPARED = RUN.particles.record
@@ -199,10 +222,12 @@ def mesh_vertices(wildcards):
 @cache
 def repeats(stage, latent_dims):
     """What a stage's time is proportional to: epochs, iterations of all maps, maps of the series."""
-    if stage == "train":
+    if stage in ("train", "train_half"):
         return estimates.AUTO_EPOCHS if config["train"]["epochs"] == "auto" else config["train"]["epochs"]
     if stage == "reconstruct":
         return config["reconstruct"]["max_bfgs_iterations"] * (2 if config["reconstruct"]["rigid_baseline"] else 1)
+    if stage == "validate":
+        return config["reconstruct"]["max_bfgs_iterations"]
     settings = config["generate"]
     return count_maps(settings["series"], settings["frames"], latent_dims) if stage == "generate" else 1
 
@@ -248,6 +273,11 @@ def point_disk(stage, cells, latent_dims):
     return estimates.disk_mb(stage, data_size(), vertices(cells), **more)
 
 
+def at_most(stage, missing):
+    """How many points reconstruct or validate has to do of all that are ``missing``; 1 for a list."""
+    return {"none": 0, "all": missing}.get(str(config[stage]["points"]), 1)
+
+
 def check_disk():
     """Refuse a run whose results have no room, as far as sizes are known; what exists already is not counted."""
     try:
@@ -256,8 +286,9 @@ def check_disk():
         needed_mb += sum(point_disk("train", point.cells, point.latent_dims) for point in untrained)
         missing = [point for path, point in POINTS.items() if not RUN.generate(path).path.exists()]
         needed_mb += sum(point_disk("generate", point.cells, point.latent_dims) for point in missing)
-        wanted = config["reconstruct"]["points"]
-        needed_mb += estimates.disk_mb("reconstruct", data_size()) * (len(missing) if wanted == "all" else 1)
+        needed_mb += at_most("reconstruct", len(missing)) * estimates.disk_mb("reconstruct", data_size())
+        unvalidated = len([path for path in POINTS if not RUN.validate(path).record.exists()])
+        needed_mb += at_most("validate", unvalidated) * (2 * disk("train_half") + disk("validate"))
         estimates.check_free_space(RUN.path, needed_mb, f"the results of {len(POINTS)} points")
     except InputError as error:
         sys.exit(f"ERROR {error}")
@@ -272,17 +303,25 @@ def check_machine():
         )
     complaints = [gpu_complaint(config["device"], workflow.local_exec, ASKED_FOR, PROCESSES)]
     if not workflow.local_exec:
-        complaints += [tasks_complaint(name, given, PROCESSES) for name, given in GIVEN.items()]
+        complaints += [tasks_complaint(name, GIVEN[name], PROCESSES) for name in USED]
     for complaint in filter(None, complaints):
         sys.exit(f"ERROR {complaint}")
+
+
+# what is asked of Snakemake beside a run; nothing is executed (or the user said that no lock is to be minded)
+QUESTIONS = {
+    *("--summary", "-S", "--detailed-summary", "-D", "--dag", "--rulegraph", "--filegraph", "--d3dag", "--report"),
+    *("--list-rules", "-l", "--list-target-rules", "--lt", "--list-input-changes", "--list-params-changes", "--lint"),
+    *("--unlock", "--nolock"),
+}
 
 
 def check_alone():
     """Refuse to run beside another Snakemake that writes the same files; remove the locks of one that was killed."""
     simulated = [config["particles"]] if config["simulate"] is not None else []
     lives = remove_dead_locks(config["name"], [f"{RUN.path}/", *simulated])
-    executes = workflow.executor_plugin is not None and not workflow.dryrun
-    if lives and executes and workflow.execution_settings.lock:
+    asks = workflow.output_settings.dryrun or not QUESTIONS.isdisjoint(word.split("=")[0] for word in sys.argv)
+    if lives and not asks:
         sys.exit(
             f"ERROR {RUN.path}: another Snakemake is at work on this run, in this folder: wait for its end, or end it"
         )

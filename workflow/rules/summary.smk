@@ -1,13 +1,17 @@
 """What the sweep came to: the best sweep point, the table, the report."""
 
+BY_CROSS = config["sweep"]["choose_by"] == "cross"
 VALIDATIONS = [RUN.train(path).validation for path in POINTS]
 HELD_OUT = [RUN.train(path).held_out for path in POINTS]
+# what chooses among all has read them; each file that Snakemake follows costs time in a sweep of hundreds
+IS_CHOSEN = "best" in (config["reconstruct"]["points"], config["validate"]["points"]) and len(CANDIDATES) > 1
+ARE_READ = IS_CHOSEN and not BY_CROSS and len(CANDIDATES) == len(POINTS)
 
 
 checkpoint choose:
     input:
-        validation=VALIDATIONS,
-        held_out=HELD_OUT,
+        records=[RUN.validate(path).record if BY_CROSS else RUN.train(path).validation for path in CANDIDATES],
+        particles=[RUN.validate(path).cross if BY_CROSS else RUN.train(path).held_out for path in CANDIDATES],
     output:
         best=RUN.best_point,
     log:
@@ -22,7 +26,8 @@ checkpoint choose:
         runtime=runtime("choose"),
         disk_mb=disk("choose"),
     params:
-        points=[asdict(point) for point in POINTS.values()],
+        points=[asdict(POINTS[path]) for path in CANDIDATES],
+        choose_by=config["sweep"]["choose_by"],
     message:
         "Choose the simplest sweep point within one standard error of the best"
     script:
@@ -31,9 +36,9 @@ checkpoint choose:
 
 rule summarise:
     input:
-        # what chooses among all has read them; each file that Snakemake follows costs time in a sweep of hundreds
-        scores=rules.choose.output.best if IS_CHOSEN else [*VALIDATIONS, *HELD_OUT],
+        scores=rules.choose.output.best if ARE_READ else [*VALIDATIONS, *HELD_OUT],
         reconstructed=reconstructed,
+        validated=validated,
     output:
         table=report(RUN.table, caption="../report/sweep.rst", category="Sweep"),
     log:
@@ -49,6 +54,7 @@ rule summarise:
         disk_mb=disk("summarise"),
     params:
         points=[asdict(point) for point in POINTS.values()],
+        choose_by=config["sweep"]["choose_by"],
     message:
         "Write the table of the sweep"
     script:

@@ -9,10 +9,17 @@ def run(snakemake):
     from flexlib.workflow_support.sweep import summarise_sweep
 
     results = RunFolder(folder(snakemake.output.table))
-    folders = {folder(path) for path in snakemake.input.reconstructed}
     points = [SweepPoint(**point) for point in snakemake.params.points]
-    reconstructed = [point for point in points if results.reconstruct(point.path).path in folders]
-    summarise_sweep(points, results.path, reconstructed, snakemake.output.table)
+    reconstructed = {folder(path) for path in snakemake.input.reconstructed}
+    validated = {folder(path) for path in snakemake.input.validated}
+    summarise_sweep(
+        points,
+        results.path,
+        [point for point in points if results.reconstruct(point.path).path in reconstructed],
+        [point for point in points if results.validate(point.path).path in validated],
+        snakemake.output.table,
+        snakemake.params.choose_by,
+    )
 
 
 run_stage(run, snakemake)

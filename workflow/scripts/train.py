@@ -1,4 +1,4 @@
-"""Rule train: flow, latents and canonical map of one sweep point."""
+"""Rules train and train_half: flow, latents and canonical map of one sweep point, of all particles or of a half-set."""
 
 from _common import chosen_device, folder, run_stage, use_torch_threads
 
@@ -17,6 +17,7 @@ def run(snakemake):
         folder(snakemake.output.model),
         replace(make_settings(TrainSettings, snakemake.params.settings), processes=processes),
         chosen_device(snakemake),
+        half=getattr(snakemake.params, "half", None),
         discard_other_checkpoint=True,  # Snakemake runs this when settings or inputs have changed
     )
 
