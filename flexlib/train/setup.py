@@ -177,7 +177,6 @@ def set_up(
     mesh = read_mesh(mesh_folder.mesh)
     rigid_mesh, inside = single_cell_mesh(source.box * source.pixel_size_A), inside_mask(mask.data, TRAINING_FLOOR)
     flexible = Operator.on_mesh(mesh, inside, source.pixel_size_A, chosen, accuracy)
-    density = torch.as_tensor(consensus.data * mask.data, dtype=torch.float32, device=chosen)
     training_rows, validation_rows = choose_held_out(
         source.particles.image_index, settings.validation_fraction, settings.seed
     )
@@ -185,6 +184,8 @@ def set_up(
     if half is not None:
         half_set, training_rows, validation_rows = _half_set(source, half, validation_rows, particles)
         source = source.subset(half_set.rows)
+    seen = consensus.data if half_set is None else _low_band(consensus)
+    density = torch.as_tensor(seen * mask.data, dtype=torch.float32, device=chosen)
     rigid = Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy)
     return Setup(
         particles=particles,
@@ -250,10 +251,14 @@ def canonical_map(setup: Setup, operator: Operator, transfer2: torch.Tensor, *, 
     rows = len(setup.training_rows)
     canonical = CanonicalMap(volume, mask, operator.voxels, transfer2, rows, inside_only=inside_only)
     if setup.half is not None:
-        low = lowpass_map(setup.consensus.data, 1.0, 2.0 / HALF_START_BAND)
-        start = gather_volume(torch.as_tensor(low, device=setup.device), operator.voxels)
+        start = gather_volume(torch.as_tensor(_low_band(setup.consensus), device=setup.device), operator.voxels)
         canonical.values = start * canonical.mask_values
     return canonical
+
+
+def _low_band(consensus: Map) -> np.ndarray:
+    """(box, box, box) what a half-set's training sees of a consensus of all particles."""
+    return lowpass_map(consensus.data, 1.0, 2.0 / HALF_START_BAND)
 
 
 def derived_seed(*key: int) -> int:
