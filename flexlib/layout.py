@@ -11,7 +11,7 @@ from pathlib import Path
 
 MESH_PATTERN = "cells~{cells}"  # of a mesh below mesh/, as a Snakemake pattern
 POINT_PATTERN = "cells~{cells}/dims~{dims}/rigidity~{rigidity}/seed~{seed}"  # of a sweep point below each later stage
-HALF_PATTERN = "half_{half}"  # of the training of a half-set, 1 or 2, below its sweep point
+HALF_PATTERN = "half{half}"  # of the training of a half-set, 1 or 2, below its sweep point
 CHECKPOINTS = "checkpoints"  # folder of a training under way
 
 PathLike = str | os.PathLike[str]
@@ -196,7 +196,7 @@ class ValidateFolder(Folder):
     """The score of each particle by the model of the other half-set."""
     convergence = File("convergence.csv")
     """The course of each half-map's solution."""
-    record = File("agreement.json")
+    record = File("validation.json")
     """``records.AgreementRecord``."""
 
 

@@ -259,7 +259,7 @@ class ResolutionRecord(Record):
 
 @dataclass(frozen=True)
 class AgreementRecord(Record):
-    """``agreement.json``: what two models agree on, one of each half-set, that never met.
+    """``validation.json`` of the stage validate: what two models agree on, one of each half-set, that never met.
 
     Resolutions in Angstrom are those of the half-maps that each half-set's own model makes, by part and threshold:
     "independent_0.143", "independent_moving_0.143". Sizes of motion are rms over particles and density.

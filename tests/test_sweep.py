@@ -42,7 +42,7 @@ def write_training(folder, point, gains, wall_s=12.5):
 
 
 def write_agreement(folder, point, gains):
-    """agreement.json and cross.csv of a point with these gains of all particles."""
+    """validation.json and cross.csv of a point with these gains of all particles."""
     validate = RunFolder(folder).validate(point.path)
     error = stdev(gains) / math.sqrt(len(gains))
     agreement_record(fmean(gains), error, len(gains)).write(validate.record)
@@ -232,11 +232,11 @@ def test_cross_scores_are_paired_over_all_particles(tmp_path):
 
 def test_records_of_a_validation_come_back_as_they_were(tmp_path):
     record = agreement_record(3.5, 0.25, 100)
-    record.write(tmp_path / "agreement.json")
-    assert AgreementRecord.read(tmp_path / "agreement.json") == record
+    record.write(tmp_path / "validation.json")
+    assert AgreementRecord.read(tmp_path / "validation.json") == record
     none = replace(record, cross_gain=None, cross_gain_se=math.nan, moving_error_A=None, mode_limit_A=None)
-    none.write(tmp_path / "agreement.json")
-    again = AgreementRecord.read(tmp_path / "agreement.json")
+    none.write(tmp_path / "validation.json")
+    again = AgreementRecord.read(tmp_path / "validation.json")
     assert math.isnan(again.gain) and math.isnan(again.gain_se)
     assert again.moving_error_A is None and again.mode_limit_A is None
     with pytest.raises(InputError, match="is this a folder that validate has written"):

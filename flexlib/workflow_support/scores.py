@@ -90,10 +90,10 @@ def read_score(point: SweepPoint, validation_json: str | Path) -> Score:
     return Score(point, record.gain, record.gain_se, _read_particles(particles, record.validation_particles))
 
 
-def read_cross_score(point: SweepPoint, agreement_json: str | Path) -> Score:
-    """The score in a sweep point's ``agreement.json`` and ``cross.csv`` beside it: each half by the other's model."""
-    record = AgreementRecord.read(agreement_json)
-    particles = ValidateFolder(Path(agreement_json).parent).cross
+def read_cross_score(point: SweepPoint, validation_json: str | Path) -> Score:
+    """The score in a sweep point's ``validation.json`` of validate and ``cross.csv`` beside it: each half by the other's model."""
+    record = AgreementRecord.read(validation_json)
+    particles = ValidateFolder(Path(validation_json).parent).cross
     return Score(point, record.gain, record.gain_se, _read_particles(particles, record.cross_particles))
 
 

@@ -44,7 +44,7 @@ def choose_from_files(
     points
         The sweep points.
     records
-        In their order, each one's ``validation.json``, or its ``agreement.json`` for the cross score.
+        In their order, each one's ``validation.json``, or that of validate for the cross score.
     out_json
         The ``ChoiceRecord`` to write.
     choose_by

@@ -56,7 +56,7 @@ rule validate:
         ENVIRONMENT
     threads: 8 * PROCESSES // TASKS["validate"]
     resources:
-        mem_mb=memory("validate", processes=A_NODE["validate"]),
+        mem_mb=memory("validate", all_in_ram=config["reconstruct"]["all_in_ram"], processes=A_NODE["validate"]),
         runtime=runtime("validate"),
         disk_mb=disk("validate"),
         gpu=MISSING_GPUS["validate"],
