@@ -248,7 +248,7 @@ def test_files_of_a_validation_lie_apart_from_those_of_its_halves():
     folder, pattern = RunFolder(Path("results/x")).validate(point.path), RunFolder(Path("results/x")).validate()
     assert folder.path == Path(f"results/x/validate/{point.path}")
     halves = [folder.half(number) for number in (1, 2)]
-    assert [half.model for half in halves] == [folder.path / f"half_{number}/model.pt" for number in (1, 2)]
+    assert [half.model for half in halves] == [folder.path / f"half{number}/model.pt" for number in (1, 2)]
     wildcards = dict(cells=20, dims=2, rigidity=2.0, seed=0)
     assert [Path(str(pattern.half().cross).format(**wildcards, half=number)) for number in (1, 2)] == [
         half.cross for half in halves

@@ -75,7 +75,7 @@ def _validated(folder: ValidateFolder) -> Iterator[Output]:
     yield folder.motion_error, "The error of the motion in each voxel, Angstrom"
     yield folder.motion_size, "The size of the motion in each voxel, Angstrom"
     yield folder.modes, "Agreement of the half-sets' models on the motion, by mode of the mesh"
-    yield folder.particles, "The error of the motion of each particle"
+    yield folder.latents, "The particles with their latents, corrected standard errors, and the error of their motion"
     yield folder.regions, "The error of the motion in regions of the latent space"
     yield folder.calibration, "The latents' standard errors, checked against the half-sets' models"
     yield folder.cross, "The score of each particle by the model of the other half-set"

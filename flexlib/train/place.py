@@ -12,8 +12,9 @@ from flexlib.train.epoch import score_now
 from flexlib.train.finish import Inferred, infer_rows, view_std_errs
 from flexlib.train.junk import Junk
 from flexlib.train.latents import latent_precision
+from flexlib.train.rows import HalfSet
 from flexlib.train.score import HeldOutScore, choose_held_out
-from flexlib.train.setup import HalfSet, Setup
+from flexlib.train.setup import Setup
 from flexlib.train.state import State
 from flexlib.train.views import Views
 

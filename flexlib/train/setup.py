@@ -12,7 +12,7 @@ import torch
 from flexlib.distributed import ALONE, Ranks
 from flexlib.errors import InputError
 from flexlib.images.batch import split_batches
-from flexlib.images.sources import TrainingImages, open_training_images
+from flexlib.images.sources import TrainingImages
 from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import Map, read_map
@@ -27,8 +27,9 @@ from flexlib.tetra.rigidity import RigidityTensors
 from flexlib.tetra.tetmesh import TetraMesh, single_cell_mesh
 from flexlib.train.canonical import CanonicalMap
 from flexlib.train.latents import LatentPrior
+from flexlib.train.rows import HalfSet, choose_rows
 from flexlib.train.schedule import Schedule
-from flexlib.train.score import HeldOut, choose_held_out
+from flexlib.train.score import HeldOut
 from flexlib.workflow_support.settings import TrainSettings
 
 RIGIDITY_NATS = 50.0  # nats per unit of rigidity x mean squared strain: 2 is about the best on sets with hinges
@@ -37,17 +38,6 @@ COARSE_BOX = 64  # training boxes from here on have a coarse map too
 BATCH_SIZE = 200  # rows of a mini-batch, at most
 PASS_ROWS = 2000  # at once, at most, where nothing is learnt from one batch to the next
 PASS_BYTES, CPU_PASS_BYTES = 2**29, 2**22  # of images and displacements: a GPU's memory, a CPU's cache
-
-
-@dataclass(frozen=True)
-class HalfSet:
-    """A half-set that is trained as if there were no other particles, and where it lies among all."""
-
-    number: int  # 1 or 2
-    all_images: TrainingImages
-    rows: np.ndarray  # (n,) of ``all_images``: the half-set's
-    other_rows: np.ndarray  # the other particles'
-    other_held_out: np.ndarray  # of ``other_rows``, those that no training of theirs has seen
 
 
 @dataclass(frozen=True)
@@ -172,20 +162,11 @@ def set_up(
         Files do not fit, a half-set is empty, or a mini-batch has fewer particles than there are processes.
     """
     chosen = resolve_device(device)
-    source = open_training_images(particles.path)
-    consensus, mask = read_map(particles.consensus), read_map(particles.mask)
-    mesh = read_mesh(mesh_folder.mesh)
+    rows, mesh = choose_rows(particles, settings, half), read_mesh(mesh_folder.mesh)
+    source, consensus, mask = rows.source, read_map(particles.consensus), read_map(particles.mask)
     rigid_mesh, inside = single_cell_mesh(source.box * source.pixel_size_A), inside_mask(mask.data, TRAINING_FLOOR)
     flexible = Operator.on_mesh(mesh, inside, source.pixel_size_A, chosen, accuracy)
-    training_rows, validation_rows = choose_held_out(
-        source.particles.image_index, settings.validation_fraction, settings.seed
-    )
-    half_set = None
-    if half is not None:
-        half_set, training_rows, validation_rows = _half_set(source, half, validation_rows, particles)
-        source = source.subset(half_set.rows)
-    seen = consensus.data if half_set is None else _low_band(consensus)
-    density = torch.as_tensor(seen * mask.data, dtype=torch.float32, device=chosen)
+    density = consensus.data if half is None else _low_band(consensus)
     rigid = Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy)
     return Setup(
         particles=particles,
@@ -196,31 +177,23 @@ def set_up(
         coarse=_coarse_map(mesh, inside, flexible, accuracy),
         rigid_coarse=_coarse_map(rigid_mesh, inside, rigid, accuracy),
         rigidity=RigidityTensors.from_mesh(mesh, chosen),
-        density_share=density_at_vertices(flexible.voxels, gather_volume(density, flexible.voxels)),
+        density_share=_density_share(density * mask.data, flexible),
         mask=mask,
         consensus=consensus,
-        training_rows=training_rows,
-        validation_rows=validation_rows,
+        training_rows=rows.training,
+        validation_rows=rows.held_out,
         settings=settings,
         device=chosen,
-        batch_size=_fitting_batch_size(training_rows, batch_size, ranks),
+        batch_size=_fitting_batch_size(rows.training, batch_size, ranks),
         ranks=ranks,
-        half=half_set,
+        half=rows.half,
     )
 
 
-def _half_set(
-    source: TrainingImages, number: int, held_out: np.ndarray, particles: ParticlesFolder
-) -> tuple[HalfSet, np.ndarray, np.ndarray]:
-    """A half-set, and which of its own rows are trained on and held out; the choice is that for all particles."""
-    own = source.half_set == number - 1
-    if not own.any():
-        raise InputError(f"{particles.particles}: half-set {number} is empty")
-    held = np.zeros(len(source), bool)
-    held[held_out] = True
-    rows = np.flatnonzero(own)
-    half = HalfSet(number, source, rows, np.flatnonzero(~own), np.flatnonzero(~own & held))
-    return half, np.flatnonzero(~held[rows]), np.flatnonzero(held[rows])
+def _density_share(density: np.ndarray, operator: Operator) -> torch.Tensor:
+    """(nv,) of a density (box, box, box), by the vertex of the operator's mesh that it rides on."""
+    on_device = torch.as_tensor(density, dtype=torch.float32, device=operator.vertices_A.device)
+    return density_at_vertices(operator.voxels, gather_volume(on_device, operator.voxels))
 
 
 def _fitting_batch_size(rows: np.ndarray, wanted: int | None, ranks: Ranks) -> int:

@@ -14,10 +14,12 @@ from flexlib.images.cache import cached_images
 from flexlib.images.sources import FullImages
 from flexlib.imaging.maps import Map
 from flexlib.imaging.masks import FULL_FLOOR, inside_mask
+from flexlib.model.flex_model import FlexModel
 from flexlib.reconstruct.kinds import flexible_kind, solve_half
 from flexlib.reconstruct.map_solver import Convergence
+from flexlib.reconstruct.normal_equations import Displacements
 from flexlib.tetra.tetmesh import MeshVoxels
-from flexlib.validate.common_frame import CommonFrame
+from flexlib.validate.common_frame import CommonFrame, Flow
 from flexlib.workflow_support.settings import ReconstructSettings
 
 
@@ -48,12 +50,15 @@ def independent_halves(
     rows = np.concatenate([ranks.share(np.flatnonzero(source.half_set == half)) for half in (0, 1)])
     with cached_images(source, settings.cache_dir, rows) as images:
         for number, (model, flow) in enumerate(zip((frame.first, frame.second), flows, strict=True), 1):
-            latents = torch.as_tensor(model.latents)
-            kind = flexible_kind(model, inside, source, settings, lambda rows, z=latents, of=flow: of(z[rows]))
+            kind = flexible_kind(model, inside, source, settings, _of_rows(model, flow))
             volume, course = solve_half(images, number, kind, mask, settings, device, ranks, "independent")
             maps.append(volume)
             courses.append(course)
     return IndependentHalves(maps, courses)
+
+
+def _of_rows(model: FlexModel, flow: Flow) -> Displacements:
+    return lambda rows: flow(torch.as_tensor(model.latents[rows]))
 
 
 def error_map(squared_A2: np.ndarray, voxels: MeshVoxels) -> np.ndarray:

@@ -19,7 +19,6 @@ import torch
 
 from flexlib.distributed import Ranks, launch
 from flexlib.errors import InputError
-from flexlib.files import reading
 from flexlib.images.sources import FullImages, open_full_images
 from flexlib.imaging.maps import Map, read_map, write_map
 from flexlib.imaging.masks import FULL_FLOOR, TRAINING_FLOOR, inside_mask
@@ -41,6 +40,7 @@ from flexlib.validate.latent_errors import LatentErrors, latent_errors
 from flexlib.validate.mode_agreement import ModeAgreement, mode_agreement
 from flexlib.validate.motion_error import MotionError, Region, latent_regions, motion_error
 from flexlib.validate.rest_shape import rest_shape_shift_A
+from flexlib.workflow_support.scores import read_gains
 from flexlib.workflow_support.settings import ReconstructSettings
 
 logger = logging.getLogger(__name__)
@@ -129,12 +129,18 @@ def _validate(
     regions = latent_regions(errors, models.all.latents)
     _write_tables(out, modes, latents, regions)
     _write_particles(out, particles, models.all, errors, latents)
-    cross = _write_cross(out, half_folders)
-    density = models.frame.density_share.numpy()
+    gains = _write_cross(out, half_folders)
+    density, moving_density = models.frame.density_share.numpy(), _share_of_vertices(moving, voxels)
+    something_moves = bool(moving_density.any())
     AgreementRecord(
-        **cross,
+        cross_gain=float(gains.mean()) if len(gains) else None,
+        cross_gain_se=float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else None,
+        cross_particles=len(gains),
         resolutions_A=resolutions_A,
-        **_sizes(errors, density, moving, voxels),
+        motion_error_A=_rms(errors.error_A2, density),
+        motion_size_A=_rms(errors.motion_A2, density),
+        moving_error_A=_rms(errors.error_A2, moving_density) if something_moves else None,
+        moving_size_A=_rms(errors.motion_A2, moving_density) if something_moves else None,
         at_rest=models.at_rest,
         num_modes_agreeing=0 if any(models.at_rest) else modes.num_agreeing,
         mode_limit_A=None if any(models.at_rest) else modes.limit_A,
@@ -250,36 +256,20 @@ def _write_particles(
     write_latents_star(particles.path, model.latents, out.latents, extra=extra)
 
 
-def _write_cross(out: ValidateFolder, half_folders: tuple[TrainFolder, TrainFolder]) -> dict[str, Any]:
-    """Write both half-sets' scores by the other's model as one table; what they come to."""
-    tables = []
-    for folder in half_folders:
-        with reading(folder.cross):
-            tables.append(pd.read_csv(folder.cross))
-    table = pd.concat(tables).sort_values("row")
-    write_csv(out.cross, table)
-    gains = table["gain"].to_numpy(float)
-    error = float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else None
-    return {
-        "cross_gain": float(gains.mean()) if len(gains) else None,
-        "cross_gain_se": error,
-        "cross_particles": len(gains),
-    }
+def _write_cross(out: ValidateFolder, half_folders: tuple[TrainFolder, TrainFolder]) -> np.ndarray:
+    """Write both half-sets' scores by the other's model as one table; (p,) nats."""
+    gains = {row: gain for folder in half_folders for row, gain in read_gains(folder.cross).items()}
+    rows = sorted(gains)
+    write_csv(out.cross, pd.DataFrame({"row": rows, "gain": [gains[row] for row in rows]}))
+    return np.array([gains[row] for row in rows])
 
 
-def _sizes(errors: MotionError, density: np.ndarray, moving: np.ndarray, voxels: MeshVoxels) -> dict[str, float | None]:
-    """Rms errors and motion over the density, and over what lies in the moving part."""
-    at_voxels = moving.reshape(-1)[voxels.index]
-    there = np.zeros(voxels.num_vertices)
-    corners = voxels.cells[voxels.cell]
-    np.add.at(there, corners.ravel(), (voxels.bary.clip(min=0.0) * at_voxels[:, None]).ravel())
-    has_part = bool(there.any())
-    return {
-        "motion_error_A": _rms(errors.error_A2, density),
-        "motion_size_A": _rms(errors.motion_A2, density),
-        "moving_error_A": _rms(errors.error_A2, there) if has_part else None,
-        "moving_size_A": _rms(errors.motion_A2, there) if has_part else None,
-    }
+def _share_of_vertices(moving: np.ndarray, voxels: MeshVoxels) -> np.ndarray:
+    """(nv,) what of a soft mask (N, N, N) lies at each vertex."""
+    share = np.zeros(voxels.num_vertices)
+    at_voxels = moving.reshape(-1)[voxels.index, None]
+    np.add.at(share, voxels.cells[voxels.cell].ravel(), (voxels.bary.clip(min=0.0) * at_voxels).ravel())
+    return share
 
 
 def _rms(squared: np.ndarray, weight: np.ndarray) -> float:

@@ -87,23 +87,23 @@ def read_score(point: SweepPoint, validation_json: str | Path) -> Score:
     """The score in a sweep point's ``validation.json`` and ``held_out.csv`` beside it; nan where none was held out."""
     record = ValidationRecord.read(validation_json)
     particles = TrainFolder(Path(validation_json).parent).held_out
-    return Score(point, record.gain, record.gain_se, _read_particles(particles, record.validation_particles))
+    return Score(point, record.gain, record.gain_se, read_gains(particles, record.validation_particles))
 
 
 def read_cross_score(point: SweepPoint, validation_json: str | Path) -> Score:
-    """The score in a sweep point's ``validation.json`` of validate and ``cross.csv`` beside it: each half by the other's model."""
+    """The score that validate has written for a sweep point: each half-set's particles by the other's model."""
     record = AgreementRecord.read(validation_json)
     particles = ValidateFolder(Path(validation_json).parent).cross
-    return Score(point, record.gain, record.gain_se, _read_particles(particles, record.cross_particles))
+    return Score(point, record.gain, record.gain_se, read_gains(particles, record.cross_particles))
 
 
 READERS = {"held_out": read_score, "cross": read_cross_score}  # by ``sweep.choose_by``
 
 
-def _read_particles(path: Path, count: int) -> dict[int, float]:
+def read_gains(path: Path, count: int | None = None) -> dict[int, float]:
     """Row and gain of each scored particle; InputError where they are not as many as the record says."""
     with reading(path, ValueError, KeyError, TypeError), path.open(newline="") as file:
         particles = {int(row["row"]): float(row["gain"]) for row in csv.DictReader(file)}
-    if len(particles) != count:
+    if count is not None and len(particles) != count:
         raise InputError(f"{path}: {len(particles)} particles, {count} were scored")
     return particles
