@@ -47,9 +47,12 @@ from flexlib.workflow_support.settings import (
 NEAR_RAD = 0.02  # particles within this of an angle show where the flow puts it
 
 
-def truth_at_rest(folder: Path, phantom: str, angle_rad: float = 0.0) -> np.ndarray:
-    """(N, N, N) exact map of the molecule in the flexible map's own conformation: atoms carried back along the flow."""
-    model = FlexModel.load(folder / "train")
+def truth_at_rest(folder: Path, phantom: str, angle_rad: float = 0.0, trained: str = "train") -> np.ndarray:
+    """(N, N, N) exact map of the molecule in the flexible map's own conformation: atoms carried back along the flow.
+
+    ``trained`` is the folder of the model whose flow that is.
+    """
+    model = FlexModel.load(folder / trained)
     mask = read_map(folder / "particles" / "full" / "mask.mrc")
     truth = np.load(folder / "data" / "truth.npz")
     near = np.abs(truth["angles_rad"] - angle_rad).max(1) < NEAR_RAD
