@@ -66,7 +66,8 @@ def compare_maps(folder: Path, phantom: str) -> None:
             difference = (predicted - real)[1:]
             columns += [predicted, real]
             print(
-                f"{region}, {kind}: predicted - real, all shells: from {difference.min():+.3f} to {difference.max():+.3f}"
+            span = f"from {difference.min():+.3f} to {difference.max():+.3f}"
+            print(f"{region}, {kind}: predicted - real {span}")
             )
         for shell in range(2, mask.box // 2, 3):
             numbers = " ".join(f"{column[shell]:6.3f}" for column in columns)
