@@ -77,8 +77,10 @@ def view_std_errs(state: State, precision: torch.Tensor) -> torch.Tensor:
     return inverse.diagonal(dim1=1, dim2=2)[:, -num:].clamp(min=0).sqrt() * prior.widths.to(inverse)
 
 
-def infer_rows(setup: Setup, state: State, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Infer the parameters of some rows with flow and map as they are.
+def infer_rows(
+    setup: Setup, state: State, wanted: np.ndarray, steps: int = FINAL_STEPS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Infer the parameters of some rows with flow and map as they are, by ``steps`` of Levenberg-Marquardt.
 
     Returns (m, P, P) precision and (m,) modes of the rows ``wanted`` (m,). ``state`` takes over parameters, information
     and what the images say for particles.
@@ -96,14 +98,13 @@ def infer_rows(setup: Setup, state: State, wanted: np.ndarray) -> tuple[torch.Te
         if number == 0:
             model = with_measured_ratio(model, batch, weight, start, setup.ranks)
         if centres is not None:
-            modes = find_modes(model, batch, weight, start, FINAL_STEPS, centres, prior)
+            modes = find_modes(model, batch, weight, start, steps, centres, prior)
             draws = draw_posterior(model, batch, weight, modes, prior)
             found, precision[rows] = draws.summary(modes.best)
             num_modes[rows], evidence = draws.num_modes, draws.log_evidence
             state.information[rows] = modes.best.precision - prior.curvature(modes.best.latents)
         else:
-            steps = FINAL_STEPS if state.views.num else 0
-            mode = infer_latents(model, batch, weight, start, steps, prior, fixed=fixed)
+            mode = infer_latents(model, batch, weight, start, steps if state.views.num else 0, prior, fixed=fixed)
             found, evidence = mode.latents, laplace_log_evidence(mode, prior, fixed)
             state.information[rows] = model.information(batch, weight, found)
             precision[rows] = state.information[rows] + prior.curvature(found)

@@ -20,7 +20,7 @@ from flexlib.train.views import Views
 
 logger = logging.getLogger(__name__)
 
-CROSS_STEPS = 6  # of Levenberg-Marquardt, from latents at zero and the input's views
+PLACING_STEPS = 16  # of Levenberg-Marquardt, at most: from latents at zero and the input's views
 MOST_CROSS = 500  # particles that are scored
 
 
@@ -54,7 +54,7 @@ def place_all(setup: Setup, state: State, found: Inferred) -> tuple[Setup, State
         "%d particles of the other half-set: held-out gain %.2f +- %.2f nats",
         len(cross.gains), cross.gain, cross.standard_error,
     )  # fmt: skip
-    precision, num_modes = infer_rows(whole, state, half.other_rows)
+    precision, num_modes = infer_rows(whole, state, half.other_rows, PLACING_STEPS)
     other = Inferred(
         latent_precision(precision, setup.settings.latent_dims), view_std_errs(state, precision), num_modes
     )
@@ -114,4 +114,4 @@ def _cross_score(whole: Setup, half: HalfSet, state: State) -> HeldOutScore:
         views=replace(state.views, held=state.views.units[at_rows]),
         rigid_views=replace(state.rigid_views, held=state.rigid_views.units[at_rows]),
     )
-    return score_now(scored, looked_at, steps=CROSS_STEPS, search=True, final=True)
+    return score_now(scored, looked_at, steps=PLACING_STEPS, search=True, final=True)
