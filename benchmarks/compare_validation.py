@@ -65,10 +65,8 @@ def compare_maps(folder: Path, phantom: str) -> None:
             real = fsc(0.5 * (halves[0] + halves[1]), truths[kind] * mask.data, weight)
             difference = (predicted - real)[1:]
             columns += [predicted, real]
-            print(
             span = f"from {difference.min():+.3f} to {difference.max():+.3f}"
             print(f"{region}, {kind}: predicted - real {span}")
-            )
         for shell in range(2, mask.box // 2, 3):
             numbers = " ".join(f"{column[shell]:6.3f}" for column in columns)
             print(f"{shell:4d} {mask.box * mask.pixel_size_A / shell:6.1f}  {numbers}")
