@@ -17,7 +17,7 @@ from flexlib.train.junk import noise_loss
 from flexlib.train.latents import infer_latents, latent_precision
 from flexlib.train.learn_views import measure_widths
 from flexlib.train.local_minima import search_centres
-from flexlib.train.modes import find_modes
+from flexlib.train.modes import best_centre, find_modes
 from flexlib.train.motion import slope_A
 from flexlib.train.posterior import draw_posterior, laplace_log_evidence
 from flexlib.train.score import HeldOutScore
@@ -29,6 +29,7 @@ from flexlib.workflow_support.scores import confirms_motion
 logger = logging.getLogger(__name__)
 
 FINAL_STEPS = 4  # of Levenberg-Marquardt, with the finished flow and map
+UNSEEN_STEPS = 12  # at most, for rows that nothing is known of
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def view_std_errs(state: State, precision: torch.Tensor) -> torch.Tensor:
 
 
 def infer_rows(
-    setup: Setup, state: State, wanted: np.ndarray, steps: int = FINAL_STEPS
+    setup: Setup, state: State, wanted: np.ndarray, *, unseen: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Infer the parameters of some rows with flow and map as they are, by ``steps`` of Levenberg-Marquardt.
+    """Infer the parameters of some rows with flow and map as they are; ``unseen`` ones start wherever it is best.
 
     Returns (m, P, P) precision and (m,) modes of the rows ``wanted`` (m,). ``state`` takes over parameters, information
     and what the images say for particles.
@@ -89,12 +90,14 @@ def infer_rows(
     fixed = setup.settings.latent_dims if setup.settings.freeze_latents else 0
     weight = setup.weight(setup.schedule.full_band)
     precision, num_modes = torch.zeros_like(state.information), torch.ones_like(state.junk.advantage, dtype=torch.long)
-    own_rows = setup.ranks.share(wanted)
+    own_rows, steps = setup.ranks.share(wanted), UNSEEN_STEPS if unseen else FINAL_STEPS
     centres = None if setup.settings.freeze_latents else search_centres(setup, state)
     model, advantage = state.moving_map(setup.operator, setup.coarse), state.junk.advantage
     for number, batch in enumerate(read_ahead(setup.source, split_batches(own_rows, setup.pass_size), device)):
         rows = setup.rows_on_device(batch.rows)
         start = state.parameters(rows)
+        if unseen and centres is not None:
+            start = best_centre(model, batch, weight, start, centres, prior)
         if number == 0:
             model = with_measured_ratio(model, batch, weight, start, setup.ranks)
         if centres is not None:

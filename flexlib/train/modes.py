@@ -63,7 +63,7 @@ def search_latents(
     def away(there: torch.Tensor, here: torch.Tensor, of: torch.Tensor | slice) -> torch.Tensor:
         return _apart(hessian[of], there[:, :dims] - here[:, :dims])
 
-    start, best = _best_centre_away(model, batch, weight, current, centres, hessian, prior)
+    start, best = _best_centre(model, batch, weight, current, centres, prior, hessian)
     lift = _parabola(hessian, start[:, :dims] - current[:, :dims])
     worth_trying = (_WORTH_TRYING_PART * lift).clamp(max=_WORTH_TRYING_NATS)
     rows = torch.nonzero(best < here + worth_trying)[:, 0]
@@ -82,23 +82,48 @@ def search_latents(
     return found, lower
 
 
-def _best_centre_away(
+@torch.no_grad()
+def best_centre(
     model: MovingMap,
     batch: ImageBatch,
     weight: torch.Tensor,
     current: torch.Tensor,
     centres: torch.Tensor,
-    hessian: torch.Tensor,
+    prior: LatentPrior = UNIT_PRIOR,
+) -> torch.Tensor:
+    """(b, P) parameters at whichever of ``current`` and the centres is best: where to start a particle not yet seen.
+
+    Parameters as in ``search_latents``.
+    """
+    if model.coarse_map is not None:
+        batch, weight, model = model.coarse_map.batch(batch), model.coarse_map.weight(weight), model.coarse
+    here = model.loss(batch, weight, current) + prior.energy(current)
+    start, best = _best_centre(model, batch, weight, current, centres, prior)
+    return torch.where((best < here)[:, None], start, current)
+
+
+def _best_centre(
+    model: MovingMap,
+    batch: ImageBatch,
+    weight: torch.Tensor,
+    current: torch.Tensor,
+    centres: torch.Tensor,
     prior: LatentPrior,
+    hessian: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b, P) parameters at the best centre away from ``current``, views as there, and (b,) the objective there."""
+    """(b, P) parameters at the best centre, views as at ``current``, and (b,) the objective there.
+
+    With ``hessian`` (b, K, K) only centres away from ``current`` count.
+    """
     assert model.flow is not None
     dims, start, best = len(centres[0]), current.clone(), torch.full_like(current[:, 0], torch.inf)
     for centre in centres:
         trial = torch.cat([centre.expand(len(current), -1), current[:, dims:]], 1)
         displacements_A = model.flow(centre[None]).expand(len(current), -1, -1)
         loss = model.loss_at(model.seen(batch, trial), displacements_A, weight)
-        tried = torch.where(_apart(hessian, centre - current[:, :dims]), loss + prior.energy(trial), torch.inf)
+        tried = loss + prior.energy(trial)
+        if hessian is not None:
+            tried = torch.where(_apart(hessian, centre - current[:, :dims]), tried, torch.inf)
         start = torch.where((tried < best)[:, None], trial, start)
         best = torch.minimum(tried, best)
     return start, best

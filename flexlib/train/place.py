@@ -8,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from flexlib.images.batch import read_ahead, split_batches
 from flexlib.train.epoch import score_now
-from flexlib.train.finish import Inferred, infer_rows, view_std_errs
+from flexlib.train.finish import UNSEEN_STEPS, Inferred, infer_rows, view_std_errs
 from flexlib.train.junk import Junk
-from flexlib.train.latents import latent_precision
+from flexlib.train.latents import friedel_halves, latent_precision
+from flexlib.train.local_minima import search_centres
+from flexlib.train.modes import best_centre
 from flexlib.train.rows import HalfSet
 from flexlib.train.score import HeldOutScore, choose_held_out
 from flexlib.train.setup import Setup
@@ -20,7 +23,6 @@ from flexlib.train.views import Views
 
 logger = logging.getLogger(__name__)
 
-PLACING_STEPS = 16  # of Levenberg-Marquardt, at most: from latents at zero and the input's views
 MOST_CROSS = 500  # particles that are scored
 
 
@@ -54,7 +56,7 @@ def place_all(setup: Setup, state: State, found: Inferred) -> tuple[Setup, State
         "%d particles of the other half-set: held-out gain %.2f +- %.2f nats",
         len(cross.gains), cross.gain, cross.standard_error,
     )  # fmt: skip
-    precision, num_modes = infer_rows(whole, state, half.other_rows, PLACING_STEPS)
+    precision, num_modes = infer_rows(whole, state, half.other_rows, unseen=True)
     other = Inferred(
         latent_precision(precision, setup.settings.latent_dims), view_std_errs(state, precision), num_modes
     )
@@ -105,13 +107,27 @@ def _cross_score(whole: Setup, half: HalfSet, state: State) -> HeldOutScore:
     images = whole.source.particles.image_index[half.other_rows]
     fraction = min(1.0, MOST_CROSS / len(np.unique(images)))
     rows = half.other_rows[choose_held_out(images, fraction, seed=0)[1]]
-    scored = replace(whole, validation_rows=rows)
-    at_rows = whole.rows_on_device(rows)
+    scored, at_rows = replace(whole, validation_rows=rows), whole.rows_on_device(rows)
+    start = _start_of(scored, state)
+    dims = state.latents.shape[1]
     looked_at = replace(
         state,
         held_rows=at_rows,
-        held_latents=state.latents[at_rows],
-        views=replace(state.views, held=state.views.units[at_rows]),
+        held_latents=start[:, :dims],
+        views=replace(state.views, held=start[:, dims:]),
         rigid_views=replace(state.rigid_views, held=state.rigid_views.units[at_rows]),
     )
-    return score_now(scored, looked_at, steps=PLACING_STEPS, search=True, final=True)
+    return score_now(scored, looked_at, steps=UNSEEN_STEPS, search=True, final=True)
+
+
+def _start_of(scored: Setup, state: State) -> torch.Tensor:
+    """(v, P) where the inference of the scored rows starts, by the half of their Fourier pixels that it looks at."""
+    rows, ranks, prior = scored.validation_rows, scored.ranks, scored.prior(state.views.num)
+    seen = scored.weight(scored.schedule.full_band)
+    seen = seen * friedel_halves(scored.source.box, scored.held_out().seed)[0].to(seen)
+    model, centres = state.moving_map(scored.operator, scored.coarse), search_centres(scored, state)
+    found = [state.parameters(scored.rows_on_device(rows[:0]))]
+    for batch in read_ahead(scored.source, split_batches(ranks.share(rows), scored.pass_size), scored.device):
+        current = state.parameters(scored.rows_on_device(batch.rows))
+        found.append(best_centre(model, batch, seen, current, centres, prior))
+    return ranks.gather(torch.cat(found), len(rows))
