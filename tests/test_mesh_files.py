@@ -113,6 +113,23 @@ def test_a_mesh_of_something_else_is_refused_and_gaps_are_reported(tmp_path):
     assert 0 < quality["uncovered_voxels"] == holes.sum() < 0.4 * MASK.sum()
 
 
+@pytest.mark.parametrize("name", ["real tags.msh", "text tags.msh", "ansys.msh", "header.ply"])
+def test_files_that_end_before_what_they_promise_are_not_read_for_ever(tmp_path, name):
+    mesh = lattice()
+    tetra = meshio.Mesh(mesh.vertices_A, [("tetra", mesh.cells.astype(np.int64))])
+    meshio.write(tmp_path / name, tetra, {"header.ply": "ply", "ansys.msh": "ansys"}.get(name, "gmsh"))
+    content = (tmp_path / name).read_bytes()
+    damaged = {
+        "real tags.msh": content + b"$ElementData\n0\n1000000000000\n",
+        "text tags.msh": content + b"$ElementData\n1000000000000\n",
+        "ansys.msh": content + b"(39 (\n",
+        "header.ply": content[: content.find(b"end_header")],
+    }
+    (tmp_path / name).write_bytes(damaged[name])
+    with pytest.raises(InputError, match=rf"{name}: not a readable mesh \(truncated or damaged: it ends before what"):
+        custom(tmp_path / name)
+
+
 # CryoSPARC -----------------------------------------------------------------------------------------------------
 
 

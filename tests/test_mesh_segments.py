@@ -288,7 +288,7 @@ def test_bad_segger_files_are_refused(tmp_path):
         read_segments(tmp_path / "other.seg")
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.float32])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.float16, np.float32])
 def test_label_maps_with_either_solvent(tmp_path, dtype):
     write_labels(tmp_path / "negative.mrc", np.where(MASK, THIRDS, -1), dtype=dtype)
     assert np.array_equal(read_segments(tmp_path / "negative.mrc").labels, np.where(MASK, THIRDS, SOLVENT))

@@ -47,6 +47,8 @@ def test_a_list_makes_several_and_names_its_files():
         ("kmeans 0", "'kmeans 0' is not understood"),
         ("between 3", "two particles or points are needed"),
         ("between 0 3", "particles are counted from 1"),
+        (f"between 1 {'9' * 5000}", "particles are counted from 1, in up to 15 digits"),
+        (f"kmeans {'9' * 5000}", "is not understood"),
         ("between a,b 3", "'a,b' is not a point such as 0.5,-1"),
         ("between nan,1 3", "'nan,1' is not a point"),
         ("between 1,2,3 4,5,6", "between: the point 1,2,3 has 3 of 2 coordinates"),
