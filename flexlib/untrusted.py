@@ -119,3 +119,9 @@ def read_npy(path: str | os.PathLike[str], what: str) -> np.ndarray:
     with parsing(path, what):
         array: np.ndarray = np.load(path, allow_pickle=False, max_header_size=_MAX_HEADER)
     return array
+
+
+def as_float64(values: np.ndarray) -> np.ndarray:
+    """Numbers of a file as float64: without a warning, infinite where a long double is too large."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(np.float64)

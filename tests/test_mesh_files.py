@@ -229,6 +229,31 @@ def test_a_pickle_that_runs_code_is_refused_by_name(tmp_path, call, name):
     assert not victim.exists()
 
 
+class _Pointers:
+    """An array of objects that are addresses in the file."""
+
+    def __reduce__(self):
+        kind = _Reduced(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+        state = (1, (4,), kind, False, b"A" * 32)
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
+
+
+class _Reduced:
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_bytes_of_a_pickle_are_never_taken_for_addresses(tmp_path):
+    """numpy would follow them: the process would end (SIGSEGV)."""
+    for value in (_Pointers(), [_Pointers()]):
+        (tmp_path / "m.pkl").write_bytes(pickle.dumps({"N": value}))
+        with pytest.raises(InputError, match=r"m\.pkl: not a readable pickle \(cannot create an OBJECT array"):
+            load_arrays(tmp_path / "m.pkl")
+
+
 def test_other_pickles_are_refused_in_one_line(tmp_path):
     for content, message in (([1, 2], "holds a list"), ({"mask": np.zeros(3)}, "no 'N' in this pickle")):
         (tmp_path / "m.pkl").write_bytes(pickle.dumps(content))
