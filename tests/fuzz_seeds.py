@@ -110,7 +110,7 @@ SEGGER_CHANGES: dict[str, dict[str, object]] = {  # of a whole file, by the name
     "empty": {"mask": np.ones((0, 5, 5), np.int32)},
     "huge": {"region_ids": np.array([1, 2, 3, 2**63], np.uint64)},
     "negative": {"mask": np.full((5, 5, 5), -7)},
-    "chain": {"region_ids": np.arange(1, 3001), "parent_ids": np.arange(2, 3002)},
+    "chain": {"region_ids": np.arange(1, 1201), "parent_ids": np.arange(2, 1202)},
     "lists": {"parent_ids": np.array([9, 9, 0])},
     "nan": {"@ijk_to_xyz_transform": np.full((3, 4), np.nan)},
     "matrix": {"@ijk_to_xyz_transform": np.eye(3)},

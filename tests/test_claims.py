@@ -29,16 +29,17 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import fuzzing
+from fuzz_limits import peak_bytes
 from flexlib.errors import InputError
 cases, results = json.loads(sys.argv[2]), {}
 for reader, _, whole in cases:
     fuzzing.READERS[reader](Path(whole))  # what is imported is no reader's memory
 for reader, path, whole in cases:
-    before = fuzzing.peak_bytes()
+    before = peak_bytes()
     try:
         fuzzing.READERS[reader](Path(path))
     except InputError as error:
-        results[Path(path).name] = [(fuzzing.peak_bytes() - before) / 2**20, str(error)]
+        results[Path(path).name] = [(peak_bytes() - before) / 2**20, str(error)]
 print(json.dumps(results))
 """
 

@@ -30,7 +30,7 @@ FAULTY = """
 import sys, warnings
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import fuzzing, numpy
+import fuzz_limits, numpy
 from flexlib.errors import InputError
 
 def hangs(path):
@@ -45,11 +45,11 @@ def is_hungry(path): numpy.ones(2**28)
 def refuses(path): raise InputError(f"{path}: bad")
 def reads(path): return path
 
-fuzzing.SECONDS = 0.2
-fuzzing.watch()
-fuzzing.limit_memory()
+fuzz_limits.SECONDS = 0.2
+fuzz_limits.watch()
+fuzz_limits.limit_memory()
 for read in (hangs, raises, names_nothing, prints, warns, is_hungry, refuses, reads):
-    print(repr(fuzzing.complaint(read, Path("x"))))
+    print(repr(fuzz_limits.complaint(read, Path("x"))))
 """
 
 
