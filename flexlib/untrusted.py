@@ -7,6 +7,7 @@ that a header claims. So its call is made within ``parsing``, and what a header 
 from __future__ import annotations
 
 import io
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -104,11 +105,23 @@ def read_npy(path: str | os.PathLike[str], what: str) -> np.ndarray:
     ``what`` is what the file should be, for the message. Raises InputError where it cannot be read, or is shorter than
     its header says.
     """
+    with parsing(path, what), Path(path).open("rb") as file:
+        version = np.lib.format.read_magic(file)  # not a zip file or a pickle, which numpy.load would look into too
+        of_version = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = of_version(file, max_header_size=_MAX_HEADER)  # of 3.0 too, but for letters in names
+        stored = os.fstat(file.fileno()).st_size - file.tell()
+    if dtype.itemsize == 0 or min(shape, default=0) < 0:  # which numpy.load divides by, or reads to the file's end
+        raise InputError(
+            f"{path}: not a readable {what} (its header promises {shape} values of {dtype.itemsize} bytes)"
+        )
+    if not dtype.hasobject:
+        check_claim(path, math.prod(shape) * dtype.itemsize, stored, compressed=False)
     with parsing(path, what):
-        with Path(path).open("rb") as file:
-            np.lib.format.read_magic(file)  # not a zip file or a pickle, which numpy.load would look into too
-        np.load(path, mmap_mode="r", max_header_size=_MAX_HEADER)  # fails, and takes no memory, where data are missing
         array: np.ndarray = np.load(path, allow_pickle=False, max_header_size=_MAX_HEADER)
-    if array.dtype.itemsize == 0:
-        raise InputError(f"{path}: not a readable {what} (its values have no size)")
     return array
+
+
+def as_float64(values: np.ndarray) -> np.ndarray:
+    """Numbers of a file as float64: without a warning, infinite where a long double is too large."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(np.float64)

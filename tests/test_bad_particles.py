@@ -125,7 +125,7 @@ def outcomes(tmp_path_factory) -> dict[str, tuple[int, list[str]]]:
         ("twice.cs", "twice.cs: row 10, column uid: "),
         ("empty.cs", "empty.cs: no particle rows in this .cs file"),
         ("good.cs", "good.cs: row 10, column uid: "),
-        ("cut.cs", "cut.cs: not a readable CryoSPARC .cs file"),
+        ("cut.cs", "cut.cs: truncated or damaged: its header promises"),
         ("pickle.cs", "pickle.cs: a Python pickle, which is never loaded"),
         ("objects.cs", "objects.cs: column (all): Python objects (a pickle), which are never loaded"),
         ("column.cs", "column.cs: column blob/path: Python objects (a pickle), which are never loaded"),

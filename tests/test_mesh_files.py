@@ -113,6 +113,23 @@ def test_a_mesh_of_something_else_is_refused_and_gaps_are_reported(tmp_path):
     assert 0 < quality["uncovered_voxels"] == holes.sum() < 0.4 * MASK.sum()
 
 
+@pytest.mark.parametrize("name", ["real tags.msh", "text tags.msh", "ansys.msh", "header.ply"])
+def test_files_that_end_before_what_they_promise_are_not_read_for_ever(tmp_path, name):
+    mesh = lattice()
+    tetra = meshio.Mesh(mesh.vertices_A, [("tetra", mesh.cells.astype(np.int64))])
+    meshio.write(tmp_path / name, tetra, {"header.ply": "ply", "ansys.msh": "ansys"}.get(name, "gmsh"))
+    content = (tmp_path / name).read_bytes()
+    damaged = {
+        "real tags.msh": content + b"$ElementData\n0\n1000000000000\n",
+        "text tags.msh": content + b"$ElementData\n1000000000000\n",
+        "ansys.msh": content + b"(39 (\n",
+        "header.ply": content[: content.find(b"end_header")],
+    }
+    (tmp_path / name).write_bytes(damaged[name])
+    with pytest.raises(InputError, match=rf"{name}: not a readable mesh \(truncated or damaged: it ends before what"):
+        custom(tmp_path / name)
+
+
 # CryoSPARC -----------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +227,31 @@ def test_a_pickle_that_runs_code_is_refused_by_name(tmp_path, call, name):
     with pytest.raises(InputError, match="refused"):
         read_flex_mesh(tmp_path / "m.pkl")
     assert not victim.exists()
+
+
+class _Pointers:
+    """An array of objects that are addresses in the file."""
+
+    def __reduce__(self):
+        kind = _Reduced(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+        state = (1, (4,), kind, False, b"A" * 32)
+        return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
+
+
+class _Reduced:
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_bytes_of_a_pickle_are_never_taken_for_addresses(tmp_path):
+    """numpy would follow them: the process would end (SIGSEGV)."""
+    for value in (_Pointers(), [_Pointers()]):
+        (tmp_path / "m.pkl").write_bytes(pickle.dumps({"N": value}))
+        with pytest.raises(InputError, match=r"m\.pkl: not a readable pickle \(cannot create an OBJECT array"):
+            load_arrays(tmp_path / "m.pkl")
 
 
 def test_other_pickles_are_refused_in_one_line(tmp_path):

@@ -288,7 +288,7 @@ def test_bad_segger_files_are_refused(tmp_path):
         read_segments(tmp_path / "other.seg")
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.float32])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.float16, np.float32])
 def test_label_maps_with_either_solvent(tmp_path, dtype):
     write_labels(tmp_path / "negative.mrc", np.where(MASK, THIRDS, -1), dtype=dtype)
     assert np.array_equal(read_segments(tmp_path / "negative.mrc").labels, np.where(MASK, THIRDS, SOLVENT))
@@ -446,6 +446,9 @@ def test_weights_from_an_array_or_a_map(tmp_path):
     np.save(tmp_path / "short.npy", own[:-1])
     with pytest.raises(InputError, match=f"{len(own)} numbers, one per cell"):
         weights(tmp_path, rigidity_weights=tmp_path / "short.npy")
+    np.save(tmp_path / "large.npy", np.append(own[:-1].astype(np.longdouble), np.longdouble("1e4000")))
+    with pytest.raises(InputError, match=f"weights must be positive; cell {np.argmin(own[:-1])} has"):
+        weights(tmp_path, rigidity_weights=tmp_path / "large.npy")
     # a map that rises along x, of another voxel size and with its own origin
     step_A = 2.0
     x_A = (np.arange(80) - 40) * step_A

@@ -47,6 +47,8 @@ def test_a_list_makes_several_and_names_its_files():
         ("kmeans 0", "'kmeans 0' is not understood"),
         ("between 3", "two particles or points are needed"),
         ("between 0 3", "particles are counted from 1"),
+        (f"between 1 {'9' * 5000}", "particles are counted from 1, in up to 15 digits"),
+        (f"kmeans {'9' * 5000}", "is not understood"),
         ("between a,b 3", "'a,b' is not a point such as 0.5,-1"),
         ("between nan,1 3", "'nan,1' is not a point"),
         ("between 1,2,3 4,5,6", "between: the point 1,2,3 has 3 of 2 coordinates"),
@@ -185,3 +187,13 @@ def test_points_that_are_no_numbers_are_refused(tmp_path):
     (tmp_path / "b.star").write_text("data_\n\nloop_\n_rlnAngleRot #1\n1.0\n")
     with pytest.raises(InputError, match=r"b\.star: no latents: column flexLatent1 is missing"):
         read_frame_latents(tmp_path / "b.star")
+    for digits in (30, 400, 5000):  # more than float64 has, but for the first
+        (tmp_path / "c.star").write_text(f"data_\nloop_\n_flexLatent1\n_flexLatent2\n0.5 {'9' * digits}\n1 2\n")
+        if digits == 30:
+            assert read_frame_latents(tmp_path / "c.star").tolist() == [[0.5, 1e30], [1, 2]]
+            continue
+        with pytest.raises(InputError, match=r"c\.star: no points of latent space: row 1 is not finite"):
+            read_frame_latents(tmp_path / "c.star")
+    np.save(tmp_path / "d.npy", np.array([[1, 2], [3, np.longdouble("1e4000")]], np.longdouble))
+    with pytest.raises(InputError, match=r"d\.npy: no points of latent space: row 2 is not finite"):
+        read_frame_latents(tmp_path / "d.npy")

@@ -57,6 +57,12 @@ def test_sweep_is_the_product_of_the_lists():
     assert {point.mesh_path for point in points} == {"cells~10", "cells~20"}
 
 
+def test_more_points_than_any_machine_could_train_are_refused_before_they_are_made():
+    values = list(range(1, 400))
+    with pytest.raises(InputError, match=rf"the sweep's lists make {len(values) ** 4} points"):
+        sweep_points(config(values, values, values, values))
+
+
 def test_paths_do_not_depend_on_how_a_number_is_written():
     assert sweep_points(config(rigidity=2)) == sweep_points(config(rigidity=[2.0]))
     assert sweep_points(config(rigidity=1e-7))[0].path.endswith("rigidity~1e-07/seed~0")

@@ -102,8 +102,9 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelGrid:
         raise InputError(f"{path}: the header has no voxel size: set it, it says where the labels lie")
     if not np.isfinite(stored.data).all() or (np.abs(stored.data - np.rint(stored.data)) > 1e-3).any():
         raise InputError(f"{path}: labels are whole numbers, this map has others: it may be a density map")
-    if np.abs(stored.data).max() > _LARGEST_LABEL:
-        raise InputError(f"{path}: the label {np.abs(stored.data).max():g} is above {_LARGEST_LABEL}")
+    largest = float(np.abs(stored.data).max())  # half floats cannot be compared with numbers as large as that
+    if largest > _LARGEST_LABEL:
+        raise InputError(f"{path}: the label {largest:g} is above {_LARGEST_LABEL}")
     labels = np.rint(stored.data).astype(np.int32)
     return LabelGrid(labels, stored.voxel_A, map_corner_A(stored.origin_A, stored.nstart, stored.voxel_A))
 

@@ -41,6 +41,51 @@ _INSIDE = -0.02  # barycentric weight down to which a voxel counts as inside its
 _AGREEMENT = 0.98  # share of voxels that must lie in the cell their index map names
 
 
+class _Kind:
+    """Stands in for numpy.dtype, whose pickled state could pass off bytes as objects, and end the process."""
+
+    def __init__(self, spelling: str, *_: Any) -> None:
+        self.dtype = np.dtype(str(spelling))
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands in for numpy.ndarray: ``values`` are one, or a list where it was one of objects."""
+
+    values: Any = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, by_columns, data = state
+        self.values = data if isinstance(data, list) else _array(data, kind, shape, "F" if by_columns else "C")
+
+
+def _array(data: bytes | str, kind: _Kind, shape: tuple[int, ...] = (), order: Any = "C") -> np.ndarray:
+    """The array of a buffer, which is text in Python 2's pickles."""
+    return np.frombuffer(_latin1(data) if isinstance(data, str) else data, kind.dtype).reshape(shape, order=order)
+
+
+def _scalar(kind: _Kind, data: bytes | str) -> Any:
+    return _array(data, kind)[()]
+
+
+def _latin1(text: str, encoding: str = "latin1") -> bytes:
+    """The bytes of an array in a pickle of protocol 2; never another codec."""
+    return str(text).encode("latin1")
+
+
+_BUILDERS: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Kind}
+_BUILDERS["_codecs", "encode"] = _latin1
+for _core in ("numpy.core", "numpy._core"):
+    _BUILDERS[f"{_core}.multiarray", "_reconstruct"] = _Array
+    _BUILDERS[f"{_core}.multiarray", "scalar"] = _scalar
+    _BUILDERS[f"{_core}.numeric", "_frombuffer"] = _array
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles numpy arrays, numbers, text and containers; nothing can be called but what builds arrays."""
 
@@ -49,30 +94,15 @@ class _ArraysOnly(pickle.Unpickler):
         self.name = name
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few constructors that numpy's own pickles name; anything else is refused."""
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            from numpy._core import multiarray
-
-            return getattr(multiarray, name)
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            from numpy._core import numeric
-
-            return numeric._frombuffer  # type: ignore[attr-defined]
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
-        raise InputError(f"{self.name}: refused: the pickle asks for {module}.{name}, a mesh is made of arrays only")
+        """Ours for the few constructors that numpy's own pickles name; anything else is refused."""
+        if (module, name) not in _BUILDERS:
+            raise InputError(
+                f"{self.name}: refused: the pickle asks for {module}.{name}, a mesh is made of arrays only"
+            )
+        return _BUILDERS[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise InputError(f"{self.name}: refused: the pickle refers to something outside the file")
-
-
-def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """The bytes of an array in a pickle of protocol 2; never another codec."""
-    return str(text).encode("latin1")
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -82,7 +112,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = _ArraysOnly(file, str(path)).load()
     if not isinstance(content, dict):
         raise InputError(f"{path}: a flex_mesh is a dict of arrays, this pickle holds a {type(content).__name__}")
-    return content
+    return {key: value.values if isinstance(value, _Array) else value for key, value in content.items()}
 
 
 def read_flex_mesh(path: str | os.PathLike[str]) -> TetraMesh:

@@ -12,7 +12,7 @@ from scipy import ndimage
 from flexlib.errors import InputError
 from flexlib.imaging.maps import Map, read_map
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
-from flexlib.untrusted import parsing, read_npy
+from flexlib.untrusted import as_float64, parsing, read_npy
 from flexlib.workflow_support.settings import MeshSettings
 
 logger = logging.getLogger(__name__)
@@ -111,9 +111,10 @@ def read_cell_weights(path: Path, num_cells: int) -> np.ndarray:
         raise InputError(
             f"{path}: {num_cells} numbers, one per cell of the mesh, are needed; its shape is {weight.shape}"
         )
+    weight = as_float64(weight)
     if not np.isfinite(weight).all() or weight.min() <= 0:
         raise InputError(f"{path}: weights must be positive; cell {int(np.argmin(weight))} has {weight.min():g}")
-    return weight.astype(np.float64)
+    return weight
 
 
 def _sampled_weights(path: Path, mesh: TetraMesh, consensus: Map, minimum: float) -> np.ndarray:

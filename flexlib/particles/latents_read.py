@@ -26,7 +26,7 @@ from flexlib.particles.input_rows import (
 )
 from flexlib.particles.star_text import StarText, read_star_text
 from flexlib.particles.table import Particles
-from flexlib.untrusted import read_npy
+from flexlib.untrusted import as_float64, read_npy
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _cs_latents(path: Path, table: CsFile) -> np.ndarray:
     for (_, name), values in zip(modes, columns, strict=True):
         if values.ndim != 1 or values.dtype.kind not in "fiu":
             raise InputError(f"{path}: column {name}: {values.dtype} {values.shape[1:]} is not one number a row")
-    return np.stack(columns, 1).astype(np.float64)
+    return as_float64(np.stack(columns, 1))
 
 
 def _from_cs(path: Path, where: InputRows) -> np.ndarray:
@@ -197,7 +197,7 @@ def _read_npy(path: Path) -> np.ndarray:
     values = read_npy(path, ".npy file")
     if values.dtype.kind not in "fiu" or values.ndim not in (1, 2) or values.size == 0:
         raise InputError(f"{path}: latents are a table of numbers, rows by dimensions")
-    return values.reshape(len(values), -1).astype(np.float64)
+    return as_float64(values.reshape(len(values), -1))
 
 
 def _read_text(path: Path) -> np.ndarray:

@@ -111,7 +111,7 @@ class StarText:
 
     def _frame_at_once(self, table: TextTable, index: Mapping[int, str], text: Sequence[str]) -> pd.DataFrame:
         """The columns at ``index``, of a table in which blanks part all values and lines all rows."""
-        return pd.read_csv(
+        frame = pd.read_csv(
             io.BytesIO(memoryview(self.content)[table.starts[0] : table.ends[-1]]),
             sep=r"\s+",
             header=None,
@@ -124,6 +124,10 @@ class StarText:
             encoding_errors=_ENCODING[1],
             low_memory=False,
         )
+        for at in frame:
+            if isinstance(frame[at].iloc[0], int):  # no numpy.int64: whole numbers too large for one
+                frame[at] = [float(str(one)) for one in frame[at]]
+        return frame
 
     def _refuse_twice(self, table: TextTable, labels: Sequence[str]) -> None:
         if len(set(labels)) < len(labels):

@@ -5,6 +5,7 @@ A mesh's segment map is a label map of its own beside the mesh, ``MeshFolder.seg
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ _FARTHEST_A = 1e9  # of any point
 _CORNERS = {"triangle": 3, "tetra": 4}  # of the kinds of cells that are used
 _LARGEST = 2**31 - 1  # of what a file says of cells
 _SUFFIXES = (".vtu", ".vtk", ".msh", ".stl", ".ply", ".obj")  # of those that meshio reads, what is tried with damage
+_MOST_ASKED_BEYOND = 1000  # times that a file is read at its end
 _FLAT = 1e-9  # of the cube of a cell's longest edge: a volume below is none
 
 
@@ -136,9 +138,7 @@ def read_grid(path: Path) -> meshio.Mesh:
     if path.suffix.lower() not in _SUFFIXES:
         raise InputError(f"{path}: meshes are read from {', '.join(_SUFFIXES)} files")
     with parsing(path, "mesh"):
-        if path.suffix.lower() == ".ply" and b"end_header" not in map(bytes.strip, path.read_bytes().split(b"\n")):
-            raise InputError(f"{path}: truncated: its header has no end")  # meshio would look for it for ever
-        grid = meshio.read(path)
+        grid = _read_by_meshio(path)
     if grid.points.ndim != 2 or grid.points.shape[1] != 3 or not (np.abs(grid.points) <= _FARTHEST_A).all():
         raise InputError(f"{path}: its points must be finite and three-dimensional")
     for block in grid.cells:
@@ -147,6 +147,38 @@ def read_grid(path: Path) -> meshio.Mesh:
         ):
             raise InputError(f"{path}: its cells of type {block.type} must be {_CORNERS[block.type]} numbers of points")
     return grid
+
+
+class _FileWithAnEnd(io.BufferedReader):
+    """A file that is not read beyond its end for ever, as meshio would where a count or a bracket is damaged."""
+
+    _asked_beyond = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file. Raises ``EOFError`` where more is asked for again and again."""
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """As ``read``."""
+        return self._counted(super().readline(size))
+
+    def _counted(self, content: bytes) -> bytes:
+        self._asked_beyond += not content
+        if self._asked_beyond > _MOST_ASKED_BEYOND:
+            raise EOFError("truncated or damaged: it ends before what it promises")
+        return content
+
+
+def _read_by_meshio(path: Path) -> meshio.Mesh:
+    suffix = path.suffix.lower()
+    if suffix not in (".msh", ".ply"):
+        return meshio.read(path)
+    with _FileWithAnEnd(io.FileIO(path)) as file:
+        if suffix == ".ply":
+            return meshio.read(file, "ply")
+        is_gmsh = file.readline().lstrip().startswith(b"$")  # else Ansys's: both are .msh
+        file.seek(0)
+        return meshio.gmsh.main.read_buffer(file) if is_gmsh else meshio.read(file, "ansys")
 
 
 def surface_of(grid: meshio.Mesh, path: Path) -> tuple[np.ndarray, np.ndarray]:

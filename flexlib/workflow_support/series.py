@@ -12,6 +12,7 @@ from flexlib.errors import InputError
 
 FILE_SUFFIXES = (".csv", ".txt", ".npy", ".star", ".cs")
 SPELLINGS = "axes, curve, kmeans 8, between 12 340, between -1,0 1,0.5, or a .csv, .txt, .npy, .star or .cs file"
+_COUNT = re.compile(r"\d{1,15}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _parse(spelling: str) -> SeriesRequest:
     words = spelling.split() if isinstance(spelling, str) else []
     if words in (["axes"], ["curve"]):
         return SeriesRequest(words[0])
-    if len(words) == 2 and words[0] == "kmeans" and words[1].isdecimal() and int(words[1]) > 0:
+    if len(words) == 2 and words[0] == "kmeans" and _COUNT.fullmatch(words[1]) and int(words[1]) > 0:
         return SeriesRequest("kmeans", count=int(words[1]))
     if words[:1] == ["between"]:
         if len(words) != 3:
@@ -71,8 +72,8 @@ def _parse(spelling: str) -> SeriesRequest:
 
 def _parse_end(word: str, spelling: str) -> int | tuple[float, ...]:
     if word.isdecimal():
-        if int(word) < 1:
-            raise InputError(f"generate.series: {spelling!r}: particles are counted from 1")
+        if not _COUNT.fullmatch(word) or int(word) < 1:
+            raise InputError(f"generate.series: {spelling!r}: particles are counted from 1, in up to 15 digits")
         return int(word)
     return parse_latents(word, f"generate.series: {spelling!r}")
 

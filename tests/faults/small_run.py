@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 POINT = "cells~6/dims~2/rigidity~2.0/seed~0"
 SWEEP_POINT = {"cells": 6, "latent_dims": 2, "rigidity": 2.0, "seed": 0}
 RESULTS = Path("results/tiny")
@@ -151,9 +152,7 @@ class Runner:
 
     def __enter__(self) -> Runner:
         command = [*self.prefix, sys.executable, str(Path(__file__).with_name("stage_runner.py"))]
-        threads = dict.fromkeys(
-            ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"
-        )
+        threads = dict.fromkeys(THREADS, "1")
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
