@@ -114,6 +114,8 @@ def _config(path: Path) -> None:
         raise InputError(f"{path}: {error}" if named else f"names no key: {error}") from error
 
 
+# how a message on a config begins
+_OF_KEYS = ("config: ", "mesh.", "generate.", "reconstruct.", "train.", "validate", "sweep.")
 READERS: dict[str, Callable[[Path], object]] = {
     "star": _star,
     "cs": _cs,
