@@ -31,7 +31,7 @@ from flexlib.validate import validate
 from flexlib.validate.common_frame import CommonFrame
 from flexlib.validate.latent_errors import latent_errors
 from flexlib.validate.mode_agreement import MODES_A_BAND, mode_agreement
-from flexlib.validate.motion_error import latent_regions, motion_error
+from flexlib.validate.motion_error import errors_by_region, latent_regions, motion_error
 from flexlib.validate.rest_shape import rest_shape_shift_A
 from flexlib.workflow_support.settings import ReconstructSettings, TrainSettings
 
@@ -147,7 +147,7 @@ def test_the_error_of_the_motion_is_that_of_the_models_and_that_of_the_images(me
     own = (z**2)[:, 0] * (((along_x + along_y) / 2) ** 2).sum(1).mean()
     np.testing.assert_allclose(found.particle_model_A2, own, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found.motion_A2, z.var() * ((motion + (along_x + along_y) / 2) ** 2).sum(1), rtol=1e-3)
-    regions = latent_regions(found, whole.latents)
+    regions = errors_by_region(found, whole.latents, latent_regions(whole.latents))
     assert sum(len(region.rows) for region in regions) == NUM
     far = max(regions, key=lambda region: abs(region.centre[0]))
     assert far.model_error_A == max(region.model_error_A for region in regions)
@@ -190,8 +190,9 @@ def test_standard_errors_that_know_of_the_image_alone_are_corrected():
     found = [seen + model * rng.normal(size=true.shape) for _ in range(2)]
     whole = seen + model / np.sqrt(2) * rng.normal(size=true.shape)
     first = found[0] @ [[0.8, 0.6], [-0.6, 0.8]] + 0.05 * found[0] ** 2
-    errors = latent_errors(whole, np.full(whole.shape, image), first, -2.0 * found[1], np.ones(len(true)))
-    np.testing.assert_allclose(errors.model_std_err, model / np.sqrt(2), rtol=0.15)
+    others = first, -2.0 * found[1]
+    errors = latent_errors(whole, np.full(whole.shape, image), others, np.ones(len(true)), latent_regions(whole))
+    np.testing.assert_allclose(np.median(errors.model_std_err, 0), model / np.sqrt(2), rtol=0.15)
     np.testing.assert_allclose(errors.factor, np.sqrt(1 + model**2 / 2 / image**2), rtol=0.06)
     within = (np.abs(whole - true) <= errors.corrected).mean(0)
     assert (np.abs(within - 0.683) < 0.03).all()

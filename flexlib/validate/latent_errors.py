@@ -9,6 +9,7 @@ import numpy as np
 
 from flexlib.validate.motion_error import SHARED_BY_HALVES
 
+WITHIN_ONE = 0.683  # of a normal distribution, one standard deviation from its mean
 DEGREE = 3  # of the polynomials that bring one model's latents to another's
 
 
@@ -18,11 +19,19 @@ class LatentErrors:
 
     std_err: np.ndarray  # (n, K) by the images' noise, as training gives them
     disagreement: np.ndarray  # (n, K) half the difference of where two half-set models put the particle
+    label: np.ndarray  # (n,) region of latent space
 
     @property
     def model_std_err(self) -> np.ndarray:
-        """(K,) rms error of the model."""
-        return np.sqrt((self.disagreement**2).mean(0))
+        """(n, K) what 68 % of the disagreements in the particle's region are within.
+
+        Not their rms: a few particles that lie at another local minimum in one model would speak for all.
+        """
+        found = np.zeros_like(self.std_err)
+        for number in np.unique(self.label):
+            rows = self.label == number
+            found[rows] = np.quantile(np.abs(self.disagreement[rows]), WITHIN_ONE, axis=0)
+        return found
 
     @property
     def coverage(self) -> np.ndarray:
@@ -31,9 +40,8 @@ class LatentErrors:
 
     @property
     def factor(self) -> np.ndarray:
-        """(K,) by which standard errors are too small: at least 1."""
-        own = (self.std_err**2).mean(0)
-        return np.sqrt(1.0 + (self.disagreement**2).mean(0) / np.maximum(own, 1e-30))
+        """(K,) by which standard errors are too small, rms: at least 1."""
+        return np.sqrt((self.corrected**2).mean(0) / np.maximum((self.std_err**2).mean(0), 1e-30))
 
     @property
     def corrected(self) -> np.ndarray:
@@ -42,7 +50,11 @@ class LatentErrors:
 
 
 def latent_errors(
-    latents: np.ndarray, std_err: np.ndarray, first: np.ndarray, second: np.ndarray, weight: np.ndarray
+    latents: np.ndarray,
+    std_err: np.ndarray,
+    others: tuple[np.ndarray, np.ndarray],
+    weight: np.ndarray,
+    label: np.ndarray,
 ) -> LatentErrors:
     """Compare where two models put the particles, in the latent space of a third.
 
@@ -50,14 +62,16 @@ def latent_errors(
     ----------
     latents, std_err
         (n, K) of the model of all particles.
-    first, second
-        (n, K) of the models of the half-sets: any smooth function of the latents is as good, so each is brought to the
-        third's by a polynomial, fitted to all particles. It cannot follow a single particle's error.
+    others
+        Two of (n, K), of the models of the half-sets: any smooth function of the latents is as good, so each is
+        brought to the third's by a polynomial, fitted to all particles. It cannot follow a single particle's error.
     weight
         (n,) with which each particle counts in the fits.
+    label
+        (n,) region of latent space: how well the models know a particle depends on where it is.
     """
-    there = [_brought(other, latents, weight) for other in (first, second)]
-    return LatentErrors(std_err, np.sqrt(SHARED_BY_HALVES) * (there[0] - there[1]))
+    there = [_brought(other, latents, weight) for other in others]
+    return LatentErrors(std_err, np.sqrt(SHARED_BY_HALVES) * (there[0] - there[1]), label)
 
 
 def _brought(given: np.ndarray, wanted: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from flexlib.model.flex_model import FlexModel
-from flexlib.validate.common_frame import CHUNK, CommonFrame, slopes_A
+from flexlib.validate.common_frame import CommonFrame, slopes_A
 
+MOST_REGIONS, LEAST_IN_REGION = 12, 50
 PROBED = 0.1  # of a latent's standard deviation, to see what it moves
 SHARED_BY_HALVES = 0.25  # of the squared difference of two half-set models is the squared error of that of all
 
@@ -114,19 +115,23 @@ class Region:
     motion_A: float  # rms distance from the mean shape
 
 
-def latent_regions(errors: MotionError, latents: np.ndarray, most: int = 12, seed: int = 0) -> list[Region]:
-    """Regions of latent space, by k-means, with the rms errors and motion of their particles; the largest first."""
+def latent_regions(latents: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(n,) region of latent space of each particle, by k-means."""
     from scipy.cluster.vq import kmeans2
 
-    count = min(most, max(1, len(latents) // (2 * CHUNK // 10)))
-    centres, label = kmeans2(latents.astype(np.float64), count, minit="++", seed=np.random.default_rng(seed))
+    count = min(MOST_REGIONS, max(1, len(latents) // LEAST_IN_REGION))
+    _, label = kmeans2(latents.astype(np.float64), count, minit="++", seed=np.random.default_rng(seed))
+    return label
+
+
+def errors_by_region(errors: MotionError, latents: np.ndarray, label: np.ndarray) -> list[Region]:
+    """The rms errors and motion of the particles in each region, the largest first."""
     regions = []
-    for number, centre in enumerate(centres):
+    for number in np.unique(label):
         rows = np.flatnonzero(label == number)
-        if len(rows):
-            of_rows = [
-                float(np.sqrt(values[rows].mean()))
-                for values in (errors.particle_error_A2, errors.particle_model_A2, errors.particle_motion_A2)
-            ]
-            regions.append(Region(centre, rows, *of_rows))
+        of_rows = [
+            float(np.sqrt(values[rows].mean()))
+            for values in (errors.particle_error_A2, errors.particle_model_A2, errors.particle_motion_A2)
+        ]
+        regions.append(Region(latents[rows].mean(0), rows, *of_rows))
     return sorted(regions, key=lambda region: -len(region.rows))

@@ -38,7 +38,7 @@ from flexlib.validate.common_frame import CommonFrame
 from flexlib.validate.half_maps import IndependentHalves, error_map, independent_halves
 from flexlib.validate.latent_errors import LatentErrors, latent_errors
 from flexlib.validate.mode_agreement import ModeAgreement, mode_agreement
-from flexlib.validate.motion_error import MotionError, Region, latent_regions, motion_error
+from flexlib.validate.motion_error import MotionError, Region, errors_by_region, latent_regions, motion_error
 from flexlib.validate.rest_shape import rest_shape_shift_A
 from flexlib.workflow_support.scores import read_gains
 from flexlib.workflow_support.settings import ReconstructSettings
@@ -125,8 +125,9 @@ def _validate(
     errors = motion_error(models.frame, models.all, models.weight)
     _write_maps(out, errors, voxels, mask)
     modes = mode_agreement(models.frame, np.flatnonzero(models.weight >= 0.5))
-    latents = _latent_errors(models)
-    regions = latent_regions(errors, models.all.latents)
+    label = latent_regions(models.all.latents)
+    latents = _latent_errors(models, label)
+    regions = errors_by_region(errors, models.all.latents, label)
     _write_tables(out, modes, latents, regions)
     _write_particles(out, particles, models.all, errors, latents)
     gains = _write_cross(out, half_folders)
@@ -188,13 +189,13 @@ def _load(
     return _Models(whole, (first, second), frame, weight)
 
 
-def _latent_errors(models: _Models) -> LatentErrors:
+def _latent_errors(models: _Models, label: np.ndarray) -> LatentErrors:
     model = models.all
     if model.latent_covariance is None:
         raise InputError("the model is of a training that had not ended: train again")
     std_err = np.sqrt(np.einsum("nkk->nk", model.latent_covariance).clip(min=0.0))
     first, second = (half.latents for half in models.halves)
-    return latent_errors(model.latents, std_err, first, second, models.weight)
+    return latent_errors(model.latents, std_err, (first, second), models.weight, label)
 
 
 def _write_half_maps(out: ValidateFolder, halves: IndependentHalves, mask: Map, moving: np.ndarray) -> dict[str, float]:
@@ -228,7 +229,7 @@ def _write_tables(out: ValidateFolder, modes: ModeAgreement, latents: LatentErro
     columns = {
         "latent": np.arange(1, len(latents.coverage) + 1),
         "std_err": np.sqrt((latents.std_err**2).mean(0)),
-        "model_std_err": latents.model_std_err,
+        "model_std_err": np.sqrt((latents.model_std_err**2).mean(0)),
         "coverage": latents.coverage,
         "factor": latents.factor,
     }
