@@ -111,6 +111,7 @@ def make_cs(path: Path, count: int, compressed: bool) -> None:
         "alignments3D/psize_A": (1.06, "<f4", ()),
         "alignments3D/alpha": (rng.uniform(0.8, 1.2, count), "<f4", ()),
     } | {name: (0, *kind) for name, kind in CS_FIELDS.items()}
+    known["location/micrograph_uid"] = (index // PER_STACK + 2**60, *CS_FIELDS["location/micrograph_uid"])
     paths = [f"J12/extract/mic_{stack:06d}_particles.mrc".encode() for stack in range(-(-count // PER_STACK))]
     if not compressed:
         records = np.zeros(count, [("blob/path", "S64"), *((name, *kind) for name, (_, *kind) in known.items())])

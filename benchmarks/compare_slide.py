@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from flexlib.images.batch import read_ahead, split_batches
-from flexlib.images.sources import open_training_images
 from flexlib.imaging.image_transforms import plane_weight
 from flexlib.imaging.maps import read_map, write_map
+from flexlib.layout import ParticlesFolder
 from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import Operator, log_likelihood_loss
@@ -31,7 +31,7 @@ from flexlib.simulate.settings import Simulation
 from flexlib.tetra.voxels import voxelise
 from flexlib.train import train
 from flexlib.train.latents import friedel_halves, infer_latents
-from flexlib.train.score import choose_held_out
+from flexlib.train.rows import choose_rows
 from flexlib.workflow_support.settings import MeshSettings, PrepareSettings, TrainSettings
 
 NAMES = {"parted": "a segment per layer", "plain": "one mesh"}
@@ -82,16 +82,16 @@ def prepare(out: Path, phantom: Phantom) -> None:
 
 def unseen_loss(out: Path, name: str, seed: int) -> np.ndarray:
     """(n,) nats of the unseen half of each held-out particle's Fourier pixels, latents from the other half."""
-    source, model = open_training_images(out / "particles"), FlexModel.load(out / f"train_{name}_{seed}")
+    chosen = choose_rows(ParticlesFolder(out / "particles"), TrainSettings(validation_fraction=HELD_OUT))
+    source, model = chosen.source, FlexModel.load(out / f"train_{name}_{seed}")
     mask = read_map(out / "particles/mask.mrc")
     voxels = VoxelTensors.from_mesh_voxels(voxelise(model.mesh, mask.data > 0.01, mask.pixel_size_A))
     operator = Operator(torch.as_tensor(model.mesh.vertices_A, dtype=torch.float32), voxels, mask.pixel_size_A)
     values = gather_volume(torch.as_tensor(model.canonical), voxels)
     band = json.loads((out / f"train_{name}_{seed}/validation.json").read_text())["band_shell"]
     seen, unseen = (plane_weight(source.box, band) * half for half in friedel_halves(source.box, 1))
-    _, held = choose_held_out(source.particles.image_index, HELD_OUT, seed)
     losses = []
-    for batch in read_ahead(source, split_batches(held, 100), "cpu"):
+    for batch in read_ahead(source, split_batches(chosen.held_out, 100), "cpu"):
         start = torch.as_tensor(model.latents[batch.rows])
         latents = infer_latents(MovingMap(operator, model.flow, values), batch, seen, start, 5).latents
         with torch.no_grad():

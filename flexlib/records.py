@@ -158,6 +158,8 @@ class ValidationRecord(Record):
     wall_s: float
     num_rows: int = 0  # particles times symmetry copies
     validation_rows: int = 0  # held out
+    held_out_by: str = "image"  # "micrograph": ``held_out_micrographs`` of them were held out whole
+    held_out_micrographs: int = 0
     device: str = ""  # that computed it, as ``runtime.describe_device`` says
     # learnt widths of what was refined, None where nothing was: rms angle, shift along an axis, log of the contrast
     pose_rotation_deg: float | None = None

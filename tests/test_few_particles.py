@@ -88,8 +88,8 @@ def test_the_least_set_trains_and_its_score_has_an_error(tmp_path, caplog, one_t
     [(20, 0.05, 2), (20, 0.5, 10), (20, 0.0, 0), (4, 0.01, 2), (3, 0.3, 0), (100, 0.05, 5)],
 )
 def test_held_out_are_two_or_none(images, fraction, held_out):
-    training, held = choose_held_out(np.repeat(np.arange(images), 2), fraction, 0)
-    assert len(held) == 2 * held_out and len(training) == 2 * (images - held_out)
+    choice = choose_held_out(np.repeat(np.arange(images), 2), fraction)
+    assert len(choice.held_out) == 2 * held_out and len(choice.training) == 2 * (images - held_out)
 
 
 @pytest.mark.parametrize(

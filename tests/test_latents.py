@@ -312,11 +312,11 @@ def test_friedel_halves_split_the_plane():
 
 def test_symmetry_copies_are_held_out_together():
     image_index = np.repeat(np.arange(200), 3)
-    training_rows, held = choose_held_out(image_index, 0.1, 0)
+    choice = choose_held_out(image_index, 0.1)
+    training_rows, held = choice.training, choice.held_out
     assert len(held) == 60 and len(training_rows) == 540
     assert not set(image_index[held]) & set(image_index[training_rows])
-    assert np.array_equal(held, choose_held_out(image_index, 0.1, 0)[1])
-    assert not np.array_equal(held, choose_held_out(image_index, 0.1, 1)[1])
+    assert np.array_equal(held, choose_held_out(image_index, 0.1).held_out)
 
 
 def test_score_of_nothing_held_out_is_not_a_number():

@@ -510,6 +510,16 @@ def test_a_record_of_an_older_version_is_passed_over(
     assert "eigenvalue" in sections.training_section(old)
 
 
+def test_micrographs_that_were_held_out_are_told(results: Path, tmp_path: Path) -> None:
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    assert "micrographs" not in sections.training_section(Results(root, CONFIG))
+    path = Results(root, CONFIG).train_folder.validation
+    replace(ValidationRecord.read(path), held_out_by="micrograph", held_out_micrographs=6).write(path)
+    told = sections.training_section(Results(root, CONFIG))
+    assert "that of all 80 particles of 6 micrographs, whose ice the training has not seen." in told
+
+
 def test_the_point_is_found_without_a_sweep_table(results: Path, tmp_path: Path) -> None:
     root = tmp_path / "results"
     shutil.copytree(results, root, ignore=shutil.ignore_patterns("sweep.csv"))

@@ -114,7 +114,7 @@ def test_error_is_that_of_the_paired_difference():
     assert difference == pytest.approx(-0.5)
     assert paired_error == pytest.approx(0.1 * math.sqrt(100 / 99) / 10)
     assert choose_point(scores) == scores[1]
-    others = {row + 1000: gain for row, gain in worse.items()}  # another seed holds out others: nothing to pair
+    others = {row + 1000: gain for row, gain in worse.items()}  # of an older version, at another seed: nothing to pair
     unpaired = Score(scores[1].point, scores[1].gain, error, others)
     assert unpaired.difference(scores[0]) == (pytest.approx(-0.5), pytest.approx(math.sqrt(2) * error))
 

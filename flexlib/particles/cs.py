@@ -21,6 +21,7 @@ from flexlib.particles.table import (
     checked_numbers,
     checked_rotations,
     find_image_files,
+    number_micrographs,
 )
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def read_cs(path: Path, passthrough: Path | None = None, image_root: Path | None
         source_row=np.arange(count),
         uid=fields.uid,
         particle_scale=numbers("alignments3D/alpha") if "alignments3D/alpha" in fields else None,
+        micrograph=_micrographs(fields),
         extra={"stack_names": names, "image_column": "blob/path"},
     )
 
@@ -165,14 +167,33 @@ def _image_names(fields: _Fields) -> tuple[tuple[str, ...], np.ndarray]:
     paths = fields["blob/path"]
     if paths.dtype.kind != "S" or paths.ndim != 1:
         raise InputError(f"{fields.path}: column blob/path holds no texts")
-    runs = np.flatnonzero(np.append(True, paths[1:] != paths[:-1]))  # neighbours mostly share a stack
+    runs, lengths = _runs(paths)
     names, index = np.unique(paths[runs], return_inverse=True)
-    lengths = np.diff(np.append(runs, len(paths)))
     if (empty := names[index] == b"").any():
         row = int(runs[np.argmax(empty)])
         raise InputError(f"{fields.path}: row {row + 1}, column blob/path: no image file is named")
     decoded = tuple(name.decode("utf-8", "surrogateescape") for name in names.tolist())
     return decoded, np.repeat(index, lengths).astype(np.int32)
+
+
+def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First row and length of each run of equal values: neighbours mostly share a stack, and a micrograph."""
+    first = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
+    return first, np.diff(np.append(first, len(values)))
+
+
+def _micrographs(fields: _Fields) -> np.ndarray | None:
+    """(n,) int32, see ``number_micrographs``; None where neither column is there and names them."""
+    for name in ("location/micrograph_uid", "location/micrograph_path"):
+        if name not in fields:
+            continue
+        values = fields[name]
+        if values.ndim == 1 and values.dtype.kind in "iuS":
+            runs, lengths = _runs(values)
+            number = number_micrographs(values[runs])
+            if number is not None:
+                return np.repeat(number, lengths)
+    return None
 
 
 def _half_sets(split: np.ndarray, path: Path) -> np.ndarray:

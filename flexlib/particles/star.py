@@ -27,6 +27,7 @@ from flexlib.particles.table import (
     checked_rotations,
     find_image_files,
     number,
+    number_micrographs,
 )
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ _OPTICS = (
 _PARTICLE = (
     *_OPTICS,
     "rlnImageName",
+    "rlnMicrographName",
     "rlnOpticsGroup",
     "rlnAngleRot",
     "rlnAngleTilt",
@@ -74,9 +76,18 @@ _PARTICLE = (
     "rlnRandomSubset",
     "flexContrastSign",
     "flexScale",
+    "flexMicrograph",
 )
 _LAST_SLICE = 2**31
-_TEXT = ("rlnImageName", "rlnOpticsGroupName", "rlnOddZernike", "rlnEvenZernike", "flexImageName", "flexImageDigest")
+_TEXT = (
+    "rlnImageName",
+    "rlnMicrographName",
+    "rlnOpticsGroupName",
+    "rlnOddZernike",
+    "rlnEvenZernike",
+    "flexImageName",
+    "flexImageDigest",
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,7 @@ def particles_from_tables(tables: StarTables, image_root: Path | None = None) ->
         source_path=path,
         source_row=np.arange(len(table)),
         particle_scale=columns.numbers("flexScale") if "flexScale" in table else None,
+        micrograph=_micrographs(table),
         extra={"stack_names": tuple(names), "image_column": "rlnImageName"},
     )
 
@@ -301,6 +313,12 @@ def _half_sets(columns: _Columns) -> np.ndarray:
         row = int(np.argmax(wrong))
         raise InputError(f"{columns.path}: row {row + 1}, column rlnRandomSubset: {subset[row]:g} is neither 1 nor 2")
     return (subset - 1).astype(np.int8)
+
+
+def _micrographs(table: pd.DataFrame) -> np.ndarray | None:
+    """(n,) int32, see ``number_micrographs``; prepare's own column goes before RELION's."""
+    names = next((name for name in ("flexMicrograph", "rlnMicrographName") if name in table), None)
+    return None if names is None else number_micrographs(table[names])
 
 
 def _image_names(tables: StarTables) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from flexlib.errors import InputError
 from flexlib.files import is_there
@@ -74,6 +75,7 @@ class Particles:
     source_row: np.ndarray  # (n,) int64, row in source_path
     uid: np.ndarray | None = None  # (n,) uint64, CryoSPARC only
     particle_scale: np.ndarray | None = None  # (n,) float64, CryoSPARC's alpha; None where the input has none
+    micrograph: np.ndarray | None = None  # (n,) int32, see ``number_micrographs``
     extra: dict[str, Any] = field(default_factory=dict)  # about the whole set, never per row
 
     def __len__(self) -> int:
@@ -102,7 +104,7 @@ class Particles:
         }
         optional = {
             name: None if getattr(self, name) is None else getattr(self, name)[rows]
-            for name in ("uid", "particle_scale")
+            for name in ("uid", "particle_scale", "micrograph")
         }
         columns: dict[str, Any] = per_row | optional
         return replace(self, **columns)
@@ -138,6 +140,15 @@ def number(value: Any) -> float:
         return np.nan if "_" in str(value) else float(value)  # Python would read 1_000
     except (TypeError, ValueError, OverflowError):
         return np.nan
+
+
+def number_micrographs(names: Any) -> np.ndarray | None:
+    """(n,) int32: which micrograph each particle is from, numbered from 0 as they first appear.
+
+    ``names`` (n,) are texts or numbers; None where one of them is empty, 0 or nan: then micrographs are not known.
+    """
+    number, distinct = pd.factorize(names)
+    return number.astype(np.int32) if (number >= 0).all() and all(distinct) else None
 
 
 def checked_rotations(rotation: Rotation, path: Path, columns: str) -> np.ndarray:

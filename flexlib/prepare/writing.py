@@ -120,6 +120,8 @@ def write_particles(
     table["flexImageDigest"] = np.repeat(digest_texts(digest), copies)
     table["flexInputRow"] = expanded.source_row
     table["flexInputSign"] = expanded.contrast_sign.astype(int)
+    if expanded.micrograph is not None:
+        table["flexMicrograph"] = expanded.micrograph + 1
     for name, values in normalisation.columns().items():
         table[name] = np.repeat(values, copies)
     if copies > 1:

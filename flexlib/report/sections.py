@@ -102,6 +102,7 @@ def training_section(results: Results) -> Markup:
         curves=[] if results.log is None else list(plots.training_curves(results.log, box_A).values()),
         spectrum=drawn,
         spectrum_sentence=sentences.spectrum_sentence(results),
+        held_out_sentence=sentences.held_out_sentence(results),
     )
 
 

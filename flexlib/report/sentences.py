@@ -153,6 +153,17 @@ def choice_sentence(results: Results) -> str:
     )
 
 
+def held_out_sentence(results: Results) -> str:
+    """Which particles the gain is of; empty where micrographs were not held out whole."""
+    validation = results.validation
+    if validation is None or validation.held_out_by != "micrograph":
+        return ""
+    return (
+        f"The held-out gain is that of all {number(validation.validation_particles, 7)} particles of "
+        f"{validation.held_out_micrographs} micrographs, whose ice the training has not seen."
+    )
+
+
 def spectrum_sentence(results: Results) -> str:
     """What the spectrum suggests for K."""
     used = results.latent_dims or (results.chosen.latent_dims if results.chosen else 0)

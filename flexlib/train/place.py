@@ -106,7 +106,7 @@ def _cross_score(whole: Setup, half: HalfSet, state: State) -> HeldOutScore:
     """The score of at most ``MOST_CROSS`` of the other particles, the same ones for all models of a half-set."""
     images = whole.source.particles.image_index[half.other_rows]
     fraction = min(1.0, MOST_CROSS / len(np.unique(images)))
-    rows = half.other_rows[choose_held_out(images, fraction, seed=0)[1]]
+    rows = half.other_rows[choose_held_out(images, fraction).held_out]
     scored, at_rows = replace(whole, validation_rows=rows), whole.rows_on_device(rows)
     start = _start_of(scored, state)
     dims = state.latents.shape[1]

@@ -157,6 +157,8 @@ def validation_record(
         validation_gain_se=score.standard_error,
         validation_particles=len(score.gains),
         validation_rows=len(setup.validation_rows),
+        held_out_by="micrograph" if setup.by_micrograph else "image",
+        held_out_micrographs=setup.held_out_micrographs,
         rejected_gain=rejected.gain if rejected else None,
         rejected_gain_se=rejected.standard_error if rejected else None,
         suggested_dims=state.spectrum.suggested_dims,
@@ -233,7 +235,7 @@ def write_log(path: Path, log: list[dict[str, float]]) -> None:
 
 
 def _write_held_out(path: Path, score: HeldOutScore) -> None:
-    """The score of each particle: sweep points with one seed hold out the same ones, so they can be paired."""
+    """The score of each particle: all sweep points hold out the same ones, so they can be paired."""
     lines = zip(score.rows, score.gains, strict=True)
     _write_table(path, ["row", "gain"], ([int(row), f"{gain:.6g}"] for row, gain in lines))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,11 @@ import numpy as np
 from flexlib.errors import InputError
 from flexlib.images.sources import TrainingImages, open_training_images
 from flexlib.layout import ParticlesFolder
-from flexlib.train.score import choose_held_out
+from flexlib.particles.table import Particles
+from flexlib.train.score import HeldOutChoice, choose_held_out
 from flexlib.workflow_support.settings import TrainSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class ChosenRows:
     training: np.ndarray  # rows of ``source``
     held_out: np.ndarray
     half: HalfSet | None  # that the images are of; None: of all
+    by_micrograph: bool  # whether micrographs are held out whole; else single images
 
 
 def choose_rows(particles: ParticlesFolder, settings: TrainSettings, half: int | None = None) -> ChosenRows:
@@ -51,14 +56,31 @@ def choose_rows(particles: ParticlesFolder, settings: TrainSettings, half: int |
         Files do not fit, or the half-set is empty.
     """
     source = open_training_images(particles.path)
-    training, held_out = choose_held_out(source.particles.image_index, settings.validation_fraction, settings.seed)
+    known = source.particles
+    choice = choose_held_out(known.image_index, settings.validation_fraction, known.micrograph)
+    _log(choice, known)
     if half is None:
-        return ChosenRows(source, training, held_out, None)
+        return ChosenRows(source, choice.training, choice.held_out, None, choice.by_micrograph)
     own = source.half_set == half - 1
     if not own.any():
         raise InputError(f"{particles.particles}: half-set {half} is empty")
     held = np.zeros(len(source), bool)
-    held[held_out] = True
+    held[choice.held_out] = True
     rows, others = np.flatnonzero(own), np.flatnonzero(~own)
     half_set = HalfSet(half, source, rows, others)
-    return ChosenRows(source.subset(rows), np.flatnonzero(~held[rows]), np.flatnonzero(held[rows]), half_set)
+    training, held_out = np.flatnonzero(~held[rows]), np.flatnonzero(held[rows])
+    return ChosenRows(source.subset(rows), training, held_out, half_set, choice.by_micrograph)
+
+
+def _log(choice: HeldOutChoice, particles: Particles) -> None:
+    """Say what is held out, and by what it was chosen."""
+    if not len(choice.held_out):
+        return
+    count, all_micrographs = len(np.unique(particles.image_index[choice.held_out])), particles.micrograph
+    if all_micrographs is None:
+        how = "chosen one by one: the input does not name their micrographs"
+    elif choice.by_micrograph:
+        how = f"all of {len(np.unique(all_micrographs[choice.held_out]))} micrographs"
+    else:
+        how = f"chosen one by one: {len(np.unique(all_micrographs))} micrographs are too few to hold out whole ones"
+    logger.info("%d particles are held out, %s", count, how)

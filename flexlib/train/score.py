@@ -2,9 +2,9 @@
 
 For each held-out particle the latents are inferred from a random half of its Fourier pixels (Friedel mates together);
 the other half is scored, minus the best score of what knows nothing of this particle's motion: nats per particle.
-Over-fitting cannot raise it, and since all sweep points with one seed hold out the same particles, their scores can be
-compared particle by particle. An image may also be junk: each model says by the seen half how likely that is, and
-predicts the other as noise so far. Symmetry copies of a particle show one image: their mean is the particle's score.
+Over-fitting cannot raise it, and since all sweep points hold out the same particles, any two can be compared particle
+by particle. An image may also be junk: each model says by the seen half how likely that is, and predicts the other as
+noise so far. Symmetry copies of a particle show one image: their mean is the particle's score.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ from flexlib.train.posterior import draw_posterior, laplace_log_evidence
 
 LEAST_HELD_OUT = 2  # images, without which no score has a standard error
 MOST_HELD_OUT = 2000  # particles: enough for a standard error of a few hundredths of a nat
+FEWEST_MICROGRAPHS = 5  # that are held out whole: the score of fewer would be that of their ice
+MOST_OFF = 1.5  # whole micrographs may hold out so many times as wanted, and leave as much less to train on
+
+
+@dataclass(frozen=True)
+class HeldOutChoice:
+    """Which rows are held out."""
+
+    training: np.ndarray  # rows to train on, ascending
+    held_out: np.ndarray  # the others
+    by_micrograph: bool  # whether micrographs were held out whole; else single images
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,11 @@ class HeldOutScore:
         return float(self.gains.std(ddof=1) / math.sqrt(len(self.gains))) if len(self.gains) > 1 else math.nan
 
 
-def choose_held_out(image_index: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (ascending) to train on and rows to hold out: a random ``fraction`` of the images, 2 to 2,000.
+def choose_held_out(image_index: np.ndarray, fraction: float, micrograph: np.ndarray | None = None) -> HeldOutChoice:
+    """A random ``fraction`` of the images, 2 to 2,000, to be held out; the same ones in every training.
+
+    Neighbours share ice and thickness, so whole micrographs are drawn until there are as many images, where they come
+    to 5 micrographs or more and not far too many images; else single images are.
 
     Parameters
     ----------
@@ -73,15 +87,39 @@ def choose_held_out(image_index: np.ndarray, fraction: float, seed: int) -> tupl
         (n,) image of each row: the symmetry copies of a particle go the same way.
     fraction
         Of the images; with 0, and of fewer than 4 images, none is held out.
-    seed
-        Of the choice.
+    micrograph
+        (n,) of each row's image; None where they are not known.
     """
-    images, owner = np.unique(image_index, return_inverse=True)
-    order = np.random.default_rng((seed, 1)).permutation(len(images))
-    held = np.zeros(len(images), bool)
-    if fraction > 0 and len(images) >= 2 * LEAST_HELD_OUT:
-        held[order[: min(max(round(fraction * len(images)), LEAST_HELD_OUT), MOST_HELD_OUT)]] = True
-    return np.flatnonzero(~held[owner]), np.flatnonzero(held[owner])
+    images, first_row, owner = np.unique(image_index, return_index=True, return_inverse=True)
+    enough = fraction > 0 and len(images) >= 2 * LEAST_HELD_OUT
+    wanted = min(max(round(fraction * len(images)), LEAST_HELD_OUT), MOST_HELD_OUT) if enough else 0
+    held = None if micrograph is None else _draw_micrographs(micrograph[first_row], wanted)
+    by_micrograph = held is not None
+    if held is None:
+        held = np.zeros(len(images), bool)
+        held[_random_order(len(images))[:wanted]] = True
+    return HeldOutChoice(np.flatnonzero(~held[owner]), np.flatnonzero(held[owner]), by_micrograph)
+
+
+def _draw_micrographs(micrograph: np.ndarray, wanted: int) -> np.ndarray | None:
+    """(images,) bool: those of whole micrographs, at least ``wanted``; None where they are too few or too large.
+
+    ``micrograph`` is (images,).
+    """
+    _, owner, sizes = np.unique(micrograph, return_inverse=True, return_counts=True)
+    order = _random_order(len(sizes))
+    reached = np.cumsum(sizes[order])
+    last = int(np.searchsorted(reached, wanted))
+    count, num = int(reached[last]), len(micrograph)
+    too_large = count > MOST_OFF * wanted or num - wanted > MOST_OFF * (num - count)
+    if last + 1 < FEWEST_MICROGRAPHS or too_large:
+        return None
+    return np.isin(owner, order[: last + 1])
+
+
+def _random_order(count: int) -> np.ndarray:
+    """(count,) a permutation, always the same one."""
+    return np.random.default_rng((0, 1)).permutation(count)
 
 
 @dataclass(frozen=True)

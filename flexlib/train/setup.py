@@ -62,6 +62,7 @@ class Setup:
     batch_size: int
     ranks: Ranks = ALONE
     half: HalfSet | None = None  # that is trained alone; None: all particles
+    by_micrograph: bool = False  # whether the micrographs of validation_rows are held out whole
 
     def prior(self, num_views: int = 0) -> LatentPrior:
         """Of the latents, and of ``num_views`` view parameters behind them.
@@ -112,6 +113,14 @@ class Setup:
         """Rows as an index on the run's device."""
         return torch.as_tensor(rows, device=self.device)
 
+    @property
+    def held_out_micrographs(self) -> int:
+        """How many micrographs are held out whole; 0 where single images are."""
+        micrograph = self.source.particles.micrograph
+        if micrograph is None or not self.by_micrograph:
+            return 0
+        return len(np.unique(micrograph[self.validation_rows]))
+
     def held_out(self, num_views: int = 0, particle_log_odds: float = math.inf) -> HeldOut:
         """The held-out rows, and how they are scored: with ``num_views`` view parameters, particles at these odds."""
         return HeldOut(
@@ -119,7 +128,7 @@ class Setup:
             rows=self.validation_rows,
             particle=self.source.particles.image_index[self.validation_rows],
             band=self.schedule.full_band,
-            seed=derived_seed(self.settings.seed, 7),
+            seed=derived_seed(0, 7),  # the same for all sweep points: their scores are compared in pairs
             fixed=self.settings.latent_dims if self.settings.freeze_latents else 0,
             prior=self.prior(num_views),
             particle_log_odds=particle_log_odds,
@@ -166,7 +175,6 @@ def set_up(
     source, consensus, mask = rows.source, read_map(particles.consensus), read_map(particles.mask)
     rigid_mesh, inside = single_cell_mesh(source.box * source.pixel_size_A), inside_mask(mask.data, TRAINING_FLOOR)
     flexible = Operator.on_mesh(mesh, inside, source.pixel_size_A, chosen, accuracy)
-    density = consensus.data if half is None else _low_band(consensus)
     rigid = Operator.on_mesh(rigid_mesh, inside, source.pixel_size_A, chosen, accuracy)
     return Setup(
         particles=particles,
@@ -177,7 +185,7 @@ def set_up(
         coarse=_coarse_map(mesh, inside, flexible, accuracy),
         rigid_coarse=_coarse_map(rigid_mesh, inside, rigid, accuracy),
         rigidity=RigidityTensors.from_mesh(mesh, chosen),
-        density_share=_density_share(density * mask.data, flexible),
+        density_share=_density_share(consensus, mask, flexible, half),
         mask=mask,
         consensus=consensus,
         training_rows=rows.training,
@@ -187,11 +195,13 @@ def set_up(
         batch_size=_fitting_batch_size(rows.training, batch_size, ranks),
         ranks=ranks,
         half=rows.half,
+        by_micrograph=rows.by_micrograph,
     )
 
 
-def _density_share(density: np.ndarray, operator: Operator) -> torch.Tensor:
-    """(nv,) of a density (box, box, box), by the vertex of the operator's mesh that it rides on."""
+def _density_share(consensus: Map, mask: Map, operator: Operator, half: int | None) -> torch.Tensor:
+    """(nv,) of the density that the training sees, by the vertex of the operator's mesh that it rides on."""
+    density = (consensus.data if half is None else _low_band(consensus)) * mask.data
     on_device = torch.as_tensor(density, dtype=torch.float32, device=operator.vertices_A.device)
     return density_at_vertices(operator.voxels, gather_volume(on_device, operator.voxels))
 

@@ -39,8 +39,9 @@ class Score:
     def difference(self, other: Score) -> tuple[float, float]:
         """Gain minus that of ``other``, and its standard error.
 
-        Particles differ far more than settings do. Where both held out the same ones, the error is that of the mean
-        of their differences, particle by particle; else (another seed holds out others) both errors add in square.
+        Particles differ far more than settings do. All sweep points hold out the same ones, so the error is that of
+        the mean of their differences, particle by particle. Where that is not known, or an older version has held out
+        others for another seed, both errors add in square.
         """
         if self.particles.keys() == other.particles.keys() and len(self.particles) > 1:
             differences = [gain - other.particles[row] for row, gain in self.particles.items()]

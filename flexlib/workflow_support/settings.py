@@ -167,7 +167,11 @@ class TrainSettings:
         uniqueItems=True,
     )
     validation_fraction: float = setting(
-        0.05, "Share of the particles held out of training to score it.", minimum=0, exclusiveMaximum=1
+        0.05,
+        "Share of the particles held out of training to score it, the same ones at every sweep point: by whole "
+        "micrographs where the input names them and there are enough.",
+        minimum=0,
+        exclusiveMaximum=1,
     )
     processes: int = setting(
         1,
