@@ -261,20 +261,40 @@ def _write_validation(
     folder: ValidateFolder, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float, rng: np.random.Generator
 ) -> None:
     """Models of the half-sets without the models themselves; motion that is told in the upper half of the box only."""
+    halves = []
     for number in (1, 2):
         _write_training(folder.half(number), rng, device="a GPU")
         noise = volume.std() * rng.standard_normal(volume.shape)
-        write_map(folder.half_map(number), (volume + noise).astype(np.float32), pixel_size_A)
+        halves.append((volume + noise).astype(np.float32))
+        write_map(folder.half_map(number), halves[-1], pixel_size_A)
+    frequency = frequencies_1_per_A(len(volume), pixel_size_A)
+    curve = fsc(halves[0], halves[1], mask)
+    curves = {"shell": np.arange(len(curve)), "frequency_1_per_A": frequency, "fsc_independent_corrected": curve}
+    pd.DataFrame(curves).to_csv(folder.fsc, index=False)
     write_map(folder.map, volume, pixel_size_A)
     error_A = np.full_like(volume, 1.0)
     error_A[: len(volume) // 2] = 3.0
     write_map(folder.motion_error, mask * error_A, pixel_size_A)
     write_map(folder.motion_size, mask * (8.0 - 2.0 * error_A), pixel_size_A)
+    _write_agreement_tables(folder)
     gains = 20 + 5 * rng.standard_normal(200)
     pd.DataFrame({"row": np.arange(len(gains)), "gain": gains}).to_csv(folder.cross, index=False)
     agreement_record(float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains))), len(gains)).write(
         folder.record
     )
+
+
+def _write_agreement_tables(folder: ValidateFolder) -> None:
+    """Modes of which the softest twelve agree, two regions, and latents whose second one is known less well."""
+    modes = {"first_mode": [1, 7, 13], "last_mode": [6, 12, 18], "length_A": [300.0, 120.0, 80.0]}
+    pd.DataFrame({**modes, "correlation": [0.98, 0.8, 0.3], "motion_A": [4.0, 1.0, 0.3]}).to_csv(
+        folder.modes, index=False
+    )
+    regions = {"region": [1, 2], "particles": [1200, 300], "latent1": [0.1, 1.9], "latent2": [-0.2, 0.4]}
+    sizes = {"error_A": [0.8, 2.5], "model_error_A": [0.3, 2.2], "motion_A": [3.1, 7.7]}
+    pd.DataFrame({**regions, **sizes}).to_csv(folder.regions, index=False)
+    errors = {"std_err": [0.11, 0.2], "model_std_err": [0.03, 0.24], "coverage": [0.99, 0.51], "factor": [1.03, 1.56]}
+    pd.DataFrame({"latent": [1, 2], **errors}).to_csv(folder.calibration, index=False)
 
 
 def _write_sweep(path: Path, chosen: SweepPoint, rng: np.random.Generator) -> None:

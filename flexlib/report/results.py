@@ -8,19 +8,27 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from flexlib.errors import InputError
-from flexlib.files import read_json, reading
-from flexlib.imaging.maps import Map, read_map
-from flexlib.layout import POINT_PATTERN, GenerateFolder, MeshFolder, ReconstructFolder, RunFolder, TrainFolder
+from flexlib.files import read_json
+from flexlib.imaging.maps import Map
+from flexlib.layout import (
+    POINT_PATTERN,
+    GenerateFolder,
+    MeshFolder,
+    ReconstructFolder,
+    RunFolder,
+    TrainFolder,
+    ValidateFolder,
+)
 from flexlib.particles.input_rows import latent_columns
 from flexlib.particles.latents_table import PROBABILITY
 from flexlib.particles.star import StarTables, read_tables
-from flexlib.records import ChecksumsRecord, ChoiceRecord, PreparedRecord, Record, ResolutionRecord, ValidationRecord
+from flexlib.records import ChecksumsRecord, ChoiceRecord, PreparedRecord, ResolutionRecord, ValidationRecord
+from flexlib.report.reading import map_at, read_record, read_table
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.workflow_support.points import SweepPoint
 from flexlib.workflow_support.settings import Align, GenerateSettings
@@ -29,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 LEAST_PROBABILITY = 0.5  # of an image that is taken for a particle
 _NO_POINT = "no-sweep-point"  # a folder that no run has
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -85,34 +91,34 @@ class Results:
     @cached_property
     def prepared(self) -> PreparedRecord | None:
         """What prepare read and made."""
-        return _record(PreparedRecord, self.run.particles.record)
+        return read_record(PreparedRecord, self.run.particles.record)
 
     @cached_property
     def noise(self) -> pd.DataFrame | None:
         """Noise spectra of the optics groups."""
-        return _csv(self.run.particles.noise)
+        return read_table(self.run.particles.noise)
 
     @cached_property
     def consensus(self) -> Map | None:
         """The consensus map at the training box."""
-        return _map(self.run.particles.consensus)
+        return map_at(self.run.particles.consensus)
 
     @cached_property
     def mask(self) -> Map | None:
         """The solvent mask at the training box."""
-        return _map(self.run.particles.mask)
+        return map_at(self.run.particles.mask)
 
     @cached_property
     def full_mask(self) -> Map | None:
         """The solvent mask at the reconstruction box."""
-        return _map(self.run.particles.full_mask)
+        return map_at(self.run.particles.full_mask)
 
     # the sweep and its chosen point -----------------------------------------------------------------------------
 
     @cached_property
     def sweep(self) -> pd.DataFrame | None:
         """The table of sweep points, with ``chosen`` as bool."""
-        table = _csv(self.run.table)
+        table = read_table(self.run.table)
         if table is not None and "chosen" in table:
             table["chosen"] = table["chosen"].astype(str).str.lower().isin(["true", "1", "yes", "1.0"])
         return table
@@ -123,7 +129,7 @@ class Results:
         if self.sweep is not None and "chosen" in self.sweep and self.sweep["chosen"].any():
             row = self.sweep[self.sweep["chosen"]].iloc[0]
             return SweepPoint(int(row["cells"]), int(row["latent_dims"]), float(row["rigidity"]), int(row["seed"]))
-        choice = _record(ChoiceRecord, self.run.best_point)
+        choice = read_record(ChoiceRecord, self.run.best_point)
         if choice is not None:
             return SweepPoint(choice.cells, choice.latent_dims, choice.rigidity, choice.seed)
         return min(_trained_points(self.run), key=lambda point: point.path, default=None)
@@ -152,6 +158,11 @@ class Results:
         """What reconstruct wrote for the chosen sweep point."""
         return self.run.reconstruct(self._point_path)
 
+    @property
+    def validate_folder(self) -> ValidateFolder:
+        """What validate wrote for the chosen sweep point."""
+        return self.run.validate(self._point_path)
+
     # mesh and training ------------------------------------------------------------------------------------------
 
     @cached_property
@@ -173,17 +184,17 @@ class Results:
     @cached_property
     def log(self) -> pd.DataFrame | None:
         """The training, a row for each epoch."""
-        return _csv(self.train_folder.log)
+        return read_table(self.train_folder.log)
 
     @cached_property
     def spectrum(self) -> pd.DataFrame | None:
         """Eigenvalues of the spectral start and the noise edge."""
-        return _csv(self.train_folder.spectrum)
+        return read_table(self.train_folder.spectrum)
 
     @cached_property
     def validation(self) -> ValidationRecord | None:
         """What the training came to."""
-        return _record(ValidationRecord, self.train_folder.validation)
+        return read_record(ValidationRecord, self.train_folder.validation)
 
     @cached_property
     def latents(self) -> pd.DataFrame | None:
@@ -283,17 +294,17 @@ class Results:
     @cached_property
     def series_latents(self) -> pd.DataFrame | None:
         """``series``, ``frame``, ``latent_1``..K, ``num_particles``, ``beyond_data`` of every generated frame."""
-        return _csv(self.generate_folder.table)
+        return read_table(self.generate_folder.table)
 
     @cached_property
     def convergence(self) -> pd.DataFrame | None:
         """``half``, ``model``, ``iteration``, ``objective``, ``relative_gradient`` of the reconstruction."""
-        return _csv(self.reconstruct_folder.convergence)
+        return read_table(self.reconstruct_folder.convergence)
 
     @cached_property
     def resolution(self) -> ResolutionRecord | None:
         """What the reconstruction came to."""
-        return _record(ResolutionRecord, self.reconstruct_folder.resolution)
+        return read_record(ResolutionRecord, self.reconstruct_folder.resolution)
 
     @property
     def unconverged(self) -> list[str]:
@@ -304,15 +315,15 @@ class Results:
     @cached_property
     def fsc(self) -> pd.DataFrame | None:
         """Half-map FSC curves of the chosen sweep point."""
-        return _csv(self.reconstruct_folder.fsc)
+        return read_table(self.reconstruct_folder.fsc)
 
     def reconstructed(self, kind: str) -> Map | None:
         """``kind`` "flex" or "rigid": the mean of the two half-maps, or the combined map where there are none."""
         folder = self.reconstruct_folder
-        halves = [_map(folder.half(kind, number)) for number in (1, 2)]
+        halves = [map_at(folder.half(kind, number)) for number in (1, 2)]
         if halves[0] is not None and halves[1] is not None:
             return Map(0.5 * (halves[0].data + halves[1].data), halves[0].pixel_size_A)
-        return _map(folder.map(kind))
+        return map_at(folder.map(kind))
 
     @property
     def reconstructed_maps(self) -> list[tuple[str, Map]]:
@@ -330,7 +341,7 @@ class Results:
     @cached_property
     def checksums(self) -> ChecksumsRecord | None:
         """What the input files were."""
-        return _record(ChecksumsRecord, self.run.checksums)
+        return read_record(ChecksumsRecord, self.run.checksums)
 
     @cached_property
     def benchmarks(self) -> pd.DataFrame:
@@ -361,27 +372,6 @@ def _read_latents(path: Path) -> pd.DataFrame:
 
 def _bare_names(table: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=lambda name: name.removeprefix("rln"))
-
-
-def _record(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
-    """The record at ``path``; None where there is none, or one of an older flexlib that cannot be read."""
-    if not path.exists():
-        return None
-    try:
-        return kind.read(path)
-    except InputError as error:
-        logger.warning("%s", error)
-        return None
-
-
-def _csv(path: Path) -> pd.DataFrame | None:
-    with reading(path, ValueError):
-        table = pd.read_csv(path) if path.exists() and path.stat().st_size else None
-    return table if table is not None and len(table) else None
-
-
-def _map(path: Path) -> Map | None:
-    return read_map(path) if path.exists() else None
 
 
 def _trained_points(run: RunFolder) -> list[SweepPoint]:
