@@ -9,7 +9,6 @@ import numpy as np
 
 from flexlib.validate.motion_error import SHARED_BY_HALVES
 
-WITHIN_ONE = 0.683  # of a normal distribution, one standard deviation from its mean
 MATTERS = 0.4  # of a standard error: less would add 8 %, and posteriors are no more exact than that
 DEGREE = 3  # of the polynomials that bring one model's latents to another's
 
@@ -24,14 +23,11 @@ class LatentErrors:
 
     @property
     def model_std_err(self) -> np.ndarray:
-        """(n, K) what 68 % of the disagreements in the particle's region are within.
-
-        Not their rms: a few particles that lie at another local minimum in one model would speak for all.
-        """
+        """(n, K) rms disagreement in the particle's region."""
         found = np.zeros_like(self.std_err)
         for number in np.unique(self.label):
             rows = self.label == number
-            found[rows] = np.quantile(np.abs(self.disagreement[rows]), WITHIN_ONE, axis=0)
+            found[rows] = np.sqrt((self.disagreement[rows] ** 2).mean(0))
         return found
 
     @property
