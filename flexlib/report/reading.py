@@ -29,10 +29,10 @@ def read_record(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
         return None
 
 
-def read_table(path: Path) -> pd.DataFrame | None:
-    """A table of numbers; None where there is none, or it is empty."""
+def read_table(path: Path, separator: str = ",") -> pd.DataFrame | None:
+    """A table of numbers; None where there is none, or it is empty. A dash stands for what is not known."""
     with reading(path, ValueError):
-        table = pd.read_csv(path) if path.exists() and path.stat().st_size else None
+        table = pd.read_csv(path, sep=separator, na_values="-") if path.exists() and path.stat().st_size else None
     return table if table is not None and len(table) else None
 
 

@@ -348,8 +348,8 @@ class Results:
         """Snakemake's benchmark files: rule (path below benchmarks/), seconds, peak memory in MB."""
         rows = []
         for path in sorted(self.run.benchmarks.rglob("*.tsv")):
-            table = pd.read_csv(path, sep="\t", na_values="-")
-            if len(table) and "s" in table:
+            table = read_table(path, separator="\t")
+            if table is not None and "s" in table:
                 label = path.relative_to(self.run.benchmarks).with_suffix("").as_posix()
                 rows.append((label, float(table["s"].mean()), float(table.get("max_rss", pd.Series([np.nan])).mean())))
         return pd.DataFrame(rows, columns=["rule", "seconds", "memory_MB"])
