@@ -290,6 +290,20 @@ def test_the_stage_writes_what_both_models_agree_on(clamp, tmp_path):
     assert np.isfinite(table).all() and (table >= 0).all() and len(table) == 400
 
 
+def test_a_half_set_that_confirms_no_motion_stands_still_and_the_stage_says_so(clamp, tmp_path, monkeypatch):
+    """As of a molecule at rest, whose held-out images confirm nothing; without poses to refine."""
+    monkeypatch.setattr("flexlib.train.finish.confirms_motion", lambda gain, error: False)
+    for refined in (True, False):
+        settings = replace(SETTINGS, epochs=1, refine_poses=refined, refine_contrast=refined)
+        train(clamp / "particles", clamp / "mesh", tmp_path / f"{refined}", settings, "cpu", half=1)
+        halves = [tmp_path / f"{refined}", clamp / "half_2"]
+        validate(clamp / "particles", clamp / "all", halves, tmp_path / "out", ReconstructSettings(), "cpu")
+        record = AgreementRecord.read(ValidateFolder(tmp_path / "out").record)
+        assert record.at_rest == [True, False]
+        assert record.num_modes_agreeing == 0 and record.mode_limit_A is None
+        assert pd.read_csv(TrainFolder(tmp_path / f"{refined}").cross)["gain"].abs().max() == 0
+
+
 def test_models_of_other_particles_and_given_latents_are_refused_in_one_line(clamp, tmp_path):
     with pytest.raises(InputError, match=r"train\.freeze_latents"):
         frozen = replace(SETTINGS, freeze_latents=True)

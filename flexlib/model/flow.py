@@ -85,6 +85,11 @@ class FlowGenerator(nn.Module):
         last = torch.cat([self.output.weight.T, self.linear, self.output.bias[None]])
         return AssembledFlow(self, last @ self.basis_A.flatten(1))
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether every displacement is zero."""
+        return not any(bool(values.any()) for values in (self.linear, self.output.weight, self.output.bias))
+
     @torch.no_grad()
     def stand_still(self) -> None:
         """Make every displacement zero."""

@@ -70,10 +70,10 @@ def infer_all(setup: Setup, state: State) -> Inferred:
 
 
 def view_std_errs(state: State, precision: torch.Tensor) -> torch.Tensor:
-    """(n, 6 or 0) standard errors of the view parameters, from the precision (n, P, P) of all."""
+    """(m, 6 or 0) standard errors of some rows' view parameters, from the precision (m, P, P) of all of theirs."""
     prior, num = state.views.prior, state.views.num
     if prior is None:
-        return state.views.units
+        return torch.zeros((len(precision), 0), device=precision.device)
     inverse = torch.cat([torch.linalg.inv(some) for some in precision.split(65536)])
     return inverse.diagonal(dim1=1, dim2=2)[:, -num:].clamp(min=0).sqrt() * prior.widths.to(inverse)
 

@@ -117,7 +117,10 @@ def _cross_score(whole: Setup, half: HalfSet, state: State) -> HeldOutScore:
         views=replace(state.views, held=start[:, dims:]),
         rigid_views=replace(state.rigid_views, held=state.rigid_views.units[at_rows]),
     )
-    return score_now(scored, looked_at, steps=UNSEEN_STEPS, search=True, final=True)
+    score = score_now(scored, looked_at, steps=UNSEEN_STEPS, search=True, final=True)
+    if state.flow.stands_still:  # then it is the rigid model
+        return replace(score, gains=np.zeros_like(score.gains))
+    return score
 
 
 def _start_of(scored: Setup, state: State) -> torch.Tensor:

@@ -58,7 +58,7 @@ class _Models:
     @property
     def at_rest(self) -> list[bool]:
         """Of the half-sets', whether it moves nothing."""
-        return [stands_still(model) for model in self.halves]
+        return [model.flow.stands_still for model in self.halves]
 
 
 def validate(
@@ -152,12 +152,6 @@ def _validate(
         wall_s=round(time.perf_counter() - began, 2),
         device=describe_device(chosen),
     ).write(out.record)
-
-
-def stands_still(model: FlexModel) -> bool:
-    """Whether a model moves nothing, because the particles that were held out confirmed no motion."""
-    flow = model.flow
-    return not any(bool(values.any()) for values in (flow.linear, flow.output.weight, flow.output.bias))
 
 
 def _load(
