@@ -27,6 +27,7 @@ _SECTIONS = {
     "latents": "Latent space",
     "motion": "Motion",
     "resolution": "Resolution",
+    "independent": "Independent halves",
     "settings": "Settings and provenance",
 }
 
@@ -45,6 +46,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         "occupancy": sections.occupancy_section(results),
         "motion": sections.motion_section(results, gallery),
         "resolution": sections.resolution_section(results, gallery),
+        "independent": sections.independent_section(results, gallery),
         "settings": sections.settings_section(results),
     }
     # the particles come last: they are many, and a part of them will do where the rest leaves little room

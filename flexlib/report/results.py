@@ -85,34 +85,34 @@ class Results:
     @cached_property
     def prepared(self) -> PreparedRecord | None:
         """What prepare read and made."""
-        return _record(PreparedRecord, self.run.particles.record)
+        return record_at(PreparedRecord, self.run.particles.record)
 
     @cached_property
     def noise(self) -> pd.DataFrame | None:
         """Noise spectra of the optics groups."""
-        return _csv(self.run.particles.noise)
+        return table_at(self.run.particles.noise)
 
     @cached_property
     def consensus(self) -> Map | None:
         """The consensus map at the training box."""
-        return _map(self.run.particles.consensus)
+        return map_at(self.run.particles.consensus)
 
     @cached_property
     def mask(self) -> Map | None:
         """The solvent mask at the training box."""
-        return _map(self.run.particles.mask)
+        return map_at(self.run.particles.mask)
 
     @cached_property
     def full_mask(self) -> Map | None:
         """The solvent mask at the reconstruction box."""
-        return _map(self.run.particles.full_mask)
+        return map_at(self.run.particles.full_mask)
 
     # the sweep and its chosen point -----------------------------------------------------------------------------
 
     @cached_property
     def sweep(self) -> pd.DataFrame | None:
         """The table of sweep points, with ``chosen`` as bool."""
-        table = _csv(self.run.table)
+        table = table_at(self.run.table)
         if table is not None and "chosen" in table:
             table["chosen"] = table["chosen"].astype(str).str.lower().isin(["true", "1", "yes", "1.0"])
         return table
@@ -123,10 +123,10 @@ class Results:
         if self.sweep is not None and "chosen" in self.sweep and self.sweep["chosen"].any():
             row = self.sweep[self.sweep["chosen"]].iloc[0]
             return SweepPoint(int(row["cells"]), int(row["latent_dims"]), float(row["rigidity"]), int(row["seed"]))
-        choice = _record(ChoiceRecord, self.run.best_point)
+        choice = record_at(ChoiceRecord, self.run.best_point)
         if choice is not None:
             return SweepPoint(choice.cells, choice.latent_dims, choice.rigidity, choice.seed)
-        return min(_trained_points(self.run), key=lambda point: point.path, default=None)
+        return min(points_below(self.run.train("").path), key=lambda point: point.path, default=None)
 
     @property
     def _point_path(self) -> str:
@@ -173,17 +173,17 @@ class Results:
     @cached_property
     def log(self) -> pd.DataFrame | None:
         """The training, a row for each epoch."""
-        return _csv(self.train_folder.log)
+        return table_at(self.train_folder.log)
 
     @cached_property
     def spectrum(self) -> pd.DataFrame | None:
         """Eigenvalues of the spectral start and the noise edge."""
-        return _csv(self.train_folder.spectrum)
+        return table_at(self.train_folder.spectrum)
 
     @cached_property
     def validation(self) -> ValidationRecord | None:
         """What the training came to."""
-        return _record(ValidationRecord, self.train_folder.validation)
+        return record_at(ValidationRecord, self.train_folder.validation)
 
     @cached_property
     def latents(self) -> pd.DataFrame | None:
@@ -283,17 +283,17 @@ class Results:
     @cached_property
     def series_latents(self) -> pd.DataFrame | None:
         """``series``, ``frame``, ``latent_1``..K, ``num_particles``, ``beyond_data`` of every generated frame."""
-        return _csv(self.generate_folder.table)
+        return table_at(self.generate_folder.table)
 
     @cached_property
     def convergence(self) -> pd.DataFrame | None:
         """``half``, ``model``, ``iteration``, ``objective``, ``relative_gradient`` of the reconstruction."""
-        return _csv(self.reconstruct_folder.convergence)
+        return table_at(self.reconstruct_folder.convergence)
 
     @cached_property
     def resolution(self) -> ResolutionRecord | None:
         """What the reconstruction came to."""
-        return _record(ResolutionRecord, self.reconstruct_folder.resolution)
+        return record_at(ResolutionRecord, self.reconstruct_folder.resolution)
 
     @property
     def unconverged(self) -> list[str]:
@@ -304,15 +304,15 @@ class Results:
     @cached_property
     def fsc(self) -> pd.DataFrame | None:
         """Half-map FSC curves of the chosen sweep point."""
-        return _csv(self.reconstruct_folder.fsc)
+        return table_at(self.reconstruct_folder.fsc)
 
     def reconstructed(self, kind: str) -> Map | None:
         """``kind`` "flex" or "rigid": the mean of the two half-maps, or the combined map where there are none."""
         folder = self.reconstruct_folder
-        halves = [_map(folder.half(kind, number)) for number in (1, 2)]
+        halves = [map_at(folder.half(kind, number)) for number in (1, 2)]
         if halves[0] is not None and halves[1] is not None:
             return Map(0.5 * (halves[0].data + halves[1].data), halves[0].pixel_size_A)
-        return _map(folder.map(kind))
+        return map_at(folder.map(kind))
 
     @property
     def reconstructed_maps(self) -> list[tuple[str, Map]]:
@@ -330,7 +330,7 @@ class Results:
     @cached_property
     def checksums(self) -> ChecksumsRecord | None:
         """What the input files were."""
-        return _record(ChecksumsRecord, self.run.checksums)
+        return record_at(ChecksumsRecord, self.run.checksums)
 
     @cached_property
     def benchmarks(self) -> pd.DataFrame:
@@ -363,7 +363,7 @@ def _bare_names(table: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=lambda name: name.removeprefix("rln"))
 
 
-def _record(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
+def record_at(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
     """The record at ``path``; None where there is none, or one of an older flexlib that cannot be read."""
     if not path.exists():
         return None
@@ -374,23 +374,24 @@ def _record(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
         return None
 
 
-def _csv(path: Path) -> pd.DataFrame | None:
+def table_at(path: Path) -> pd.DataFrame | None:
+    """The table at ``path``; None where there is none, or an empty one."""
     with reading(path, ValueError):
         table = pd.read_csv(path) if path.exists() and path.stat().st_size else None
     return table if table is not None and len(table) else None
 
 
-def _map(path: Path) -> Map | None:
+def map_at(path: Path) -> Map | None:
+    """The map at ``path``; None where there is none."""
     return read_map(path) if path.exists() else None
 
 
-def _trained_points(run: RunFolder) -> list[SweepPoint]:
-    """The sweep points that have a training folder."""
+def points_below(stage: Path) -> list[SweepPoint]:
+    """The sweep points that have a folder below a stage's."""
     values = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", POINT_PATTERN))
-    root = run.train("").path
     found = []
-    for path in root.glob(re.sub(r"\{\w+\}", "*", POINT_PATTERN)):
-        match = values.fullmatch(path.relative_to(root).as_posix())
+    for path in stage.glob(re.sub(r"\{\w+\}", "*", POINT_PATTERN)):
+        match = values.fullmatch(path.relative_to(stage).as_posix())
         assert match is not None  # the same pattern
         found.append(SweepPoint(int(match["cells"]), int(match["dims"]), float(match["rigidity"]), int(match["seed"])))
     return found
