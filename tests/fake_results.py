@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ from json_records import agreement_record
 
 from flexlib.images.noise import write_noise
 from flexlib.imaging.fourier import lowpass_map
-from flexlib.imaging.fsc import frequencies_1_per_A, fsc
-from flexlib.imaging.maps import write_map
+from flexlib.imaging.fsc import frequencies_1_per_A
+from flexlib.imaging.maps import read_map, write_map
 from flexlib.imaging.masks import make_mask
 from flexlib.layout import ReconstructFolder, RunFolder, TrainFolder, ValidateFolder
 from flexlib.mesh.build import build_mesh
 from flexlib.particles.star_write import write_star
+from flexlib.reconstruct.fsc_table import fsc_table
 from flexlib.records import (
+    AgreementRecord,
     ChecksumsRecord,
     Finding,
     InputFile,
@@ -93,7 +96,7 @@ def write_fake_results(
             write_map(generated.frame(f"axis_{axis + 1}", frame), moved, pixel_size_A)
     _write_series(generated.table, dims, frames)
     _write_reconstruction(run.reconstruct(point.path), consensus, mask, pixel_size_A, rng)
-    _write_validation(run.validate(point.path), consensus, mask, pixel_size_A, rng)
+    _write_validation(run, point, consensus, mask, pixel_size_A)
     _write_sweep(run.table, point, rng)
     ChecksumsRecord(
         [
@@ -225,22 +228,26 @@ def _write_series(path: Path, dims: int, frames: int) -> None:
     pd.DataFrame(rows).to_csv(path, index=False)
 
 
+def moving_part(mask: np.ndarray) -> np.ndarray:
+    """What moves, and is told: the mask in the upper half of the box."""
+    upper = mask.copy()
+    upper[: len(mask) // 2] = 0
+    return upper
+
+
 def _write_reconstruction(
     folder: ReconstructFolder, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float, rng: np.random.Generator
 ) -> None:
-    box = len(volume)
-    shell = np.arange(box // 2)
-    table = {"shell": shell, "frequency_1_per_A": shell / (box * pixel_size_A)}
-    for model, noise in (("flex", 0.6), ("rigid", 2.0)):
-        halves = [
-            (volume + noise * volume.std() * rng.standard_normal(volume.shape)).astype(np.float32) for _ in range(2)
-        ]
-        for index, half in enumerate(halves):
+    halves = {
+        model: [(volume + noise * volume.std() * rng.standard_normal(volume.shape)).astype(np.float32) for _ in (1, 2)]
+        for model, noise in (("flex", 0.6), ("rigid", 2.0))
+    }
+    for model, pair in halves.items():
+        for index, half in enumerate(pair):
             write_map(folder.half(model, index + 1), half, pixel_size_A)
-        write_map(folder.map(model), 0.5 * (halves[0] + halves[1]), pixel_size_A)
-        for kind, window in (("unmasked", None), ("masked", mask), ("corrected", mask)):
-            table[f"fsc_{model}_{kind}"] = fsc(halves[0], halves[1], window)
-    pd.DataFrame(table).to_csv(folder.fsc, index=False)
+        write_map(folder.map(model), 0.5 * (pair[0] + pair[1]), pixel_size_A)
+    table, resolutions_A = fsc_table(halves, mask, pixel_size_A, moving_part(mask))
+    table.to_csv(folder.fsc, index=False)
     course = [
         {"half": half, "model": model, "iteration": i, "objective": 100.0, "relative_gradient": 10 ** (-0.2 * i)}
         for model in ("flex", "rigid")
@@ -249,7 +256,7 @@ def _write_reconstruction(
     ]
     pd.DataFrame(course).to_csv(folder.convergence, index=False)
     ResolutionRecord(
-        resolutions_A={},
+        resolutions_A=resolutions_A,
         moving_rms_displacement={},
         flex_b_factor_A2=None,
         flex_local_A={},
@@ -258,43 +265,78 @@ def _write_reconstruction(
 
 
 def _write_validation(
-    folder: ValidateFolder, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float, rng: np.random.Generator
+    run: RunFolder, point: SweepPoint, volume: np.ndarray, mask: np.ndarray, pixel_size_A: float
 ) -> None:
-    """Models of the half-sets without the models themselves; motion that is told in the upper half of the box only."""
-    halves = []
+    """Models of the half-sets, without the models themselves, that agree with the shared one.
+
+    The part that moves moves 6 A with an error of 1 A; what lies below it 2 A with an error of 3 A.
+    """
+    rng = np.random.default_rng(3)
+    folder, halves = run.validate(point.path), []
     for number in (1, 2):
         _write_training(folder.half(number), rng, device="a GPU")
-        noise = volume.std() * rng.standard_normal(volume.shape)
-        halves.append((volume + noise).astype(np.float32))
+        shared = read_map(run.reconstruct(point.path).half("flex", number)).data
+        halves.append((shared + 0.02 * volume.std() * rng.standard_normal(volume.shape)).astype(np.float32))
         write_map(folder.half_map(number), halves[-1], pixel_size_A)
-    frequency = frequencies_1_per_A(len(volume), pixel_size_A)
-    curve = fsc(halves[0], halves[1], mask)
-    curves = {"shell": np.arange(len(curve)), "frequency_1_per_A": frequency, "fsc_independent_corrected": curve}
-    pd.DataFrame(curves).to_csv(folder.fsc, index=False)
-    write_map(folder.map, volume, pixel_size_A)
-    error_A = np.full_like(volume, 1.0)
-    error_A[: len(volume) // 2] = 3.0
-    write_map(folder.motion_error, mask * error_A, pixel_size_A)
-    write_map(folder.motion_size, mask * (8.0 - 2.0 * error_A), pixel_size_A)
-    _write_agreement_tables(folder)
+    write_map(folder.map, 0.5 * (halves[0] + halves[1]), pixel_size_A)
+    moving = moving_part(mask)
+    table, resolutions_A = fsc_table({"independent": halves}, mask, pixel_size_A, moving)
+    table.to_csv(folder.fsc, index=False)
+    error_A = np.full_like(volume, 3.0)
+    error_A[len(volume) // 2 :] = 1.0
+    size_A = np.where(error_A == 1.0, 6.0, 2.0).astype(np.float32)
+    write_map(folder.motion_error, error_A, pixel_size_A)
+    write_map(folder.motion_size, size_A, pixel_size_A)
+    density = mask * np.maximum(volume, 0)
     gains = 20 + 5 * rng.standard_normal(200)
     pd.DataFrame({"row": np.arange(len(gains)), "gain": gains}).to_csv(folder.cross, index=False)
-    agreement_record(float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains))), len(gains)).write(
-        folder.record
+    record = replace(
+        agreement_record(float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains))), len(gains)),
+        resolutions_A=resolutions_A,
+        motion_error_A=_rms(error_A, density),
+        motion_size_A=_rms(size_A, density),
+        moving_error_A=_rms(error_A, density * moving),
+        moving_size_A=_rms(size_A, density * moving),
+        num_modes_agreeing=12,
+        mode_limit_A=60.0,
+        latent_coverage=[0.68, 0.66, 0.7][: point.latent_dims],
+        std_err_factor=[1.04, 1.05, 1.02][: point.latent_dims],
     )
+    _write_agreement_tables(folder, record, point.latent_dims)
+    record.write(folder.record)
 
 
-def _write_agreement_tables(folder: ValidateFolder) -> None:
-    """Modes of which the softest twelve agree, two regions, and latents whose second one is known less well."""
-    modes = {"first_mode": [1, 7, 13], "last_mode": [6, 12, 18], "length_A": [300.0, 120.0, 80.0]}
-    pd.DataFrame({**modes, "correlation": [0.98, 0.8, 0.3], "motion_A": [4.0, 1.0, 0.3]}).to_csv(
-        folder.modes, index=False
-    )
-    regions = {"region": [1, 2], "particles": [1200, 300], "latent1": [0.1, 1.9], "latent2": [-0.2, 0.4]}
-    sizes = {"error_A": [0.8, 2.5], "model_error_A": [0.3, 2.2], "motion_A": [3.1, 7.7]}
-    pd.DataFrame({**regions, **sizes}).to_csv(folder.regions, index=False)
-    errors = {"std_err": [0.11, 0.2], "model_std_err": [0.03, 0.24], "coverage": [0.99, 0.51], "factor": [1.03, 1.56]}
-    pd.DataFrame({"latent": [1, 2], **errors}).to_csv(folder.calibration, index=False)
+def _rms(values: np.ndarray, weight: np.ndarray) -> float:
+    return float(np.sqrt((values**2 * weight).sum() / weight.sum()))
+
+
+def _write_agreement_tables(folder: ValidateFolder, record: AgreementRecord, dims: int) -> None:
+    """Tables of a validation; the regions' squares, weighted by their particles, are the record's."""
+    modes = {
+        "first_mode": [1, 7, 13, 19],
+        "last_mode": [6, 12, 18, 24],
+        "length_A": [90.0, 60.0, 45.0, 36.0],
+        "correlation": [0.97, 0.8, 0.31, 0.05],
+        "motion_A": [4.0, 1.5, 0.4, 0.2],
+    }
+    pd.DataFrame(modes).to_csv(folder.modes, index=False)
+    size2, error2 = record.motion_size_A**2, record.motion_error_A**2
+    regions = pd.DataFrame({"region": [1, 2], "particles": [100, 100]})
+    for latent in range(dims):
+        regions[f"latent{latent + 1}"] = [0.1, 1.2]
+    regions["error_A"] = np.sqrt([error2, error2])
+    regions["model_error_A"] = 0.6 * regions["error_A"]
+    regions["motion_A"] = np.sqrt([0.5 * error2, 2 * size2 - 0.5 * error2])
+    regions.to_csv(folder.regions, index=False)
+    factor = np.array(record.std_err_factor)
+    calibration = {
+        "latent": np.arange(1, len(factor) + 1),
+        "std_err": 0.2,
+        "model_std_err": 0.2 * np.sqrt(factor**2 - 1),
+        "coverage": record.latent_coverage,
+        "factor": factor,
+    }
+    pd.DataFrame(calibration).to_csv(folder.calibration, index=False)
 
 
 def _write_sweep(path: Path, chosen: SweepPoint, rng: np.random.Generator) -> None:

@@ -55,7 +55,7 @@ FORMATS = {
     "torch.load": {"flexlib.runtime"},  # a model; a checkpoint
     "pandas.read_csv": {
         "flexlib.particles.star_text",  # rows of a STAR table
-        "flexlib.report.reading",  # the run's tables, for the report
+        "flexlib.report.results",  # the run's tables, for the report
     },
     "csv.DictReader": {
         "flexlib.mesh.weights",  # the user's weights

@@ -39,7 +39,7 @@ from flexlib.tetra.voxels import voxelise
 from flexlib.workflow_support.scores import SIGNIFICANT_ERRORS, SIGNIFICANT_NATS
 from flexlib.workflow_support.settings import Align
 
-SECTIONS = ("input", "mesh", "sweep", "training", "latents", "motion", "resolution", "settings")
+SECTIONS = ("input", "mesh", "sweep", "training", "latents", "motion", "resolution", "independent", "settings")
 NOTHING = Gallery([], None, [])
 
 
@@ -166,7 +166,7 @@ def test_truth_follows_the_rows_of_the_input(results: Path) -> None:
 
 
 def test_resolution_in_the_table_is_the_crossing(results: Path) -> None:
-    fsc = np.genfromtxt(next(results.rglob("fsc.csv")), delimiter=",", names=True)
+    fsc = np.genfromtxt(Results(results, CONFIG).reconstruct_folder.fsc, delimiter=",", names=True)
     first = int(np.flatnonzero(fsc["fsc_flex_corrected"] < 0.143)[0])
     ends_A = 1 / fsc["frequency_1_per_A"][[first, first - 1]]
     row = re.search(r"<td>corrected</td><td>([\d.]+) Å</td><td>([\d.]+) Å", (results / "report.html").read_text())

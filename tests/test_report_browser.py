@@ -125,6 +125,7 @@ def test_loads_without_errors_or_requests_and_draws_every_plot(results: Path, pa
     assert {"mesh-view", "sweep-gains", "sweep-heat-map", "spectrum", "latent-scatter", "latent-density", "fsc"} <= set(
         drawn
     )
+    assert {"independent-fsc", "independent-fsc-moving", "independent-modes"} <= set(drawn)
     assert {"morph-axis_1", "morph-axis_2"} <= set(drawn) and all(drawn.values()), drawn
     pictures = page.execute_script("return Array.from(document.images, (i) => i.complete && i.naturalWidth)")
     assert len(pictures) >= 8 and all(width > 100 for width in pictures)

@@ -1,273 +1,246 @@
-"""The report's section on two models that never met: what they agree on of map, motion and latents."""
+"""What two models that never met agree on: what validate wrote, and how it compares with the shared model's."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
-from markupsafe import Markup
 
+from flexlib.errors import InputError
 from flexlib.imaging.maps import Map
-from flexlib.records import AgreementRecord
-from flexlib.report import facts, pictures
-from flexlib.report.formats import angstrom, number, plus_minus
-from flexlib.report.markup import render
-from flexlib.report.pictures import ACCENT, FLEX
-from flexlib.report.plots import styled
-from flexlib.report.reading import map_at, read_record, read_table
-from flexlib.report.results import Results
-from flexlib.report.tables import Table
-from flexlib.workflow_support.scores import confirms_motion
+from flexlib.layout import RunFolder, ValidateFolder
+from flexlib.records import AgreementRecord, ValidationRecord
+from flexlib.report.facts import fsc_column, resolution_A
+from flexlib.report.results import Results, map_at, points_below, record_at, table_at
+from flexlib.workflow_support.points import SweepPoint
 
-INDEPENDENT = "#1d7a46"
-SHARED_FSC, SHARED_RESOLUTION = 0.02, 1.03  # mean of FSC, and ratio of resolutions, from which on a warning is due
-_SIGNAL = 0.9  # FSC below which shells are compared: above, nothing is left to be shared
-_TOO_SMALL = 1.1  # factor on standard errors that is worth a sentence
+logger = logging.getLogger(__name__)
+
+INDEPENDENT = "independent"  # how columns of its fsc.csv are named
+STILL_A = 1e-3  # rms motion below which a model stands still
+CONFIRMING_ERRORS = 2.0  # standard errors of the cross gain that confirm motion
+TOO_SMALL = 1.1  # factor from which on standard errors are called too small
+_HIGH_FSC = 0.9  # shells are compared from where the independent curve falls below
+_LITTLE_FSC, _LITTLE_RESOLUTION = 0.02, 0.03  # by which the shared model may look better: mean FSC, share of a length
+_KINDS = {"whole map": ("corrected", "masked", "unmasked"), "moving part": ("moving",)}
+
+Read = TypeVar("Read", Map, pd.DataFrame)
 
 
 @dataclass(frozen=True)
-class SharedFsc:
-    """How much better one model's half-maps agree than independent ones, over the whole map or its moving part."""
+class FscComparison:
+    """FSC of the independent half-maps beside that of the shared model's, over one part of the map."""
 
-    region: str  # "whole map" or "moving part"
-    mean: float  # of the difference of FSC, over the shells where the independent one is below 0.9
-    largest: float
-    largest_at_A: float
-    resolution_A: tuple[float | None, float | None]  # at 0.143: of one model's, of independent half-maps
-    half_A: tuple[float | None, float | None]  # at 0.5
+    part: str  # "whole map" or "moving part"
+    curves: pd.DataFrame  # frequency_1_per_A, independent and, where that was reconstructed, shared
 
     @property
-    def is_much(self) -> bool:
-        """Whether the half-maps of one model promise more than independent ones hold."""
-        ratios = [own / other for other, own in (self.resolution_A, self.half_A) if own and other]
-        return self.mean > SHARED_FSC or any(ratio > SHARED_RESOLUTION for ratio in ratios)
+    def has_shared(self) -> bool:
+        """Whether there is something to compare with."""
+        return "shared" in self.curves
 
     @property
-    def sentence(self) -> str:
-        """All of it."""
-        (shared, own), (shared_half, own_half) = self.resolution_A, self.half_A
-        begin = (
-            f"{self.region.capitalize()}: {_reach(own, own_half)} from independent models, "
-            f"{_reach(shared, shared_half)} from one model of all particles."
+    def limit_A(self) -> float:
+        """Resolution of the last shell."""
+        return 1 / float(self.curves["frequency_1_per_A"].max())
+
+    def resolution_A(self, model: str, threshold: float) -> float | None:
+        """Where the curve of "independent" or "shared" falls below ``threshold``; None where it never does."""
+        return resolution_A(self.curves, model, threshold)
+
+    @cached_property
+    def _judged(self) -> pd.DataFrame:
+        """Frequency and difference, shared minus independent, of the shells that say something."""
+        below = np.flatnonzero(self.curves[INDEPENDENT].to_numpy(float)[1:] < _HIGH_FSC)
+        first = 1 + int(below[0]) if below.size else 1
+        difference = self.curves["shared"] - self.curves[INDEPENDENT]
+        table = pd.DataFrame({"frequency_1_per_A": self.curves["frequency_1_per_A"], "difference": difference})
+        return table.iloc[first:].dropna()
+
+    @property
+    def mean_difference(self) -> float:
+        """By how much the shared curve lies higher, over the shells from where the independent one is below 0.9."""
+        return float(self._judged["difference"].mean()) if len(self._judged) else 0.0
+
+    @property
+    def largest_difference(self) -> tuple[float, float]:
+        """By how much the shared curve lies higher at most, and the resolution in Angstrom of that shell."""
+        if not len(self._judged):
+            return 0.0, self.limit_A
+        row = self._judged.loc[self._judged["difference"].idxmax()]
+        return float(row["difference"]), 1 / float(row["frequency_1_per_A"])
+
+    @property
+    def flattered(self) -> bool:
+        """Whether the shared model's FSC looks better by more than a little."""
+        if not self.has_shared:
+            return False
+        shared, independent = (self.resolution_A(model, 0.143) or self.limit_A for model in ("shared", INDEPENDENT))
+        return bool(self.mean_difference > _LITTLE_FSC or shared < (1 - _LITTLE_RESOLUTION) * independent)
+
+
+@dataclass(frozen=True)
+class ValidatedPoint:
+    """A sweep point that validate has judged; a file that is not there, or cannot be read, is None."""
+
+    run: RunFolder
+    point: SweepPoint
+    record: AgreementRecord
+
+    @property
+    def folder(self) -> ValidateFolder:
+        """What validate wrote."""
+        return self.run.validate(self.point.path)
+
+    @cached_property
+    def shared(self) -> ValidationRecord | None:
+        """What the training on all particles came to."""
+        return record_at(ValidationRecord, self.run.train(self.point.path).validation)
+
+    @cached_property
+    def comparisons(self) -> list[FscComparison]:
+        """Of the whole map, and of the part that moves; what there is."""
+        own = _readable(_with_columns("frequency_1_per_A"), self.folder.fsc)
+        shared = _readable(_with_columns("frequency_1_per_A"), self.run.reconstruct(self.point.path).fsc)
+        if own is None:
+            return []
+        if shared is not None and not _same_shells(own, shared):
+            logger.warning("%s: has other shells than %s", self.folder.fsc, self.run.reconstruct(self.point.path).fsc)
+            shared = None
+        found = (_comparison(part, own, shared) for part in _KINDS)
+        return [comparison for comparison in found if comparison is not None]
+
+    @cached_property
+    def modes(self) -> pd.DataFrame | None:
+        """How far the models agree along the mesh's modes."""
+        columns = ("first_mode", "last_mode", "length_A", "correlation", "motion_A")
+        return _readable(_with_columns(*columns), self.folder.modes)
+
+    @cached_property
+    def regions(self) -> pd.DataFrame | None:
+        """Motion and its error by region of the latent space."""
+        return _readable(
+            _with_columns("region", "particles", "motion_A", "error_A", "model_error_A"), self.folder.regions
         )
-        if self.is_much:
-            return (
-                f"{begin} Half-maps of one model share its errors: their FSC is {self.mean:.3f} too high on average, "
-                f"most at {angstrom(self.largest_at_A)} Å ({self.largest:.3f}). "
-                "Trust the independent one."
-            )
-        return (
-            f"{begin} Hardly anything of that was shared: the FSC of one model's half-maps is "
-            f"{abs(self.mean):.3f} {'higher' if self.mean >= 0 else 'lower'} on average."
-        )
+
+    @cached_property
+    def calibration(self) -> pd.DataFrame | None:
+        """The latents' standard errors beside how far the models differ."""
+        columns = ("latent", "std_err", "model_std_err", "coverage", "factor")
+        return _readable(_with_columns(*columns), self.folder.calibration)
+
+    @cached_property
+    def motion_error(self) -> Map | None:
+        """The error of the motion in each voxel."""
+        return _readable(map_at, self.folder.motion_error)
+
+    @cached_property
+    def motion_size(self) -> Map | None:
+        """The motion in each voxel."""
+        return _readable(map_at, self.folder.motion_size)
+
+    @cached_property
+    def map(self) -> Map | None:
+        """The mean of the independent half-maps."""
+        return _readable(map_at, self.folder.map)
+
+    @property
+    def resting(self) -> list[int]:
+        """Half-sets whose models were set to rest."""
+        return [half for half, rests in enumerate(self.record.at_rest, 1) if rests]
+
+    @property
+    def claims_motion(self) -> bool:
+        """Whether the shared model moves."""
+        return self.record.motion_size_A > STILL_A
+
+    @property
+    def both_move(self) -> bool:
+        """Whether there is a motion that both halves' models confirm, and so an error of it."""
+        return self.claims_motion and not self.resting
+
+    @property
+    def cross_confirms(self) -> bool | None:
+        """Whether each half-set's model predicts the other's particles better than a rigid one; None: not known."""
+        gain, error = self.record.cross_gain, self.record.cross_gain_se
+        return None if gain is None or error is None else gain > CONFIRMING_ERRORS * error
+
+    @property
+    def unconverged(self) -> list[str]:
+        """Half-maps whose solution was stopped by the count of iterations: "independent half 1"."""
+        return [name.replace("_half", " half ") for name, is_so in self.record.converged.items() if not is_so]
+
+    def untold_share(self, mask: Map | None) -> float | None:
+        """Share of the mask's volume where the error exceeds the motion; None where the maps are not there."""
+        error, size = self.motion_error, self.motion_size
+        if error is None or size is None or mask is None or not error.box == size.box == mask.box:
+            return None
+        inside = mask.data > 0.5
+        return float((error.data > size.data)[inside].mean()) if inside.any() else None
 
 
-def _reach(resolution_A: float | None, half_A: float | None) -> str:
-    at = [f"{angstrom(value)} Å at {name}" for value, name in ((resolution_A, "0.143"), (half_A, "0.5")) if value]
-    return " and ".join(at) or "all shells above 0.5"
-
-
-def shared_fsc(independent: pd.DataFrame, shared: pd.DataFrame) -> list[SharedFsc]:
-    """Compare the FSC of independent half-maps with that of one model's, in the regions that both have."""
+def validated_points(results: Results) -> list[ValidatedPoint]:
+    """The sweep points that were validated, the chosen one first."""
     found = []
-    for region, kind in (("whole map", "corrected"), ("moving part", "moving")):
-        own, other = f"fsc_independent_{kind}", f"fsc_flex_{kind}"
-        if own not in independent or other not in shared or len(independent) != len(shared):
-            continue
-        curve = independent[own].to_numpy(float)
-        difference = shared[other].to_numpy(float) - curve
-        weak = np.flatnonzero(curve < _SIGNAL)
-        shells = np.arange(weak[0] if len(weak) else len(curve) - 1, len(curve))
-        largest = int(shells[np.argmax(difference[shells])])
-        limits = [
-            (facts.resolution_A(shared, other, at), facts.resolution_A(independent, own, at)) for at in (0.143, 0.5)
-        ]
-        at_A = 1.0 / float(independent["frequency_1_per_A"].iloc[largest])
-        mean = float(difference[shells].mean())
-        found.append(SharedFsc(region, mean, float(difference[largest]), at_A, limits[0], limits[1]))
-    return found
+    for point in points_below(results.run.validate("").path):
+        record = record_at(AgreementRecord, results.run.validate(point.path).record)
+        if record is not None:
+            found.append(ValidatedPoint(results.run, point, record))
+    return sorted(found, key=lambda one: (one.point != results.chosen, one.point))
 
 
-def independent_section(results: Results) -> Markup:
-    """What two models of half the particles each agree on."""
-    folder = results.validate_folder
-    record = read_record(AgreementRecord, folder.record)
-    if record is None:
-        return render("independent", record=None)
-    fsc, shared = read_table(folder.fsc), results.fsc
-    compared = [] if fsc is None or shared is None else shared_fsc(fsc, shared)
-    moves = not any(record.at_rest)
-    error, modes = map_at(folder.motion_error), read_table(folder.modes)
-    mask = results.reconstruction_mask
-    return render(
-        "independent",
-        record=record,
-        rest=_rest_sentence(results, record),
-        cross=_cross_sentence(results, record),
-        compared=compared,
-        curves=None if fsc is None else fsc_comparison(fsc, shared),
-        motion=_motion_sentence(record) if moves else None,
-        untold=_untold_share(error, map_at(folder.motion_size), mask) if moves else None,
-        slices=pictures.map_slices([("error of the motion", _inside(error, mask))], mask) if moves and error else None,
-        regions=_region_table(read_table(folder.regions)) if moves else None,
-        modes=None if modes is None or not moves else mode_plot(modes),
-        mode_sentence=_mode_sentence(record) if moves else None,
-        latents=_latent_table(read_table(folder.calibration)) if moves else None,
-        latent_warning=_latent_warning(record) if moves else None,
-    )
+def unreadable_records(results: Results) -> list[Path]:
+    """Records of validations that are there and cannot be read."""
+    points = points_below(results.run.validate("").path)
+    known = {one.point for one in validated_points(results)}
+    paths = (results.run.validate(point.path).record for point in sorted(points) if point not in known)
+    return [path for path in paths if path.exists()]
 
 
-def _rest_sentence(results: Results, record: AgreementRecord) -> str | None:
-    """Where a half-set's model was set to rest."""
-    validation = results.validation
-    shared_moves = validation is not None and validation.rejected_gain is None
-    if all(record.at_rest):
-        begin = "Neither half-set on its own confirms motion: both models were set to rest."
-    elif any(record.at_rest):
-        begin = f"Half-set {record.at_rest.index(True) + 1} on its own confirms no motion: its model was set to rest."
-    else:
-        return None
-    if not shared_moves:
-        return begin
-    return f"{begin} The model of all particles moves; what half of them cannot repeat should not be relied on."
-
-
-def _cross_sentence(results: Results, record: AgreementRecord) -> str:
-    """Held-out scores across the half-sets."""
-    if not record.cross_particles:
-        return ""
-    gain = plus_minus(record.cross_gain, record.cross_gain_se)
-    own, error = facts.gain(results)
-    beside = "" if own is None or error is None else f" (the model of all: {plus_minus(own, error)} on held-out ones)"
-    confirmed = confirms_motion(record.gain, record.gain_se)
-    meaning = "" if confirmed or any(record.at_rest) else " That confirms no motion."
-    return (
-        f"Each half-set's model predicts the other's particles better than a rigid one, by {gain} nats per particle"
-        f"{beside}.{meaning}"
-        if record.gain > 0
-        else f"The half-sets' models predict each other's particles no better than rigid ones ({gain} nats).{meaning}"
-    )
-
-
-def _motion_sentence(record: AgreementRecord) -> str:
-    """The motion with its error."""
-    whole = f"density moves by {number(record.motion_size_A)} ± {number(record.motion_error_A, 2)} Å rms"
-    if record.moving_size_A is None or record.moving_error_A is None:
-        return f"Over the whole map {whole}."
-    moving = f"{number(record.moving_size_A)} ± {number(record.moving_error_A, 2)} Å"
-    return f"The part that moves moves by {moving} rms; over the whole map {whole}."
-
-
-def _inside(map_: Map, mask: Map | None) -> Map:
-    """A map where the mask is; it goes on beyond it for the sake of surfaces."""
-    if mask is None or mask.box != map_.box:
-        return map_
-    return Map(map_.data * (mask.data > 0.5), map_.pixel_size_A)
-
-
-def _untold_share(error: Map | None, size: Map | None, mask: Map | None) -> str | None:
-    """Where the error is larger than the motion."""
-    if error is None or size is None or mask is None or not mask.box == error.box == size.box:
-        return None
-    inside = mask.data > 0.5
-    share = float((error.data[inside] > size.data[inside]).mean()) if inside.any() else 0.0
-    return f"In {share:.0%} of the mask the error is larger than the motion: there it is not told." if share else None
-
-
-def _region_table(regions: pd.DataFrame | None) -> Table | None:
-    """Errors by region of latent space."""
-    if regions is None:
-        return None
-    centres = [name for name in regions if name.startswith("latent")]
-    rows = [
-        [
-            number(row["particles"], 7),
-            ", ".join(f"{row[name]:.2f}" for name in centres),
-            f"{number(row['motion_A'])} Å",
-            f"{number(row['error_A'], 2)} Å",
-            f"{number(row['model_error_A'], 2)} Å",
-        ]
-        for _, row in regions.iterrows()
+def _comparison(part: str, own: pd.DataFrame, shared: pd.DataFrame | None) -> FscComparison | None:
+    """By the best curve that both have; without a shared one, by the independent one's best."""
+    pairs = [
+        (fsc_column(own, INDEPENDENT, kind), None if shared is None else fsc_column(shared, "flex", kind))
+        for kind in _KINDS[part]
     ]
-    return Table(("particles", "mean latents", "from the mean shape", "error", "of that, the flow's"), rows)
-
-
-def _mode_sentence(record: AgreementRecord) -> str:
-    """Up to where the models agree on the motion."""
-    if not record.num_modes_agreeing or record.mode_limit_A is None:
-        return "The two models agree on no mode of the mesh."
-    return (
-        f"The two models agree on the motion along the {record.num_modes_agreeing} softest modes of the mesh, "
-        f"down to a wavelength of {number(record.mode_limit_A)} Å."
-    )
-
-
-def _latent_table(calibration: pd.DataFrame | None) -> Table | None:
-    """Standard errors of latents beside the models' disagreement."""
-    if calibration is None:
+    pairs = [pair for pair in pairs if pair[0] is not None]
+    if not pairs:
         return None
-    rows = [
-        [
-            f"{row['latent']:.0f}",
-            number(row["std_err"]),
-            number(row["model_std_err"]),
-            f"{row['coverage']:.0%}",
-            number(row["factor"]),
-        ]
-        for _, row in calibration.iterrows()
-    ]
-    head = ("latent", "standard error by the image", "by the model", "models agree within it", "factor on it")
-    return Table(head, rows)
+    independent, flexible = next((pair for pair in pairs if pair[1] is not None), pairs[0])
+    assert independent is not None
+    curves = {"frequency_1_per_A": own["frequency_1_per_A"], INDEPENDENT: own[independent]}
+    if shared is not None and flexible is not None:
+        curves["shared"] = shared[flexible]
+    return FscComparison(part, pd.DataFrame(curves))
 
 
-def _latent_warning(record: AgreementRecord) -> str | None:
-    """Latents whose standard errors are too small."""
-    small = [f"{k} ({number(f)} times)" for k, f in enumerate(record.std_err_factor, 1) if f > _TOO_SMALL]
-    if not small:
+def _same_shells(own: pd.DataFrame, shared: pd.DataFrame) -> bool:
+    frequencies = own["frequency_1_per_A"], shared["frequency_1_per_A"]
+    return len(own) == len(shared) and bool(np.allclose(*frequencies, rtol=1e-3, atol=1e-6))
+
+
+def _with_columns(*names: str) -> Callable[[Path], pd.DataFrame | None]:
+    """A reader of tables that have these columns of numbers."""
+
+    def read(path: Path) -> pd.DataFrame | None:
+        table = table_at(path)
+        if table is not None and not set(names) <= set(table.select_dtypes("number")):
+            raise InputError(f"{path}: lacks columns of numbers: {', '.join(names)}")
+        return table
+
+    return read
+
+
+def _readable(read: Callable[[Path], Read | None], path: Path) -> Read | None:
+    """What ``read`` makes of a file; None, with a warning, where it cannot."""
+    try:
+        return read(path)
+    except InputError as error:
+        logger.warning("%s", error)
         return None
-    return f"Standard errors are too small for latent {', '.join(small)}: latents.star of validate has corrected ones."
-
-
-def fsc_comparison(independent: pd.DataFrame, shared: pd.DataFrame | None) -> go.Figure:
-    """FSC of independent and of one model's half-maps: whole map solid, moving part dash-dotted."""
-    figure = go.Figure()
-    sources = [("independent", independent, "independent", INDEPENDENT)]
-    if shared is not None:
-        sources.append(("flex", shared, "one model", FLEX))
-    for model, table, label, colour in sources:
-        for kind, dash in (("corrected", "solid"), ("moving", "dashdot")):
-            column = f"fsc_{model}_{kind}"
-            if column in table:
-                where = "" if kind == "corrected" else ", where it moves"
-                figure.add_scatter(
-                    x=table["frequency_1_per_A"],
-                    y=table[column],
-                    name=f"{label}{where}",
-                    mode="lines",
-                    line={"color": colour, "dash": dash, "width": 2.2},
-                    hovertemplate="%{y:.3f} at %{x:.4f} 1/Å<extra>" + f"{label}{where}</extra>",
-                )
-    figure.add_hline(y=0.143, line={"color": ACCENT, "width": 1.2, "dash": "dash"})
-    figure.update_xaxes(title="frequency (1/Å)")
-    figure.update_yaxes(title="Fourier shell correlation", range=[-0.08, 1.04])
-    return styled(figure, 400, legend={"x": 0.02, "y": 0.05, "yanchor": "bottom"})
-
-
-def mode_plot(modes: pd.DataFrame) -> go.Figure:
-    """Correlation of the two models' motions by the stiffness of the mesh's modes."""
-    figure = go.Figure(
-        go.Scatter(
-            x=modes["last_mode"],
-            y=modes["correlation"],
-            customdata=modes[["length_A", "motion_A"]],
-            mode="lines+markers",
-            line={"color": INDEPENDENT, "width": 2},
-            hovertemplate="mode %{x}, %{customdata[0]:.0f} Å: %{y:.3f}; motion %{customdata[1]:.2f} Å<extra></extra>",
-        )
-    )
-    figure.add_hline(y=0.5, line={"color": ACCENT, "width": 1.2, "dash": "dash"})
-    figure.update_xaxes(title="mode of the mesh, softest first")
-    figure.update_yaxes(title="correlation of the motions", range=[min(-0.1, float(modes["correlation"].min())), 1.04])
-    return styled(figure, 340)

@@ -21,7 +21,7 @@ from flexlib.report.results import Results, Series
 MOST_SERIES = 8  # with pictures; a browser gives 3D views no more than some 16 WebGL contexts
 _MOVIE_FRAMES = 11
 _SIZE_PX = 400  # of one rendered view
-_LARGEST_BOX = 160  # frames of larger boxes are cropped in Fourier space for pictures
+LARGEST_BOX = 160  # frames of larger boxes are cropped in Fourier space for pictures
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def load_morph(series: Series, mask: Map | None) -> Morph:
     """Read at most 11 evenly spaced frames of a series."""
     picks = np.unique(np.linspace(0, len(series.frames) - 1, _MOVIE_FRAMES).round().astype(int))
     maps = [read_map(series.frames[i]) for i in picks]
-    box = min(maps[0].box, _LARGEST_BOX)
+    box = min(maps[0].box, LARGEST_BOX)
     volumes = tuple(fourier_crop_map(map_.data, box) if box < map_.box else map_.data for map_ in maps)
     middle = volumes[len(volumes) // 2]
     inside = mask.data if mask is not None and mask.box == box else None
@@ -190,12 +190,50 @@ def displacement_map(results: Results) -> DisplacementMap | None:
 
 
 @dataclass(frozen=True)
-class PaintedMap:
-    """The canonical map's surface coloured by how far it moves: (h, w, 3) uint8 from the front and the side."""
+class PaintedSurface:
+    """A map's surface coloured by values of its voxels: (h, w, 3) uint8 from the front and the side."""
 
     front: np.ndarray
     side: np.ndarray
-    limits_A: tuple[float, float]
+    limits: tuple[float, float]  # of the values that colours are for
+
+
+def paint_surface(
+    density: np.ndarray, level: float, values: np.ndarray, limits: tuple[float, float], rotation: np.ndarray | None
+) -> PaintedSurface:
+    """Render the surface of ``density`` (N, N, N) at a level, coloured by ``values`` (N, N, N), in a view."""
+    extent = surface.half_extent([density], level)
+    shown = surface.Surface(density, level)
+    drawn = [
+        shown.picture(turned, extent, 480, paint=values, paint_limits=limits)
+        for turned in _both_sides(np.eye(3) if rotation is None else rotation)
+    ]
+    rows = shown_box(drawn)[0]
+    front, side = (surface.over_white(one[rows, shown_box([one])[1]]) for one in drawn)
+    return PaintedSurface(front, side, limits)
+
+
+def painted_picture(painted: PaintedSurface, label: str, width: float = 7.4) -> bytes:
+    """Both views with a colour bar that ``label`` names, ``width`` inches across."""
+    picture = np.hstack([painted.front, np.full((len(painted.front), 30, 3), 255, np.uint8), painted.side])
+    rows, columns = picture.shape[:2]
+    figure = pictures.new_figure(width, width * rows / columns * 0.86 + 0.1)
+    axes = figure.add_subplot()
+    axes.imshow(picture)
+    axes.axis("off")
+    figure.colorbar(paint_scale(painted), ax=axes, shrink=0.7, label=label, aspect=22)
+    return pictures.webp(figure, 140)
+
+
+def paint_scale(painted: PaintedSurface) -> ScalarMappable:
+    """The colours of a painted surface, for a colour bar."""
+    return ScalarMappable(Normalize(*painted.limits), surface.paint_map())
+
+
+@dataclass(frozen=True)
+class PaintedMap(PaintedSurface):
+    """The canonical map's surface coloured by how far it moves, in Angstrom."""
+
     median_A: float  # over the mask
     highest_A: float
     core_share: float | None  # of the density, that is held at rest; None where nothing is
@@ -211,35 +249,12 @@ def paint_displacement(results: Results, rotation: np.ndarray | None) -> Painted
     values, canonical = moved.values_A, moved.canonical
     known = values[values > 0] if (values > 0).any() else np.zeros(1)
     level = surface.display_level(canonical.data, None if results.mask is None else results.mask.data)
-    extent = surface.half_extent([canonical.data], level)
     limits = (0.0, max(float(np.quantile(values[canonical.data >= level], 0.99)), 1e-3))
     nearest = ndimage.distance_transform_edt(values == 0, return_distances=False, return_indices=True)
-    filled = values[tuple(nearest)]
-    shown = surface.Surface(canonical.data, level)
-    drawn = [
-        shown.picture(turned, extent, 480, paint=filled, paint_limits=limits)
-        for turned in _both_sides(np.eye(3) if rotation is None else rotation)
-    ]
-    rows = shown_box(drawn)[0]
-    front, side = (surface.over_white(one[rows, shown_box([one])[1]]) for one in drawn)
-    return PaintedMap(front, side, limits, float(np.median(known)), float(known.max()), moved.core_share)
-
-
-def displacement_picture(painted: PaintedMap) -> bytes:
-    """Both views with a colour bar in Angstrom."""
-    picture = np.hstack([painted.front, np.full((len(painted.front), 30, 3), 255, np.uint8), painted.side])
-    height, width = picture.shape[:2]
-    figure = pictures.new_figure(7.4, 7.4 * height / width * 0.86 + 0.1)
-    axes = figure.add_subplot()
-    axes.imshow(picture)
-    axes.axis("off")
-    figure.colorbar(paint_scale(painted), ax=axes, shrink=0.7, label="rms displacement (Å)", aspect=22)
-    return pictures.webp(figure, 140)
-
-
-def paint_scale(painted: PaintedMap) -> ScalarMappable:
-    """The colours of a painted map, for a colour bar."""
-    return ScalarMappable(Normalize(*painted.limits_A), surface.paint_map())
+    painted = paint_surface(canonical.data, level, values[tuple(nearest)], limits, rotation)
+    return PaintedMap(
+        painted.front, painted.side, limits, float(np.median(known)), float(known.max()), moved.core_share
+    )
 
 
 @dataclass(frozen=True)
@@ -256,7 +271,7 @@ def compare_maps(results: Results, rotation: np.ndarray | None) -> list[Compared
     maps = results.reconstructed_maps
     if not maps:
         return []
-    box = min(maps[0][1].box, _LARGEST_BOX)
+    box = min(maps[0][1].box, LARGEST_BOX)
     volumes = [fourier_crop_map(map_.data, box) for _, map_ in maps]
     mask = results.reconstruction_mask
     if mask is not None and mask.box == maps[0][1].box:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from flexlib import __version__
 from flexlib.files import atomic_path
-from flexlib.report import facts, independent, sections, sentences
+from flexlib.report import facts, sections, sentences
 from flexlib.report.formats import NONE, angstrom, duration, number, plus_minus
 from flexlib.report.markup import own_file, render
 from flexlib.report.morph import Gallery
@@ -46,7 +46,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         "occupancy": sections.occupancy_section(results),
         "motion": sections.motion_section(results, gallery),
         "resolution": sections.resolution_section(results, gallery),
-        "independent": independent.independent_section(results),
+        "independent": sections.independent_section(results, gallery),
         "settings": sections.settings_section(results),
     }
     # the particles come last: they are many, and a part of them will do where the rest leaves little room

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import plotly.graph_objects as go
 
 from flexlib.report.facts import FSC_KINDS, FSC_LABELS, fsc_column
 from flexlib.report.pictures import ACCENT, FLEX, GRID, INK, MUTED, RIGID
+from flexlib.validate.mode_agreement import AGREED
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _MAX_EIGENVALUES = 24
@@ -195,55 +197,112 @@ def plain_numbers(values: npt.ArrayLike) -> list[float]:
 # resolution -----------------------------------------------------------------------------------------------------
 
 
+_DASHES = {"corrected": "solid", "masked": "dash", "unmasked": "dot", "moving": "dashdot"}
+_GREY_LINE = "#7d8793"
+_RESOLUTIONS_A = (100, 50, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5)
+_WAVELENGTHS_A = (1000, 500, 300, 200, 150, 120, 100, 80, 70, 60, 50, 45, 40, 35, 30, 25, 20, 18, 16, 14, 12, 10, 8, 6)
+
+
 def fsc_plot(fsc: pd.DataFrame) -> go.Figure:
     """FSC of flexible and rigid half-maps: corrected solid, masked dashed, unmasked dotted, moving part dash-dotted."""
     figure = go.Figure()
-    dashes = {"corrected": "solid", "masked": "dash", "unmasked": "dot", "moving": "dashdot"}
     best = {model: fsc_column(fsc, model) for model in ("flex", "rigid")}
-    for model, colour, label in (("rigid", "#7d8793", "rigid"), ("flex", FLEX, "flexible")):
+    for model, colour, label in (("rigid", _GREY_LINE, "rigid"), ("flex", FLEX, "flexible")):
         for kind in FSC_KINDS:
             column = fsc_column(fsc, model, kind)
             if column is None:
                 continue
-            figure.add_scatter(
-                x=fsc["frequency_1_per_A"],
-                y=fsc[column],
-                name=f"{label}, {FSC_LABELS[kind]}",
-                mode="lines",
-                visible=True if column == best[model] or kind == "moving" else "legendonly",
-                line={"color": colour, "dash": dashes[kind], "width": 2.6 if column == best[model] else 1.6},
-                customdata=[1 / f if f > 0 else None for f in fsc["frequency_1_per_A"]],
-                hovertemplate="%{y:.3f} at %{customdata:.2f} Å<extra>" + f"{label}, {FSC_LABELS[kind]}</extra>",
-            )
+            line = {"color": colour, "dash": _DASHES[kind], "width": 2.6 if column == best[model] else 1.6}
+            trace = _add_fsc(figure, fsc["frequency_1_per_A"], fsc[column], f"{label}, {FSC_LABELS[kind]}", line)
+            trace.visible = True if column == best[model] or kind == "moving" else "legendonly"
+    return _with_fsc_axes(figure, float(fsc["frequency_1_per_A"].max()), 420)
+
+
+def fsc_comparison_plot(curves: pd.DataFrame, label: str) -> go.Figure:
+    """FSC of the ``independent`` half-maps, and of the ``shared`` model's where it is there."""
+    figure = go.Figure()
+    lines = {"shared": ("one shared model", RIGID, 5.0), "independent": ("independent halves", FLEX, 2.0)}
+    for column, (name, colour, width) in lines.items():
+        if column in curves:
+            _add_fsc(figure, curves["frequency_1_per_A"], curves[column], name, {"color": colour, "width": width})
+    title = {"text": label, "font": {"size": 13}, "x": 0.5, "y": 0.97}
+    return _with_fsc_axes(figure, float(curves["frequency_1_per_A"].max()), 360).update_layout(title=title)
+
+
+def _add_fsc(
+    figure: go.Figure, frequency_1_per_A: pd.Series, curve: pd.Series, name: str, line: dict[str, Any]
+) -> go.Scatter:
+    figure.add_scatter(
+        x=frequency_1_per_A,
+        y=curve,
+        name=name,
+        mode="lines",
+        line=line,
+        customdata=[1 / f if f > 0 else None for f in frequency_1_per_A],
+        hovertemplate="%{y:.3f} at %{customdata:.2f} Å<extra>" + f"{name}</extra>",
+    )
+    return figure.data[-1]
+
+
+def _with_fsc_axes(figure: go.Figure, highest_1_per_A: float, height: int) -> go.Figure:
+    _add_threshold(figure, 0.143)
+    _set_lengths(figure, _RESOLUTIONS_A, highest_1_per_A, "resolution (Å)")
+    figure.update_yaxes(title="Fourier shell correlation", range=[-0.08, 1.04])
+    return styled(figure, height, legend={"x": 0.02, "y": 0.3, "yanchor": "bottom"})
+
+
+def _add_threshold(figure: go.Figure, value: float) -> None:
+    """A dashed line across, with its value."""
     figure.add_hline(
-        y=0.143,
+        y=value,
         line={"color": ACCENT, "width": 1.2, "dash": "dash"},
-        annotation_text="0.143",
+        annotation_text=f"{value:g}",
         annotation_position="top left",
         annotation_font={"size": 11, "color": ACCENT},
     )
-    highest = float(fsc["frequency_1_per_A"].max())
-    resolutions = [
-        r for r in (100, 50, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.5, 2, 1.5) if 1 / r <= highest
-    ]
+
+
+def _set_lengths(figure: go.Figure, lengths_A: Sequence[float], highest_1_per_A: float, title: str) -> None:
+    """An axis of frequencies up to the highest, with those of ``lengths_A`` as labels that have room."""
     spaced: list[float] = []
-    for resolution in resolutions:
-        if not spaced or 1 / resolution - 1 / spaced[-1] > 0.07 * highest:
-            spaced.append(resolution)
+    for length_A in lengths_A:
+        if 1 / length_A <= highest_1_per_A and (not spaced or 1 / length_A - 1 / spaced[-1] > 0.07 * highest_1_per_A):
+            spaced.append(length_A)
     figure.update_xaxes(
-        title="resolution (Å)",
-        tickvals=[1 / r for r in spaced],
-        ticktext=[f"{r:g}" for r in spaced],
-        range=[0, highest],
+        title=title,
+        tickvals=[1 / length_A for length_A in spaced],
+        ticktext=[f"{length_A:g}" for length_A in spaced],
+        range=[0, highest_1_per_A],
     )
-    figure.update_yaxes(title="Fourier shell correlation", range=[-0.08, 1.04])
-    return styled(figure, 420, legend={"x": 0.02, "y": 0.3, "yanchor": "bottom"})
+
+
+def modes_plot(modes: pd.DataFrame, limit_A: float | None) -> go.Figure:
+    """Correlation of two models' motions along the mesh's modes, by wavelength; ``limit_A`` is the last that agrees."""
+    frequency = 1 / modes["length_A"]
+    figure = go.Figure(
+        go.Scatter(
+            x=frequency,
+            y=modes["correlation"],
+            mode="lines+markers",
+            line={"color": FLEX, "width": 2.2},
+            marker={"size": 6},
+            customdata=modes[["first_mode", "last_mode", "length_A", "motion_A"]].to_numpy().tolist(),
+            hovertemplate="modes %{customdata[0]} to %{customdata[1]}, %{customdata[2]:.3g} Å: correlation %{y:.2f}, "
+            "motion %{customdata[3]:.2g} Å rms<extra></extra>",
+        )
+    )
+    _add_threshold(figure, AGREED)
+    if limit_A is not None:
+        figure.add_vline(x=1 / limit_A, line={"color": INK, "dash": "dot", "width": 1.2})
+    _set_lengths(figure, _WAVELENGTHS_A, 1.03 * float(frequency.max()), "wavelength (Å)")
+    figure.update_yaxes(title="correlation", range=[min(-0.08, modes["correlation"].min()), 1.04])
+    return styled(figure, 320, showlegend=False)
 
 
 def convergence_plot(convergence: pd.DataFrame) -> go.Figure:
     """Relative gradient of each reconstruction against its iterations."""
     figure = go.Figure()
-    colours = {"flex": FLEX, "rigid": "#7d8793"}
+    colours = {"flex": FLEX, "rigid": _GREY_LINE}
     labels = {"flex": "flexible"}
     for (model, half), part in convergence.groupby(["model", "half"], sort=False):
         figure.add_scatter(

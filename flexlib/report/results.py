@@ -8,27 +8,19 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from flexlib.files import read_json
-from flexlib.imaging.maps import Map
-from flexlib.layout import (
-    POINT_PATTERN,
-    GenerateFolder,
-    MeshFolder,
-    ReconstructFolder,
-    RunFolder,
-    TrainFolder,
-    ValidateFolder,
-)
+from flexlib.errors import InputError
+from flexlib.files import read_json, reading
+from flexlib.imaging.maps import Map, read_map
+from flexlib.layout import POINT_PATTERN, GenerateFolder, MeshFolder, ReconstructFolder, RunFolder, TrainFolder
 from flexlib.particles.input_rows import latent_columns
 from flexlib.particles.latents_table import PROBABILITY
 from flexlib.particles.star import StarTables, read_tables
-from flexlib.records import ChecksumsRecord, ChoiceRecord, PreparedRecord, ResolutionRecord, ValidationRecord
-from flexlib.report.reading import map_at, read_record, read_table
+from flexlib.records import ChecksumsRecord, ChoiceRecord, PreparedRecord, Record, ResolutionRecord, ValidationRecord
 from flexlib.tetra.tetmesh import TetraMesh
 from flexlib.workflow_support.points import SweepPoint
 from flexlib.workflow_support.settings import Align, GenerateSettings
@@ -37,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LEAST_PROBABILITY = 0.5  # of an image that is taken for a particle
 _NO_POINT = "no-sweep-point"  # a folder that no run has
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -91,12 +85,12 @@ class Results:
     @cached_property
     def prepared(self) -> PreparedRecord | None:
         """What prepare read and made."""
-        return read_record(PreparedRecord, self.run.particles.record)
+        return record_at(PreparedRecord, self.run.particles.record)
 
     @cached_property
     def noise(self) -> pd.DataFrame | None:
         """Noise spectra of the optics groups."""
-        return read_table(self.run.particles.noise)
+        return table_at(self.run.particles.noise)
 
     @cached_property
     def consensus(self) -> Map | None:
@@ -118,7 +112,7 @@ class Results:
     @cached_property
     def sweep(self) -> pd.DataFrame | None:
         """The table of sweep points, with ``chosen`` as bool."""
-        table = read_table(self.run.table)
+        table = table_at(self.run.table)
         if table is not None and "chosen" in table:
             table["chosen"] = table["chosen"].astype(str).str.lower().isin(["true", "1", "yes", "1.0"])
         return table
@@ -129,10 +123,10 @@ class Results:
         if self.sweep is not None and "chosen" in self.sweep and self.sweep["chosen"].any():
             row = self.sweep[self.sweep["chosen"]].iloc[0]
             return SweepPoint(int(row["cells"]), int(row["latent_dims"]), float(row["rigidity"]), int(row["seed"]))
-        choice = read_record(ChoiceRecord, self.run.best_point)
+        choice = record_at(ChoiceRecord, self.run.best_point)
         if choice is not None:
             return SweepPoint(choice.cells, choice.latent_dims, choice.rigidity, choice.seed)
-        return min(_trained_points(self.run), key=lambda point: point.path, default=None)
+        return min(points_below(self.run.train("").path), key=lambda point: point.path, default=None)
 
     @property
     def _point_path(self) -> str:
@@ -158,11 +152,6 @@ class Results:
         """What reconstruct wrote for the chosen sweep point."""
         return self.run.reconstruct(self._point_path)
 
-    @property
-    def validate_folder(self) -> ValidateFolder:
-        """What validate wrote for the chosen sweep point."""
-        return self.run.validate(self._point_path)
-
     # mesh and training ------------------------------------------------------------------------------------------
 
     @cached_property
@@ -184,17 +173,17 @@ class Results:
     @cached_property
     def log(self) -> pd.DataFrame | None:
         """The training, a row for each epoch."""
-        return read_table(self.train_folder.log)
+        return table_at(self.train_folder.log)
 
     @cached_property
     def spectrum(self) -> pd.DataFrame | None:
         """Eigenvalues of the spectral start and the noise edge."""
-        return read_table(self.train_folder.spectrum)
+        return table_at(self.train_folder.spectrum)
 
     @cached_property
     def validation(self) -> ValidationRecord | None:
         """What the training came to."""
-        return read_record(ValidationRecord, self.train_folder.validation)
+        return record_at(ValidationRecord, self.train_folder.validation)
 
     @cached_property
     def latents(self) -> pd.DataFrame | None:
@@ -294,17 +283,17 @@ class Results:
     @cached_property
     def series_latents(self) -> pd.DataFrame | None:
         """``series``, ``frame``, ``latent_1``..K, ``num_particles``, ``beyond_data`` of every generated frame."""
-        return read_table(self.generate_folder.table)
+        return table_at(self.generate_folder.table)
 
     @cached_property
     def convergence(self) -> pd.DataFrame | None:
         """``half``, ``model``, ``iteration``, ``objective``, ``relative_gradient`` of the reconstruction."""
-        return read_table(self.reconstruct_folder.convergence)
+        return table_at(self.reconstruct_folder.convergence)
 
     @cached_property
     def resolution(self) -> ResolutionRecord | None:
         """What the reconstruction came to."""
-        return read_record(ResolutionRecord, self.reconstruct_folder.resolution)
+        return record_at(ResolutionRecord, self.reconstruct_folder.resolution)
 
     @property
     def unconverged(self) -> list[str]:
@@ -315,7 +304,7 @@ class Results:
     @cached_property
     def fsc(self) -> pd.DataFrame | None:
         """Half-map FSC curves of the chosen sweep point."""
-        return read_table(self.reconstruct_folder.fsc)
+        return table_at(self.reconstruct_folder.fsc)
 
     def reconstructed(self, kind: str) -> Map | None:
         """``kind`` "flex" or "rigid": the mean of the two half-maps, or the combined map where there are none."""
@@ -341,15 +330,15 @@ class Results:
     @cached_property
     def checksums(self) -> ChecksumsRecord | None:
         """What the input files were."""
-        return read_record(ChecksumsRecord, self.run.checksums)
+        return record_at(ChecksumsRecord, self.run.checksums)
 
     @cached_property
     def benchmarks(self) -> pd.DataFrame:
         """Snakemake's benchmark files: rule (path below benchmarks/), seconds, peak memory in MB."""
         rows = []
         for path in sorted(self.run.benchmarks.rglob("*.tsv")):
-            table = read_table(path, separator="\t")
-            if table is not None and "s" in table:
+            table = pd.read_csv(path, sep="\t", na_values="-")
+            if len(table) and "s" in table:
                 label = path.relative_to(self.run.benchmarks).with_suffix("").as_posix()
                 rows.append((label, float(table["s"].mean()), float(table.get("max_rss", pd.Series([np.nan])).mean())))
         return pd.DataFrame(rows, columns=["rule", "seconds", "memory_MB"])
@@ -374,13 +363,35 @@ def _bare_names(table: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns=lambda name: name.removeprefix("rln"))
 
 
-def _trained_points(run: RunFolder) -> list[SweepPoint]:
-    """The sweep points that have a training folder."""
+def record_at(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
+    """The record at ``path``; None where there is none, or one of an older flexlib that cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return kind.read(path)
+    except InputError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def table_at(path: Path) -> pd.DataFrame | None:
+    """The table at ``path``; None where there is none, or an empty one."""
+    with reading(path, ValueError):
+        table = pd.read_csv(path) if path.exists() and path.stat().st_size else None
+    return table if table is not None and len(table) else None
+
+
+def map_at(path: Path) -> Map | None:
+    """The map at ``path``; None where there is none."""
+    return read_map(path) if path.exists() else None
+
+
+def points_below(stage: Path) -> list[SweepPoint]:
+    """The sweep points that have a folder below a stage's."""
     values = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", POINT_PATTERN))
-    root = run.train("").path
     found = []
-    for path in root.glob(re.sub(r"\{\w+\}", "*", POINT_PATTERN)):
-        match = values.fullmatch(path.relative_to(root).as_posix())
+    for path in stage.glob(re.sub(r"\{\w+\}", "*", POINT_PATTERN)):
+        match = values.fullmatch(path.relative_to(stage).as_posix())
         assert match is not None  # the same pattern
         found.append(SweepPoint(int(match["cells"]), int(match["dims"]), float(match["rigidity"]), int(match["seed"])))
     return found

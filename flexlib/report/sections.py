@@ -12,6 +12,9 @@ from markupsafe import Markup
 from flexlib import __version__
 from flexlib.report import (
     facts,
+    independent,
+    independent_pictures,
+    independent_sentences,
     judged,
     judged_pictures,
     morph,
@@ -30,6 +33,7 @@ from flexlib.runtime import package_versions
 
 LATENT_ROOM_BYTES = 6e6  # of the page, for what is drawn of the particles
 _MORPH_FACES = 120_000  # triangles of all interactive morphs together
+_MOST_VALIDATED = 4  # sweep points whose validation is shown in full
 
 
 def input_section(results: Results) -> Markup:
@@ -198,7 +202,7 @@ def motion_section(results: Results, gallery: morph.Gallery) -> Markup:
     return render(
         "motion",
         painted=painted,
-        displacement=None if painted is None else morph.displacement_picture(painted),
+        displacement=None if painted is None else morph.painted_picture(painted, "rms displacement (Å)"),
         series=[_shown_series(results, one, _MORPH_FACES // (9 * len(morphs))) for one in morphs],
         others=[series.name for series in results.series[len(morphs) :]],
     )
@@ -238,6 +242,58 @@ def resolution_section(results: Results, gallery: morph.Gallery) -> Markup:
         slices=pictures.map_slices(maps, results.reconstruction_mask) if maps else None,
         surfaces=morph.compared_picture(gallery.compared) if gallery.compared else None,
     )
+
+
+def independent_section(results: Results, gallery: morph.Gallery) -> Markup:
+    """What two models that never met agree on, at each sweep point that was validated."""
+    points = independent.validated_points(results)
+    rotation = gallery.morphs[0].rotation if gallery.morphs else None
+    return render(
+        "independent",
+        shown=[_shown_validation(results, point, rotation) for point in points[:_MOST_VALIDATED]],
+        others=[independent_sentences.point_line(point) for point in points[_MOST_VALIDATED:]],
+        unreadable=[path.as_posix() for path in independent.unreadable_records(results)],
+        chosen_is_there=bool(points) and points[0].point == results.chosen,
+        several=len(points) > 1,
+    )
+
+
+def _shown_validation(
+    results: Results, point: independent.ValidatedPoint, rotation: np.ndarray | None
+) -> dict[str, Any]:
+    """What the page shows of one sweep point; no error of the motion where a half's model is at rest."""
+    mask, words = results.reconstruction_mask, independent_sentences
+    shown: dict[str, Any] = {
+        "title": words.point_title(point),
+        "verdict": words.verdict(point),
+        "warned": bool(words.warnings(point)),
+        "comparisons": [
+            {
+                "sentence": words.fsc_sentence(one),
+                "flattered": one.flattered,
+                "shared": words.shared_sentence(one) if one.has_shared else "",
+                "plot": plots.fsc_comparison_plot(one.curves, one.part),
+            }
+            for one in point.comparisons
+        ],
+        "unconverged": point.unconverged,
+        "rest": words.rest_sentence(point),
+        "cross": words.cross_sentence(point),
+        "both_move": point.both_move,
+    }
+    if point.both_move:
+        regions, modes, calibration = point.regions, point.modes, point.calibration
+        shown |= {
+            "motion": words.motion_sentence(point, mask),
+            "pictures": independent_pictures.error_pictures(point, mask, rotation),
+            "region_sentence": words.region_sentence(point),
+            "regions": None if regions is None else tables.region_table(regions),
+            "modes_sentence": words.modes_sentence(point),
+            "modes": None if modes is None else plots.modes_plot(modes, point.record.mode_limit_A),
+            "latents_sentence": words.latents_sentence(point),
+            "calibration": None if calibration is None else tables.calibration_table(calibration),
+        }
+    return shown
 
 
 def settings_section(results: Results) -> Markup:

@@ -8,6 +8,7 @@ import pandas as pd
 from flexlib.report import facts
 from flexlib.report.facts import SWEPT
 from flexlib.report.formats import angstrom, number, plus_minus
+from flexlib.report.independent_sentences import chosen_verdict
 from flexlib.report.results import Results
 from flexlib.workflow_support.scores import confirms_motion
 
@@ -15,8 +16,8 @@ _SIMPLER = "fewer latent dimensions first, then a coarser mesh, then stiffer"
 
 
 def verdict(results: Results) -> str:
-    """The run in two or three sentences."""
-    parts = [part for part in (_motion_verdict(results), _map_verdict(results)) if part]
+    """The run in a few sentences."""
+    parts = [part for part in (_motion_verdict(results), _map_verdict(results), chosen_verdict(results)) if part]
     return " ".join(parts) or "This run is not complete: see the sections below for what is there."
 
 

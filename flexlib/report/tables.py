@@ -13,6 +13,7 @@ from flexlib.records import ChecksumsRecord
 from flexlib.report import facts
 from flexlib.report.facts import FSC_KINDS, FSC_LABELS, SWEPT
 from flexlib.report.formats import NONE, angstrom, duration, file_size, memory_size, number
+from flexlib.report.judged import percent
 
 _SHOWN_POINTS = 16  # of the sweep, where the others are folded away
 _SHOWN_FILES = 12  # of the inputs, likewise
@@ -212,3 +213,42 @@ def resolution_table(fsc: pd.DataFrame) -> Table:
         if any(cell != NONE for cell in cells):
             rows.append((f"corrected, {FSC_LABELS[kind]}" if kind == "moving" else FSC_LABELS[kind], *cells))
     return Table(("FSC", "rigid, 0.143", "flexible, 0.143", "rigid, 0.5", "flexible, 0.5"), rows)
+
+
+def region_table(regions: pd.DataFrame) -> Table:
+    """Motion and its error in each region of the latent space; those are named where the error exceeds it."""
+    latents = [name for name in regions if name.startswith("latent")]
+    rows = [
+        (
+            f"{row['region']:.0f}",
+            ", ".join(number(row[name], 2) for name in latents) or NONE,
+            number(row["particles"], 7),
+            *(f"{row[name]:.2f}" for name in ("motion_A", "error_A", "model_error_A")),
+            _ratio_cell(row["error_A"], row["motion_A"]),
+        )
+        for _, row in regions.iterrows()
+    ]
+    head = ("region", "latents at its centre", "particles", "motion (Å)", "error (Å)", "of it the flow's own (Å)")
+    return Table((*head, "error / motion"), rows)
+
+
+def _ratio_cell(error_A: float, motion_A: float) -> str:
+    if not motion_A > 0:
+        return NONE
+    return f"{error_A / motion_A:.2f}" + ", not told" * bool(error_A > motion_A)
+
+
+def calibration_table(calibration: pd.DataFrame) -> Table:
+    """Each latent's standard error beside the disagreement of the two models."""
+    rows = [
+        (
+            f"latent {row.latent:.0f}",
+            number(row.std_err),
+            number(row.model_std_err),
+            percent(row.coverage),
+            f"{row.factor:.2f}",
+        )
+        for row in calibration.itertuples()
+    ]
+    head = ("", "standard error (rms)", "disagreement of the models (rms)", "particles within one standard error")
+    return Table((*head, "too small by a factor of"), rows)
