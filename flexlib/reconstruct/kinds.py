@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from flexlib.distributed import Ranks
+from flexlib.errors import InputError
 from flexlib.images.batch import ImageSource
 from flexlib.images.sources import PreparedImages
 from flexlib.imaging.maps import Map
+from flexlib.layout import ParticlesFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.forward import Operator, solving_accuracy
 from flexlib.model.part_labels import labels_at
@@ -151,3 +153,43 @@ def warn_if_stopped(label: str, course: Convergence, solver: SolverSettings) -> 
             course.relative_gradient[-1],
             solver.tolerance,
         )
+
+
+def check_input(
+    source: ImageSource,
+    mask: Map,
+    model: FlexModel,
+    particles: ParticlesFolder,
+    train: TrainFolder,
+    weigh_particles: bool,
+) -> None:
+    """Raise ``InputError`` where images, mask and model do not belong together."""
+    found = {
+        "latents": model.latents,
+        "poses": model.pose,
+        "poses under the rigid map": model.rigid_pose,
+        "probabilities": model.probability,
+        "occupancies": model.occupancy,
+    }
+    for what, values in found.items():
+        if values is not None and len(values) != len(source):
+            raise InputError(
+                f"{train.path}: has {what} of {len(values)} rows, {particles.path} holds {len(source)}: "
+                "were they trained on these particles?"
+            )
+    if mask.box != source.box:
+        raise InputError(f"{particles.full_mask}: its box is {mask.box}, the images' {source.box}")
+    for half in (0, 1):
+        rows = source.half_set == half
+        if not rows.any():
+            raise InputError(f"{particles.particles}: half-set {half + 1} is empty")
+        if weigh_particles and model.probability is not None and model.probability[rows].sum() < 1:
+            raise InputError(
+                f"{train.path}: hardly an image of half-set {half + 1} shows a particle (their probabilities add up to "
+                f"{model.probability[rows].sum():.2g}): reconstruct.weigh_particles: false counts all alike"
+            )
+
+
+def own_rows(source: ImageSource, ranks: Ranks) -> np.ndarray:
+    """The rows that this rank reads: its share of each half-set."""
+    return np.concatenate([ranks.share(np.flatnonzero(source.half_set == half)) for half in (0, 1)])

@@ -18,9 +18,7 @@ import numpy as np
 import pandas as pd
 
 from flexlib.distributed import Ranks, launch
-from flexlib.errors import InputError
 from flexlib.files import atomic_path
-from flexlib.images.batch import ImageSource
 from flexlib.images.cache import cached_images
 from flexlib.images.sources import open_full_images
 from flexlib.imaging.maps import Map, read_map, write_map
@@ -28,7 +26,7 @@ from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.layout import ParticlesFolder, ReconstructFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.reconstruct.fsc_table import fsc_table
-from flexlib.reconstruct.kinds import flexible_kind, rigid_kind, solve_half
+from flexlib.reconstruct.kinds import check_input, flexible_kind, own_rows, rigid_kind, solve_half
 from flexlib.reconstruct.map_solver import Convergence
 from flexlib.reconstruct.postprocess import guinier_b_factor, local_resolution, moving_region, sharpened_map
 from flexlib.records import ResolutionRecord
@@ -94,7 +92,7 @@ def _reconstruct(
     source = open_full_images(particles.path)
     mask = read_map(particles.full_mask)
     model = FlexModel.load(train.path, chosen)
-    _check_input(source, mask, model, particles, train, settings.weigh_particles)
+    check_input(source, mask, model, particles, train, settings.weigh_particles)
 
     inside = inside_mask(mask.data, FULL_FLOOR)
     kinds = [flexible_kind(model, inside, source, settings)]
@@ -105,8 +103,7 @@ def _reconstruct(
         logger.info("%d images weighed by their probability count as %.1f particles", len(weight), weight.sum())
     halves: dict[str, list[np.ndarray]] = {}
     courses: dict[str, list[Convergence]] = {}
-    own_rows = np.concatenate([ranks.share(np.flatnonzero(source.half_set == half)) for half in (0, 1)])
-    with cached_images(source, settings.cache_dir, own_rows) as images:
+    with cached_images(source, settings.cache_dir, own_rows(source, ranks)) as images:
         for kind in kinds:
             solved = [solve_half(images, half, kind, mask, settings, chosen, ranks) for half in (1, 2)]
             halves[kind.name], courses[kind.name] = ([*part] for part in zip(*solved, strict=True))
@@ -134,41 +131,6 @@ def _reconstruct(
         poses={kind.name: "input" if kind.pose is None else "refined" for kind in kinds},
         effective_particles=None if kinds[0].probability is None else float(kinds[0].probability.sum()),
     ).write(out.resolution)
-
-
-def _check_input(
-    source: ImageSource,
-    mask: Map,
-    model: FlexModel,
-    particles: ParticlesFolder,
-    train: TrainFolder,
-    weigh_particles: bool,
-) -> None:
-    """Raise ``InputError`` where images, mask and model do not belong together."""
-    found = {
-        "latents": model.latents,
-        "poses": model.pose,
-        "poses under the rigid map": model.rigid_pose,
-        "probabilities": model.probability,
-        "occupancies": model.occupancy,
-    }
-    for what, values in found.items():
-        if values is not None and len(values) != len(source):
-            raise InputError(
-                f"{train.path}: has {what} of {len(values)} rows, {particles.path} holds {len(source)}: "
-                "were they trained on these particles?"
-            )
-    if mask.box != source.box:
-        raise InputError(f"{particles.full_mask}: its box is {mask.box}, the images' {source.box}")
-    for half in (0, 1):
-        rows = source.half_set == half
-        if not rows.any():
-            raise InputError(f"{particles.particles}: half-set {half + 1} is empty")
-        if weigh_particles and model.probability is not None and model.probability[rows].sum() < 1:
-            raise InputError(
-                f"{train.path}: hardly an image of half-set {half + 1} shows a particle (their probabilities add up to "
-                f"{model.probability[rows].sum():.2g}): reconstruct.weigh_particles: false counts all alike"
-            )
 
 
 def _write_half_maps(

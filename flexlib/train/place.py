@@ -107,9 +107,12 @@ def _cross_score(whole: Setup, half: HalfSet, state: State) -> HeldOutScore:
     images = whole.source.particles.image_index[half.other_rows]
     fraction = min(1.0, MOST_CROSS / len(np.unique(images)))
     rows = half.other_rows[choose_held_out(images, fraction).held_out]
-    scored, at_rows = replace(whole, validation_rows=rows), whole.rows_on_device(rows)
+    scored, at_rows, dims = replace(whole, validation_rows=rows), whole.rows_on_device(rows), state.latents.shape[1]
+    if state.flow.stands_still:  # then it is the rigid model
+        _, first = np.unique(whole.source.particles.image_index[rows], return_index=True)
+        nothing = np.zeros(len(first))
+        return HeldOutScore(nothing, rows[first], state.parameters(at_rows), state.rigid_views.units[at_rows])
     start = _start_of(scored, state)
-    dims = state.latents.shape[1]
     looked_at = replace(
         state,
         held_rows=at_rows,
@@ -117,10 +120,7 @@ def _cross_score(whole: Setup, half: HalfSet, state: State) -> HeldOutScore:
         views=replace(state.views, held=start[:, dims:]),
         rigid_views=replace(state.rigid_views, held=state.rigid_views.units[at_rows]),
     )
-    score = score_now(scored, looked_at, steps=UNSEEN_STEPS, search=True, final=True)
-    if state.flow.stands_still:  # then it is the rigid model
-        return replace(score, gains=np.zeros_like(score.gains))
-    return score
+    return score_now(scored, looked_at, steps=UNSEEN_STEPS, search=True, final=True)
 
 
 def _start_of(scored: Setup, state: State) -> torch.Tensor:

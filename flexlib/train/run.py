@@ -234,7 +234,7 @@ def run_identity(
     """What a checkpoint must share with this run: settings, but for what changes no result, and the input files."""
     files = [particles.particles, particles.record, mesh.mesh, mesh.segments]
     return {
-        "half-set": "both" if half is None else str(half),
+        **({} if half is None else {"half-set": str(half)}),
         "settings": json.dumps(
             {k: v for k, v in asdict(settings).items() if k != "processes"}, sort_keys=True, default=str
         ),

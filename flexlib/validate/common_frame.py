@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flexlib.model.flex_model import FlexModel
-from flexlib.model.flow import rigid_modes_A
+from flexlib.model.flow import AssembledFlow, rigid_modes_A
 from flexlib.tetra.gradients import directional_derivative
 
 CHUNK = 256  # particles at a time
@@ -43,21 +43,27 @@ class CommonFrame:
         weighted = rigid * self.density_share.double().repeat_interleave(3)
         return rigid.float(), torch.linalg.solve(weighted @ rigid.T, weighted).float()
 
+    @cached_property
+    def _flows(self) -> tuple[AssembledFlow, AssembledFlow]:
+        return self.first.flow.assembled(), self.second.flow.assembled()
+
     @property
     def free_of_poses(self) -> bool:
         """Whether rigid-body motions are left out."""
         return self.first.pose is not None or self.second.pose is not None
 
+    @torch.no_grad()
     def of_first(self, latents: torch.Tensor) -> torch.Tensor:
         """(b, K) latents of the first model to (b, nv, 3) displacements in Angstrom of its vertices."""
-        return self.first.displacements_A(latents)
+        return self._flows[0](latents)
 
+    @torch.no_grad()
     def of_second(self, latents: torch.Tensor) -> torch.Tensor:
         """(b, K) latents of the second model to displacements of the vertices in the first one's rest shape.
 
         A vertex at x lies at x + shift in the second's, and moves as that place does.
         """
-        moved = self.second.displacements_A(latents)
+        moved = self._flows[1](latents)
         columns = moved.transpose(0, 1).flatten(1)  # (nv, 3 b)
         there = (self._along @ columns).view(-1, len(latents), 3).transpose(0, 1)
         return moved + there + self.shift_A

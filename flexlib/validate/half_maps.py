@@ -15,7 +15,7 @@ from flexlib.images.sources import FullImages
 from flexlib.imaging.maps import Map
 from flexlib.imaging.masks import FULL_FLOOR, inside_mask
 from flexlib.model.flex_model import FlexModel
-from flexlib.reconstruct.kinds import flexible_kind, solve_half
+from flexlib.reconstruct.kinds import flexible_kind, own_rows, solve_half
 from flexlib.reconstruct.map_solver import Convergence
 from flexlib.reconstruct.normal_equations import Displacements
 from flexlib.tetra.tetmesh import MeshVoxels
@@ -47,18 +47,17 @@ def independent_halves(
     inside = inside_mask(mask.data, FULL_FLOOR)
     flows = frame.of_first, frame.of_second
     maps, courses = [], []
-    rows = np.concatenate([ranks.share(np.flatnonzero(source.half_set == half)) for half in (0, 1)])
-    with cached_images(source, settings.cache_dir, rows) as images:
+    with cached_images(source, settings.cache_dir, own_rows(source, ranks)) as images:
         for number, (model, flow) in enumerate(zip((frame.first, frame.second), flows, strict=True), 1):
-            kind = flexible_kind(model, inside, source, settings, _of_rows(model, flow))
+            kind = flexible_kind(model, inside, source, settings, _of_rows(model, flow, device))
             volume, course = solve_half(images, number, kind, mask, settings, device, ranks, "independent")
             maps.append(volume)
             courses.append(course)
     return IndependentHalves(maps, courses)
 
 
-def _of_rows(model: FlexModel, flow: Flow) -> Displacements:
-    return lambda rows: flow(torch.as_tensor(model.latents[rows]))
+def _of_rows(model: FlexModel, flow: Flow, device: torch.device) -> Displacements:
+    return lambda rows: flow(torch.as_tensor(model.latents[rows])).to(device)
 
 
 def error_map(squared_A2: np.ndarray, voxels: MeshVoxels) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from flexlib.model.flex_model import FlexModel
-from flexlib.validate.common_frame import CommonFrame, slopes_A
+from flexlib.validate.common_frame import CommonFrame, Flow, slopes_A
 
 MOST_REGIONS, LEAST_IN_REGION = 12, 50
 PROBED = 0.1  # of a latent's standard deviation, to see what it moves
@@ -58,16 +58,17 @@ def motion_error(frame: CommonFrame, model: FlexModel, weight: np.ndarray) -> Mo
     """
     num, share = len(model.latents), frame.density_share
     rows, weight = np.arange(num), weight / weight.sum(dtype=np.float64)
-    first, second, own = _means(frame, model, rows, weight)
+    flow = model.flow.assembled()
+    first, second, own = _means(frame, (model, flow), rows, weight)
     at_vertices = [np.zeros(len(share)) for _ in range(3)]
     of_particles = [np.zeros(num) for _ in range(3)]
     for some, one, other in frame.pairs(rows):
         latents = torch.as_tensor(model.latents[some])
         differing = (one - first) - (other - second)
-        moved = frame.comparable(model.displacements_A(latents)) - own
+        moved = frame.comparable(flow(latents)) - own
         squares = (
             SHARED_BY_HALVES * differing.square().sum(2),
-            _carried_variance_A2(frame, model, some),
+            _carried_variance_A2(frame, model, flow, some),
             moved.square().sum(2),
         )
         for at_vertex, of_particle, square in zip(at_vertices, of_particles, squares, strict=True):
@@ -77,24 +78,24 @@ def motion_error(frame: CommonFrame, model: FlexModel, weight: np.ndarray) -> Mo
 
 
 def _means(
-    frame: CommonFrame, model: FlexModel, rows: np.ndarray, weight: np.ndarray
+    frame: CommonFrame, whole: tuple[FlexModel, Flow], rows: np.ndarray, weight: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(nv, 3) mean comparable fields of both models and of that of all particles."""
+    model, flow = whole
     means = [torch.zeros_like(frame.shift_A, dtype=torch.float64) for _ in range(3)]
     for some, one, other in frame.pairs(rows):
-        own = frame.comparable(model.displacements_A(torch.as_tensor(model.latents[some])))
+        own = frame.comparable(flow(torch.as_tensor(model.latents[some])))
         for mean, fields in zip(means, (one, other, own), strict=True):
             mean += torch.einsum("b,bvd->vd", torch.as_tensor(weight[some]), fields.double())
     first, second, own = (mean.float() for mean in means)
     return first, second, own
 
 
-def _carried_variance_A2(frame: CommonFrame, model: FlexModel, rows: np.ndarray) -> torch.Tensor:
+def _carried_variance_A2(frame: CommonFrame, model: FlexModel, flow: Flow, rows: np.ndarray) -> torch.Tensor:
     """(b, nv) variance of the displacement by the latents' posteriors."""
     latents = torch.as_tensor(model.latents[rows])
-    if model.latent_covariance is None:
-        return torch.zeros((len(rows), len(frame.density_share)))
-    slopes = slopes_A(lambda z: frame.comparable(model.displacements_A(z)), latents, PROBED * spread_of(model))
+    assert model.latent_covariance is not None
+    slopes = slopes_A(lambda z: frame.comparable(flow(z)), latents, PROBED * spread_of(model))
     covariance = torch.as_tensor(model.latent_covariance[rows])
     return torch.einsum("bkvd,bkl,blvd->bv", slopes, covariance, slopes).clamp(min=0.0)
 

@@ -28,6 +28,7 @@ from flexlib.model.motion import density_at_vertices
 from flexlib.particles.latents_write import write_latents_star
 from flexlib.projection.op import VoxelTensors
 from flexlib.reconstruct.fsc_table import fsc_table
+from flexlib.reconstruct.kinds import check_input
 from flexlib.reconstruct.postprocess import moving_region
 from flexlib.reconstruct.run import course_table, write_csv
 from flexlib.records import AgreementRecord
@@ -115,7 +116,7 @@ def _validate(
     tune_process()
     began, chosen = time.perf_counter(), resolve_device(device)
     source, mask = open_full_images(particles.path), read_map(particles.full_mask)
-    models = _load(particles, train, half_folders, source)
+    models = _load(particles, (train, *half_folders), (source, mask), settings)
     halves = independent_halves(source, models.frame, mask, settings, chosen, ranks)
     if not ranks.leads:
         return
@@ -155,22 +156,19 @@ def _validate(
 
 
 def _load(
-    particles: ParticlesFolder, train: TrainFolder, half_folders: tuple[TrainFolder, TrainFolder], source: FullImages
+    particles: ParticlesFolder,
+    folders: tuple[TrainFolder, TrainFolder, TrainFolder],
+    seen: tuple[FullImages, Map],
+    settings: ReconstructSettings,
 ) -> _Models:
     """The models, with their frame; raises InputError where they do not belong together."""
-    whole = FlexModel.load(train.path)
-    first, second = (FlexModel.load(folder.path) for folder in half_folders)
-    for folder, model in zip((train, *half_folders), (whole, first, second), strict=True):
-        if len(model.latents) != len(source):
-            raise InputError(
-                f"{folder.path}: has latents of {len(model.latents)} rows, {particles.path} holds {len(source)}: "
-                "was it trained on these particles?"
-            )
+    whole, first, second = (FlexModel.load(folder.path) for folder in folders)
+    for folder, model in zip(folders, (whole, first, second), strict=True):
+        check_input(*seen, model, particles, folder, settings.weigh_particles)
         if not np.array_equal(model.mesh.vertices_A, whole.mesh.vertices_A):
-            raise InputError(f"{folder.path}: trained on another mesh than {train.path}")
-    for half in (0, 1):
-        if not (source.half_set == half).any():
-            raise InputError(f"{particles.particles}: half-set {half + 1} is empty")
+            raise InputError(f"{folder.path}: trained on another mesh than {folders[0].path}")
+    if whole.latent_covariance is None:
+        raise InputError(f"{folders[0].path}: the model is of a training that had not ended: train again")
     mask = read_map(particles.mask)
     inside = inside_mask(mask.data, TRAINING_FLOOR)
     voxels = voxelise(whole.mesh, inside, whole.pixel_size_A)
@@ -179,14 +177,13 @@ def _load(
     shift_A = rest_shape_shift_A(first, second, mask.data)
     logger.info("rest shapes differ by %.2f A rms", _rms((shift_A**2).sum(1), share.numpy()))
     frame = CommonFrame(first, second, torch.as_tensor(shift_A).float(), share)
-    weight = np.ones(len(source)) if whole.probability is None else whole.probability.astype(np.float64)
+    weight = np.ones(len(whole.latents)) if whole.probability is None else whole.probability.astype(np.float64)
     return _Models(whole, (first, second), frame, weight)
 
 
 def _latent_errors(models: _Models, label: np.ndarray) -> LatentErrors:
     model = models.all
-    if model.latent_covariance is None:
-        raise InputError("the model is of a training that had not ended: train again")
+    assert model.latent_covariance is not None  # seen to when it was read
     std_err = np.sqrt(np.einsum("nkk->nk", model.latent_covariance).clip(min=0.0))
     first, second = (half.latents for half in models.halves)
     return latent_errors(model.latents, std_err, (first, second), models.weight, label)
