@@ -113,20 +113,9 @@ def compare(folder: Path, phantom: str, maps: str = "reconstruct") -> None:
             print(f"{shell:4d} {mask.box * mask.pixel_size_A / shell:6.1f}  {numbers}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--phantom", default="clamp")
-    parser.add_argument("--num-particles", type=int, default=3000)
-    parser.add_argument("--box", type=int, default=128)
-    parser.add_argument("--train-box", type=int, default=96)
-    parser.add_argument("--pixel-size-A", type=float, default=2.5)
-    parser.add_argument("--snr", type=float, default=0.04)
-    parser.add_argument("--latent-dims", type=int, default=1)
-    parser.add_argument("--max-iterations", type=int, default=20)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    data, particles, mesh, trained = (options.out / name for name in ("data", "particles", "mesh", "train"))
+def make_set(folder: Path, options: argparse.Namespace) -> None:
+    """The simulated set, prepared and meshed, as far as it is missing."""
+    data, particles, mesh = (folder / name for name in ("data", "particles", "mesh"))
     if not (data / "truth.npz").exists():
         simulate_particles(
             data,
@@ -148,6 +137,23 @@ def main() -> None:
         )
     if not (mesh / "mesh.vtu").exists():
         build_mesh(particles, mesh, MeshSettings())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--phantom", default="clamp")
+    parser.add_argument("--num-particles", type=int, default=3000)
+    parser.add_argument("--box", type=int, default=128)
+    parser.add_argument("--train-box", type=int, default=96)
+    parser.add_argument("--pixel-size-A", type=float, default=2.5)
+    parser.add_argument("--snr", type=float, default=0.04)
+    parser.add_argument("--latent-dims", type=int, default=1)
+    parser.add_argument("--max-iterations", type=int, default=20)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    make_set(options.out, options)
+    particles, mesh, trained = (options.out / name for name in ("particles", "mesh", "train"))
     if not (trained / "model.pt").exists():
         train(particles, mesh, trained, TrainSettings(latent_dims=options.latent_dims))
     if not (options.out / "reconstruct" / "resolution.json").exists():

@@ -21,26 +21,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compare_reconstruct import truth_at_rest
+from compare_reconstruct import make_set, truth_at_rest
 
 from flexlib.imaging.fsc import fsc, predicted_truth_fsc
 from flexlib.imaging.maps import read_map
 from flexlib.layout import ReconstructFolder, ValidateFolder
-from flexlib.mesh.build import build_mesh
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import rigid_modes_A
-from flexlib.prepare.run import prepare_particles
 from flexlib.reconstruct.run import reconstruct
+from flexlib.records import AgreementRecord
 from flexlib.simulate.phantoms import make_phantom
-from flexlib.simulate.run import simulate_particles
-from flexlib.simulate.settings import Simulation
 from flexlib.tetra.voxels import voxelise
 from flexlib.train import train
 from flexlib.validate.run import validate
 from flexlib.workflow_support.settings import (
-    MaskSettings,
-    MeshSettings,
-    PrepareSettings,
     ReconstructSettings,
     TrainSettings,
 )
@@ -137,23 +131,8 @@ def true_latents(angles_rad: np.ndarray, latents: np.ndarray, degree: int = 7) -
 
 def make(folder: Path, options: argparse.Namespace) -> None:
     """All that is compared, as far as it is missing."""
-    data, particles, mesh = folder / "data", folder / "particles", folder / "mesh"
-    simulation = Simulation(
-        phantom=options.phantom,
-        num_particles=options.num_particles,
-        box=options.box,
-        pixel_size_A=options.pixel_size_A,
-        snr=options.snr,
-    )
-    if not (data / "truth.npz").exists():
-        simulate_particles(data, simulation)
-    if not (particles / "prepared.json").exists():
-        settings = PrepareSettings(train_box=options.train_box)
-        prepare_particles(
-            data / "particles.star", data / "consensus.mrc", particles, settings=settings, mask_settings=MaskSettings()
-        )
-    if not (mesh / "mesh.vtu").exists():
-        build_mesh(particles, mesh, MeshSettings())
+    make_set(folder, options)
+    particles, mesh = folder / "particles", folder / "mesh"
     trainings = TrainSettings(latent_dims=options.latent_dims, rigidity=options.rigidity)
     for name, half in (("train", None), ("half1", 1), ("half2", 2)):
         if not (folder / name / "model.pt").exists():
@@ -179,6 +158,10 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     make(options.out, options)
+    at_rest = AgreementRecord.read(ValidateFolder(options.out / "validate").record).at_rest
+    print(f"half-sets' models at rest: {at_rest}")
+    if not make_phantom(options.phantom).hinges:
+        return  # there is no motion to compare
     compare_maps(options.out, options.phantom)
     compare_motion(options.out, options.phantom)
     compare_latents(options.out)
