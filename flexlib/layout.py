@@ -201,6 +201,52 @@ class ValidateFolder(Folder):
 
 
 @dataclass(frozen=True)
+class InterpretFolder(Folder):
+    """What interpret writes for one sweep point."""
+
+    bodies = File("bodies.csv")
+    """The quasi-rigid bodies of the motion."""
+    hinges = File("hinges.csv")
+    """The hinge between each pair of bodies: axis and range."""
+    labels = File("bodies.mrc")
+    """The body of each voxel, from 1."""
+    rotation = File("rotation.mrc")
+    """How far each voxel's surroundings turn, rms over the particles, degrees."""
+    strain = File("strain.mrc")
+    """How far each voxel's surroundings are strained, rms over the particles."""
+    deformation = File("deformation.vtu")
+    """The mesh with the same figures for each cell."""
+    arrows = File("hinges.bild")
+    """The hinges as arrows, for ChimeraX."""
+
+    def body_poses(self, number: int) -> Path:
+        """The input particles with the poses of one body, from 1."""
+        return self.path / f"body_{number}.star"
+
+    def body_mask(self, number: int) -> Path:
+        """The soft mask of one body, from 1."""
+        return self.path / f"body_{number}_mask.mrc"
+
+    landscape = File("landscape.csv")
+    """Density of the conformations and free energy, with their errors, on a grid of latents."""
+    populations = File("populations.csv")
+    """Share of the particles in each cluster and each region, with its confidence interval."""
+    path_points = File("path.csv")
+    """The path of least free energy, as latents."""
+    conditions = File("conditions.csv")
+    """Populations by condition, and how likely the difference is by chance."""
+    embeddings = File("embeddings.csv")
+    """How far latents of other methods agree with these."""
+    record = File("interpretation.json")
+    """``records.InterpretationRecord``."""
+
+    @property
+    def series(self) -> GenerateFolder:
+        """Maps along the path of least free energy."""
+        return GenerateFolder(self.path / "path")
+
+
+@dataclass(frozen=True)
 class RunFolder(Folder):
     """``results/<name>``: everything of one run. A ``point`` is a sweep point's path, or ``POINT_PATTERN``."""
 
@@ -228,6 +274,10 @@ class RunFolder(Folder):
     def validate(self, point: str = POINT_PATTERN) -> ValidateFolder:
         """Of validate."""
         return ValidateFolder(self.path / "validate" / point)
+
+    def interpret(self, point: str = POINT_PATTERN) -> InterpretFolder:
+        """Of interpret."""
+        return InterpretFolder(self.path / "interpret" / point)
 
     benchmarks = File("benchmarks")
     """Time and memory of each job, as Snakemake measures them."""

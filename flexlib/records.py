@@ -296,3 +296,13 @@ class AgreementRecord(Record):
     def gain_se(self) -> float:
         """``cross_gain_se``, nan where there is none."""
         return _or_nan(self.cross_gain_se)
+
+
+@dataclass(frozen=True)
+class InterpretationRecord(Record):
+    """``interpretation.json``: the motion in a few figures."""
+
+    stage: ClassVar[str] = "interpret"
+
+    wall_s: float
+    std_err_from: str  # whose standard errors the latents have: "train" or "validate"

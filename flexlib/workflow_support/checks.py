@@ -43,8 +43,9 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
     _check_plain(config)
     schema = config_schema()
     understood = _understand_numbers(config, schema)
-    if understood.get("validate") == "none":
-        understood["validate"] = {"points": "none"}
+    for stage in ("validate", "interpret"):
+        if understood.get(stage) == "none":
+            understood[stage] = {"points": "none"}
     checked = _fill(understood, schema)
     _check_plain(checked)  # text that was understood as a number may be none either
     errors = jsonschema.Draft202012Validator(schema).iter_errors(checked)
@@ -146,6 +147,10 @@ def input_paths(config: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
         if Path in (hint, *get_args(hint)) and config.get(key) is not None:
             yield key, Path(config[key])
     for section, kind in SECTIONS.items():
+        hints = get_type_hints(kind)
+        for key, value in (config.get(section) or {}).items():
+            if isinstance(value, list) and list[Path] in (hints[key], *get_args(hints[key])):
+                yield from ((f"{section}.{key}", Path(path)) for path in value)
         values: Any = make_settings(kind, _without_lists(config.get(section) or {}))
         for item in fields(kind):
             value = getattr(values, item.name)

@@ -103,6 +103,8 @@ def _one_of(hint: Any, limits: Mapping[str, Any]) -> dict[str, Any]:
         words = []
     branches = [_typed(kind, limits) for kind in kinds if kind is not NoneType]
     branches += [{"const": word} for word in words]
+    if len(branches) > 1 and NoneType in kinds:
+        branches.append({"type": "null"})
     if len(branches) > 1:
         return {"anyOf": branches}
     (branch,) = branches

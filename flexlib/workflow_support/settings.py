@@ -291,6 +291,39 @@ class ValidateSettings:
     )
 
 
+@dataclass(frozen=True)
+class InterpretSettings:
+    """``interpret:``; ``points`` is for the workflow to interpret."""
+
+    bodies: int | Literal["auto"] = setting(
+        "auto",
+        "Number of quasi-rigid bodies that the motion is divided into, or auto (as many as explain it).",
+        minimum=1,
+        maximum=12,
+    )
+    regions: list[Path] = setting(
+        [],
+        "Lists of particles whose share of all is told with its error, such as the report's lasso saves (.csv with "
+        "flexInputRow) or a subset of the input (.star, .cs).",
+    )
+    conditions: str | list[Path] | None = setting(
+        None,
+        "What the particles differ in beforehand, a column of the input (such as rlnOpticsGroup or rlnMicrographName), "
+        "or a list of files, each with the particles of one condition (.star, .cs, or .csv with flexInputRow).",
+    )
+    embeddings: list[Path] = setting(
+        [],
+        "Latents of other methods for the same particles in the same order (.npy, .csv, .txt) or with their uids "
+        "(.cs), to be compared with these.",
+    )
+    points: Literal["reconstructed", "all", "none"] | list[PointChoice] = setting(
+        "reconstructed",
+        "Which points of the sweep are interpreted, reconstructed (those that are reconstructed), all, none, or a list "
+        "such as [{cells: 20, rigidity: 2.0}].",
+        minItems=1,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The whole config: its top level, and a section for each stage."""
@@ -341,6 +374,10 @@ class RunSettings:
         "train.latent_init and train.init_from name. validate: none leaves it out. With train.freeze_latents the two "
         "would not be independent: nothing is validated then, and a run that asks for it is refused.",
     )
+    interpret: InterpretSettings | Literal["none"] = setting(
+        InterpretSettings,
+        "What the motion means, bodies and hinges, populations, conditions. interpret: none leaves it out.",
+    )
 
 
 SECTIONS: dict[str, type] = {
@@ -352,6 +389,7 @@ SECTIONS: dict[str, type] = {
     "generate": GenerateSettings,
     "reconstruct": ReconstructSettings,
     "validate": ValidateSettings,
+    "interpret": InterpretSettings,
 }
 
 

@@ -40,6 +40,7 @@ def checked(config):
         check_series(complete["generate"]["series"], sorted({point.latent_dims for point in points}))
         candidates = wanted_points(points, complete, "reconstruct")
         wanted_points(points, complete, "validate")
+        wanted_points(points, complete, "interpret")
         left_out = settle_validation(config, complete, len(candidates))
         if left_out and workflow.is_main_process:
             print(f"Nothing is validated: {left_out}", file=sys.stderr)
@@ -155,9 +156,9 @@ def train_settings(wildcards):
     }
 
 
-def reconstruct_settings(wildcards):
-    """``reconstruct:`` without the choice of points: another choice must not repeat what is done."""
-    return {key: value for key, value in config["reconstruct"].items() if key != "points"}
+def without_points(stage):
+    """A stage's settings without the choice of points: another choice must not repeat what is done."""
+    return {key: value for key, value in config[stage].items() if key != "points"}
 
 
 # one of these is the best, and shown in the report
@@ -165,8 +166,10 @@ CANDIDATES = [point.path for point in wanted_points(list(POINTS.values()), confi
 
 
 def points_of(stage):
-    """Paths of the sweep points that reconstruct or validate is asked for."""
+    """Paths of the sweep points that reconstruct, validate or interpret is asked for."""
     wanted = config[stage]["points"]
+    if wanted == "reconstructed":
+        return points_of("reconstruct")
     if wanted == "none":
         return []
     if wanted == "best" and len(CANDIDATES) > 1:  # known once all are trained
@@ -186,6 +189,17 @@ def validated(wildcards):
     """What later jobs read of each validated sweep point."""
     folders = [RUN.validate(path) for path in points_of("validate")]
     return [file for folder in folders for file in (folder.record, folder.cross, folder.fsc)]
+
+
+def interpreted(wildcards):
+    """What later jobs read of each interpreted sweep point."""
+    return [RUN.interpret(path).record for path in points_of("interpret")]
+
+
+def latents_of(wildcards):
+    """Where a sweep point's latents have their best standard errors."""
+    path = POINT_PATTERN.format(**wildcards)
+    return (RUN.validate(path) if path in points_of("validate") else RUN.train(path)).latents
 
 
 PREPARED = RUN.particles.record

@@ -33,7 +33,7 @@ rule reconstruct:
         disk_mb=disk("reconstruct"),
         gpu=MISSING_GPUS["reconstruct"],
     params:
-        settings=reconstruct_settings,
+        settings=without_points("reconstruct"),
     message:
         "Reconstruct half-maps: {wildcards}"
     script:

@@ -65,6 +65,7 @@ rule report:
     input:
         table=rules.summarise.output.table,
         series=[RUN.generate(path).path for path in POINTS],
+        interpreted=interpreted,
         checksums=ancient(RUN.checksums),  # shown; others of them need no other report
         truth=rules.simulate.output.truth if config["simulate"] is not None else [],
     output:

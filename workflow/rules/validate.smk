@@ -61,7 +61,7 @@ rule validate:
         disk_mb=disk("validate"),
         gpu=MISSING_GPUS["validate"],
     params:
-        settings=reconstruct_settings,
+        settings=without_points("reconstruct"),
     message:
         "Compare the models of the half-sets: {wildcards}"
     script:
