@@ -104,18 +104,19 @@ def _config(path: Path) -> None:
         count_maps(complete["generate"]["series"], complete["generate"]["frames"], 2)
         candidates = wanted_points(points, complete, "reconstruct")
         wanted_points(points, complete, "validate")
+        wanted_points(points, complete, "interpret")
         settle_validation(config, complete, len(candidates))
         check_paths(complete)
         check_maps(complete)
     except InputError as error:
         named = str(error).startswith(
-            ("config: ", "mesh.", "generate.", "reconstruct.", "train.", "validate", "sweep.")
+            ("config: ", "mesh.", "generate.", "reconstruct.", "train.", "validate", "interpret", "sweep.")
         )
         raise InputError(f"{path}: {error}" if named else f"names no key: {error}") from error
 
 
 # how a message on a config begins
-_OF_KEYS = ("config: ", "mesh.", "generate.", "reconstruct.", "train.", "validate", "sweep.")
+_OF_KEYS = ("config: ", "mesh.", "generate.", "reconstruct.", "train.", "validate", "interpret", "sweep.")
 READERS: dict[str, Callable[[Path], object]] = {
     "star": _star,
     "cs": _cs,

@@ -118,7 +118,10 @@ def test_mask_share_is_known_after_preparation(tmp_path):
 
 @pytest.mark.parametrize(
     "stage",
-    ["simulate", "prepare", "checksum", "mesh", "train", "train_half", "generate", "reconstruct", "validate", "report"],
+    [
+        *("simulate", "prepare", "checksum", "mesh", "train", "train_half", "generate", "reconstruct"),
+        *("validate", "interpret", "report"),
+    ],
 )
 def test_needs_grow_with_the_data(stage):
     assert 1500 <= memory_mb(stage, SMALL) < memory_mb(stage, LARGE)
@@ -126,12 +129,14 @@ def test_needs_grow_with_the_data(stage):
     assert 0 < disk_mb(stage, SMALL, maps=4) <= disk_mb(stage, LARGE, maps=4)
 
 
-@pytest.mark.parametrize("stage", ["mesh", "train", "train_half", "generate", "reconstruct", "validate", "report"])
+@pytest.mark.parametrize(
+    "stage", ["mesh", "train", "train_half", "generate", "reconstruct", "validate", "interpret", "report"]
+)
 def test_needs_grow_with_the_mesh(stage):
     coarse, fine = (num_vertices(SMALL, cells, "not there") for cells in (10, 60))
     assert memory_mb(stage, SMALL, coarse) < memory_mb(stage, SMALL, fine)
     assert runtime_min(stage, SMALL, coarse, 10) < runtime_min(stage, SMALL, fine, 10)
-    if stage in ("mesh", "train", "train_half", "generate"):
+    if stage in ("mesh", "train", "train_half", "generate", "interpret"):
         assert disk_mb(stage, SMALL, coarse, maps=4) < disk_mb(stage, SMALL, fine, maps=4)
 
 
@@ -191,7 +196,7 @@ def test_jobs_ask_by_their_own_mesh(tmp_path):
     )
     asked = asked_for(tmp_path)
     vertices = {cells: num_vertices(DataSize(0, 32, 32), cells, "not there") for cells in (10, 40)}
-    for rule in ("mesh", "train", "train_half", "generate", "reconstruct", "validate"):
+    for rule in ("mesh", "train", "train_half", "generate", "reconstruct", "validate", "interpret"):
         for cells in (10, 40):
             assert asked[rule, cells]["mem_mb"] == memory_mb(rule, DataSize(0, 32, 32), vertices[cells])
     assert asked["train", 10]["runtime"] < asked["train", 40]["runtime"]

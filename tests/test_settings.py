@@ -17,16 +17,16 @@ from flexlib.imaging.maps import write_map
 from flexlib.simulate.settings import Simulation
 from flexlib.workflow_support.checks import check_config, check_maps, check_paths, settle_validation
 from flexlib.workflow_support.gpus import gpu_complaint, tasks_complaint, tasks_of
+from flexlib.workflow_support.run_settings import SECTIONS
 from flexlib.workflow_support.schema import made_files
 from flexlib.workflow_support.settings import (
-    SECTIONS,
     MaskSettings,
     MeshSettings,
     ReconstructSettings,
-    SimulateSettings,
     TrainSettings,
     make_settings,
 )
+from flexlib.workflow_support.simulate_settings import SimulateSettings
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())

@@ -59,9 +59,10 @@ def dry_run(tmp_path):
     return DryRun(tmp_path)
 
 
-def jobs(mesh=1, train=1, generate=1, reconstruct=0, choose=0, validate=0) -> dict[str, int]:
+def jobs(mesh=1, train=1, generate=1, reconstruct=0, choose=0, validate=0, interpret=None) -> dict[str, int]:
     counts = dict(prepare=1, mesh=mesh, train=train, generate=generate, reconstruct=reconstruct, choose=choose)
     counts |= dict(train_half=2 * validate, validate=validate)
+    counts |= dict(interpret=reconstruct if interpret is None else interpret)
     counts = {
         rule: count
         for rule, count in (counts | dict(checksum=1, summarise=1, report=1, provenance=1, all=1)).items()
@@ -120,6 +121,25 @@ def test_points_are_validated_as_the_config_has_it(dry_run, text, expected):
     assert dry_run(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{{{SWEEP}, interpret: {{points: all}}}}", jobs(train=2, generate=2, choose=1, interpret=2)),
+        ("interpret: none", jobs(reconstruct=1, validate=1, interpret=0)),
+        (
+            f"{{{SWEEP}, interpret: {{points: [{{rigidity: 2}}]}}, validate: none}}",
+            jobs(train=2, generate=2, choose=1, interpret=1),
+        ),
+        (
+            f"{{{SWEEP}, interpret: {{points: all}}, validate: {{points: all}}}}",
+            jobs(train=2, generate=2, choose=1, validate=2, interpret=2),
+        ),
+    ],
+)
+def test_points_are_interpreted_as_the_config_has_it(dry_run, text, expected):
+    assert dry_run(text) == expected
+
+
 def test_a_validation_that_is_left_out_is_told_once(dry_run):
     said = dry_run.output("train: {freeze_latents: true}")
     assert said.count("Nothing is validated: train.freeze_latents: true ") == 1
@@ -134,9 +154,9 @@ def test_the_chosen_point_is_validated_after_the_choice(dry_run):
     assert snakemake(dry_run.folder, *arguments).returncode == 0
     said = dry_run.output(SWEEP)
     last = dict(summarise=1, report=1, provenance=1, all=1)
-    assert counted(said) == dict(train_half=2, validate=1, reconstruct=1, **last, total=8)
-    points = re.findall(r"(?:Train half-set . alone|Compare the models of the half-sets): (.*)", said)
-    assert len(points) == 3 and all("rigidity=2.0" in point for point in points)
+    assert counted(said) == dict(train_half=2, validate=1, reconstruct=1, interpret=1, **last, total=9)
+    points = re.findall(r"(?:Train half-set . alone|Compare the models of the half-sets|Interpret the motion): (.*)", said)
+    assert len(points) == 4 and all("rigidity=2.0" in point for point in points)
 
 
 def write_choice(folder: Path, point: SweepPoint) -> None:

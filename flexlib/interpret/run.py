@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import numpy as np
-
 from flexlib.errors import InputError
 from flexlib.layout import InterpretFolder, ParticlesFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel

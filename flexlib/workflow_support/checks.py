@@ -14,9 +14,10 @@ from typing import Any, get_args, get_type_hints
 from flexlib.errors import InputError
 from flexlib.files import is_there
 from flexlib.workflow_support.estimates import MapSize, read_map_size
+from flexlib.workflow_support.run_settings import SECTIONS, RunSettings
 from flexlib.workflow_support.schema import config_schema
 from flexlib.workflow_support.series import series_files
-from flexlib.workflow_support.settings import SECTIONS, RunSettings, make_settings
+from flexlib.workflow_support.settings import make_settings
 
 _MOST_VALUES, _DEEPEST, _LARGEST = 20_000, 10, 1e15
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

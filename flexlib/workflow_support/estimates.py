@@ -50,6 +50,7 @@ ITERATIONS_BESIDES = 3  # of reconstruct for each kind of map: the data, and gra
 SIMULATE_US = 10.0, 100.0  # of one core for a pixel of a particle's image, and for a voxel of the phantom's maps
 PREPARE_US = 1.5  # of one core for a pixel of a particle's image
 MODES_S = 300.0  # of one core for the elastic modes of 20,000 vertices; they grow by the power 1.5 of their number
+INTERPRET_US = 4000.0  # of one core for a particle: densities and their errors, tests of conditions
 FIELDS_US = 50.0  # of one core for a vertex in a mini-batch: the flow's fields are put together anew
 VOXEL_US, VERTEX_US = 2.0, 300.0  # of one core for a voxel and a vertex in mesh, report and a frame of generate
 
@@ -197,6 +198,9 @@ def memory_mb(
         return memory_mb("reconstruct", size, 2 * vertices, processes=processes) + round(8 * _map_mb(size.full_box))
     if stage == "checksum":  # the particles' metadata
         return round(BASE_MB + 4000 * rows_mb)
+    if stage == "interpret":  # makes a series too
+        series_mb = memory_mb("generate", size, vertices, volume=volume)
+        return series_mb + round(16 * _map_mb(size.full_box) + 4000 * rows_mb)
     if stage == "report":
         return round(BASE_MB + 10 * _map_mb(size.full_box) + 4000 * rows_mb + 2 * fields_mb)
     return 600
@@ -217,7 +221,8 @@ def runtime_min(
     stage, size, vertices
         See ``memory_mb``.
     repeats
-        Epochs of train; iterations of reconstruct, flexible and rigid ones, and of validate; maps of generate.
+        Epochs of train; iterations of reconstruct, flexible and rigid ones, and of validate; maps of generate and
+        interpret.
     latent_dims
         Of train and validate.
     threads
@@ -248,6 +253,8 @@ def _core_s(stage: str, size: DataSize, vertices: int, repeats: int, latent_dims
     if stage == "validate":
         inference_s = rows * (CROSS_PASSES + latent_dims) * image_s
         return (repeats + ITERATIONS_BESIDES) * rows * full_image_s + inference_s
+    if stage == "interpret":
+        return rows * INTERPRET_US * 1e-6 + repeats * (VOXEL_US * full_box**3 + VERTEX_US * vertices) * 1e-6
     if stage in ("mesh", "generate", "report"):
         return repeats * (VOXEL_US * full_box**3 + VERTEX_US * vertices) * 1e-6
     if stage == "checksum":
@@ -261,7 +268,7 @@ def _batch_rows(rows: float) -> float:
 
 
 def disk_mb(stage: str, size: DataSize, vertices: int = 0, *, maps: int = 0, volume: str | Path | None = None) -> int:
-    """What ``stage`` writes, in MiB; ``maps`` is the number of maps in a sweep point's series (generate)."""
+    """What ``stage`` writes, in MiB; ``maps`` is the number of maps in a sweep point's series (generate, interpret)."""
     images_mb, fields_mb = size.num_rows / 2**20 * 4, FIELDS_KB * vertices / 2**10
     written = {
         "simulate": images_mb * size.full_box**2 + 10 * _map_mb(size.full_box),
@@ -271,11 +278,13 @@ def disk_mb(stage: str, size: DataSize, vertices: int = 0, *, maps: int = 0, vol
         "train": 3 * _map_mb(size.train_box) + 4000 * size.num_rows / 2**20 + 3.3 * fields_mb,
         "reconstruct": 10 * _map_mb(size.full_box),
         "validate": 8 * _map_mb(size.full_box) + 400 * size.num_rows / 2**20,
+        "interpret": 12 * _map_mb(size.full_box) + 1200 * size.num_rows / 2**20,
     }
     written["train_half"] = written["train"]
-    if stage == "generate":
+    if stage in ("generate", "interpret"):
         deformed = _map_mb(size.train_box) if volume is None else Path(volume).stat().st_size / 2**20
-        return math.ceil(maps * (1.2 * deformed + FRAME_KB * vertices / 2**10)) + 1  # with the film
+        maps_mb = maps * (1.2 * deformed + FRAME_KB * vertices / 2**10)  # with the film
+        return math.ceil(written.get(stage, 0.0) + maps_mb) + 1
     return math.ceil(written.get(stage, 0.0)) + 1
 
 

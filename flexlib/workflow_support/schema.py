@@ -19,7 +19,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from flexlib.workflow_support.settings import SECTIONS, PointChoice, RunSettings
+from flexlib.workflow_support.run_settings import SECTIONS, RunSettings
+from flexlib.workflow_support.settings import PointChoice
 
 ROOT = Path(__file__).parents[2]
 SCHEMA_FILE = ROOT / "workflow/schemas/config.schema.yaml"

@@ -243,6 +243,8 @@ def repeats(stage, latent_dims):
     if stage == "validate":
         return config["reconstruct"]["max_bfgs_iterations"]
     settings = config["generate"]
+    if stage == "interpret":
+        return settings["frames"]
     return count_maps(settings["series"], settings["frames"], latent_dims) if stage == "generate" else 1
 
 
@@ -283,13 +285,16 @@ def disk(stage):
 @cache
 def point_disk(stage, cells, latent_dims):
     """What the stage writes for a sweep point, in MiB."""
-    more = {"maps": repeats(stage, latent_dims), "volume": config["generate"]["volume"]} if stage == "generate" else {}
+    has_series = stage in ("generate", "interpret")
+    more = {"maps": repeats(stage, latent_dims), "volume": config["generate"]["volume"]} if has_series else {}
     return estimates.disk_mb(stage, data_size(), vertices(cells), **more)
 
 
 def at_most(stage, missing):
-    """How many points reconstruct or validate has to do of all that are ``missing``; 1 for a list."""
-    return {"none": 0, "all": missing}.get(str(config[stage]["points"]), 1)
+    """How many points reconstruct, validate or interpret has to do of all that are ``missing``; 1 for a list."""
+    wanted = config[stage]["points"]
+    wanted = config["reconstruct"]["points"] if wanted == "reconstructed" else wanted
+    return {"none": 0, "all": missing}.get(str(wanted), 1)
 
 
 def check_disk():
@@ -303,6 +308,8 @@ def check_disk():
         needed_mb += at_most("reconstruct", len(missing)) * estimates.disk_mb("reconstruct", data_size())
         unvalidated = len([path for path in POINTS if not RUN.validate(path).record.exists()])
         needed_mb += at_most("validate", unvalidated) * (2 * disk("train_half") + disk("validate"))
+        uninterpreted = len([path for path in POINTS if not RUN.interpret(path).record.exists()])
+        needed_mb += at_most("interpret", uninterpreted) * disk("interpret")
         estimates.check_free_space(RUN.path, needed_mb, f"the results of {len(POINTS)} points")
     except InputError as error:
         sys.exit(f"ERROR {error}")

@@ -21,7 +21,7 @@ rule interpret:
         ENVIRONMENT
     threads: 2
     resources:
-        mem_mb=memory("interpret"),
+        mem_mb=memory("interpret", volume=config["generate"]["volume"]),
         runtime=runtime("interpret"),
         disk_mb=disk("interpret"),
     params:

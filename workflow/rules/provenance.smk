@@ -6,7 +6,7 @@ rule checksum:
         particles=config["particles"],
         consensus=config["consensus"],
         others=given("mask", "passthrough"),
-        extra=[path for section in ["mesh", "train", "generate"] for path in user_files(section)],
+        extra=[path for section in ["mesh", "train", "generate", "interpret"] for path in user_files(section)],
     output:
         checksums=update(RUN.checksums),  # so that what is unchanged need not be read again
     log:
