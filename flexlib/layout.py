@@ -129,6 +129,10 @@ class GenerateFolder(Folder):
         """One map of a series; its mesh is beside it as .vtu."""
         return self.path / name / f"frame_{number:03d}.mrc"
 
+    def ensemble(self, name: str) -> Path:
+        """The atomic model along a series, a model a frame."""
+        return self.path / name / "ensemble.cif"
+
     def chimerax(self, name: str) -> Path:
         """ChimeraX commands that play a series."""
         return self.path / f"{name}.cxc"
@@ -289,6 +293,8 @@ class RunFolder(Folder):
     """The report."""
     summary = File("summary.png")
     """One picture of the run, beside the report."""
+    scene = File("chimerax.cxc")
+    """ChimeraX commands that open everything of the chosen sweep point, beside the report."""
     checksums = File("checksums.json")
     """``records.ChecksumsRecord``."""
     config = File("config.yaml")

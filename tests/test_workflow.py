@@ -155,7 +155,8 @@ def test_the_chosen_point_is_validated_after_the_choice(dry_run):
     said = dry_run.output(SWEEP)
     last = dict(summarise=1, report=1, provenance=1, all=1)
     assert counted(said) == dict(train_half=2, validate=1, reconstruct=1, interpret=1, **last, total=9)
-    points = re.findall(r"(?:Train half-set . alone|Compare the models of the half-sets|Interpret the motion): (.*)", said)
+    messages = "Train half-set . alone", "Compare the models of the half-sets", "Interpret the motion"
+    points = re.findall(rf"(?:{'|'.join(messages)}): (.*)", said)
     assert len(points) == 4 and all("rigidity=2.0" in point for point in points)
 
 

@@ -9,7 +9,7 @@ from flexlib.layout import RunFolder
 
 
 def write_report(results_dir: Path, out_html: Path, config: dict[str, Any], truth: Path | None = None) -> None:
-    """Write ``report.html`` (one file, no network) and ``summary.png`` beside it from a results folder.
+    """Write ``report.html`` of a results folder (one file, no network), ``summary.png`` and ``chimerax.cxc`` beside it.
 
     Parameters
     ----------
@@ -22,6 +22,7 @@ def write_report(results_dir: Path, out_html: Path, config: dict[str, Any], trut
     truth
         An .npz of a simulation whose ``angles_rad`` (n, d) has the rows of the input particle file.
     """
+    from flexlib.report.chimerax import write_scene
     from flexlib.report.morph import render_gallery
     from flexlib.report.page import build_page
     from flexlib.report.results import Results
@@ -30,7 +31,9 @@ def write_report(results_dir: Path, out_html: Path, config: dict[str, Any], trut
     results = Results(Path(results_dir), config, None if truth is None else Path(truth))
     gallery = render_gallery(results)
     build_page(results, gallery, Path(out_html))
-    summary_figure(results, gallery, RunFolder(Path(out_html).parent).summary)
+    beside = RunFolder(Path(out_html).parent)
+    write_scene(results, beside.scene)
+    summary_figure(results, gallery, beside.summary)
 
 
 def write_summary_figure(results_dir: Path, out_png: Path, truth: Path | None = None) -> bool:

@@ -124,7 +124,7 @@ OUTPUTS = {
     "choose": [RESULTS / "best_point.json"],
     "summarise": [RESULTS / "sweep.csv"],
     "checksum": [RESULTS / "checksums.json"],
-    "report": [RESULTS / "report.html", RESULTS / "summary.png"],
+    "report": [RESULTS / "report.html", RESULTS / "summary.png", RESULTS / "chimerax.cxc"],
     "provenance": [RESULTS / "ro-crate-metadata.json", RESULTS / "config.yaml"],
 }
 
