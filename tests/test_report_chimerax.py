@@ -49,7 +49,7 @@ def test_everything_that_there_is_is_opened_once(run):
     files = {path for text in numbers.values() for path in run.path.glob(text)}
     assert all(list(run.path.glob(text)) for text in numbers.values())  # each finds its file, and from there
     reconstructed = run.reconstruct(POINT.path)
-    assert {reconstructed.sharpened, run.validate(POINT.path).motion_size, interpreted.arrows} <= files
+    assert {reconstructed.map("flex"), run.validate(POINT.path).motion_size, interpreted.arrows} <= files
     assert {interpreted.labels, generated.ensemble("axis_1"), generated.frame("axis_2", 0)} <= files
     assert len(numbers) == 4 + 2 + 1
     # what is said of a model comes after it was opened
