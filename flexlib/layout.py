@@ -129,6 +129,18 @@ class GenerateFolder(Folder):
         """One map of a series; its mesh is beside it as .vtu."""
         return self.path / name / f"frame_{number:03d}.mrc"
 
+    def ensemble(self, name: str) -> Path:
+        """The atomic model along a series, a model a frame."""
+        return self.path / name / "ensemble.cif"
+
+    def residues(self, name: str) -> Path:
+        """How far each of its residues moves."""
+        return self.path / name / "residues.csv"
+
+    def geometry(self, name: str) -> Path:
+        """What the motion does to its bonds and angles, for each frame."""
+        return self.path / name / "geometry.csv"
+
     def chimerax(self, name: str) -> Path:
         """ChimeraX commands that play a series."""
         return self.path / f"{name}.cxc"
