@@ -3,8 +3,8 @@
 Simulates images of a structure whose named chains swing at their contacts with the rest, prepares, trains with the
 defaults, carries the atoms to the states of the truth, and prints
 
-- the rms distance of backbone atoms from where they truly are, for each state, and of how many the field says that it
-  knows them so well;
+- the rms distance of backbone atoms from where they truly are, for each state, superposed: turning and shifting the
+  whole is the pose's; and the same of those atoms that the field says it knows within 1.5 A;
 - the same over particles, each at its own latents, beside the standard error that ``residues.csv`` tells;
 - what the motion does to bonds and angles, and whether gemmi and biotite read the same ensemble.
 
@@ -156,21 +156,26 @@ def compare_states(folder: Path, phantom: Phantom, atoms: AtomicModel, rest: Pat
     )
     for state, angle in zip(frames - centre_A, states, strict=True):
         true_A = phantom.positions_A(angle)[0]
-        fitted = superposed(state[backbone], true_A[backbone])
-        moved = rms((true_A - phantom.atoms_A)[backbone])
-        numbers = [moved, rms((state - true_A)[backbone & known]), rms(fitted - true_A[backbone])]
-        print("state {}: moved by {:.2f} A, wrong by {:.2f} A, superposed {:.2f}".format(angle.round(3), *numbers))
+        wrong_A = superposed(state[backbone], true_A[backbone]) - true_A[backbone]
+        moved_A = superposed(phantom.atoms_A[backbone], true_A[backbone]) - true_A[backbone]
+        numbers = rms(moved_A), rms(wrong_A), rms(wrong_A[known[backbone]]), rms((state - true_A)[backbone])
+        print(
+            "state {}: moved by {:.2f} A; wrong by {:.2f}, of those {:.2f}; with the pose {:.2f}".format(
+                angle, *numbers
+            )
+        )
     print(pd.read_csv(out.geometry("at")).round(3).to_string(index=False))
 
 
 def compare_particles(folder: Path, phantom: Phantom, atoms: AtomicModel, rest_A: np.ndarray) -> None:
-    """Carried atoms of particles at their own latents, about their mean, beside the error that is told."""
+    """Carried atoms of particles at their own latents, superposed, beside the error that is told."""
     flex, truth = FlexModel.load(folder / "train"), np.load(folder.parent / "sim/truth.npz")
     rows = np.linspace(0, len(flex.latents) - 1, SAMPLED).astype(int)
     ride, backbone = ride_on(flex.mesh, atoms, rest_A), atoms.is_backbone
-    moved = np.stack([ride.moved_A(one)[backbone] for one in flex.displacements_A(flex.latents[rows]).numpy()])
-    true = np.stack([phantom.positions_A(one)[0][backbone] for one in truth["angles_rad"][rows]])
-    wrong = (moved - moved.mean(0)) - (true - true.mean(0))
+    moved = [ride.moved_A(one)[backbone] for one in flex.displacements_A(flex.latents[rows]).numpy()]
+    true = [phantom.positions_A(one)[0][backbone] for one in truth["angles_rad"][rows]]
+    wrong = np.stack([superposed(one, other) - other for one, other in zip(moved, true, strict=True)])
+    true = np.stack([superposed(one, phantom.atoms_A[backbone]) for one in true])
     rms_A, std_err_A = residue_motion_A(atoms, ride, MotionFrame.of(flex, "density"))
     of_atom = atoms.residue[backbone]
     print(

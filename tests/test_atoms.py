@@ -126,6 +126,17 @@ def test_names_places_and_crowds_that_cannot_be_are_refused(tmp_path):
     structure[0]["A"][2][1].pos = gemmi.Position(float("nan"), 0, 0)
     with pytest.raises(InputError, match="A:3 ALA: atom CA has no place"):
         read_atomic_model(write_protein(tmp_path / "nan.cif", structure))
+    for part, told in (("chain", "A'"), ("atom", "C\tB"), ("altloc", ";"), ("icode", "_")):
+        structure = protein()
+        chain = structure[0]["A"]
+        if part == "chain":
+            chain.name = told
+        elif part == "icode":
+            chain[1].seqid = gemmi.SeqId(2, told)
+        else:
+            setattr(chain[1][4], "name" if part == "atom" else part, told)
+        with pytest.raises(InputError, match=r"damaged: a chain, residue, atom or alternate is called|not a readable"):
+            read_atomic_model(write_protein(tmp_path / f"{part}.cif", structure))
     for name in ("model.xyz", "model", "model.gz"):
         with pytest.raises(InputError, match="not an atomic model by its name"):
             read_atomic_model(tmp_path / name)

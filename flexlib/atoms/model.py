@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ SUFFIXES = (".cif", ".mmcif", ".pdb", ".ent")
 _FARTHEST_A = 1e5  # an atom's coordinate
 _MOST_ATOMS = 20_000_000
 _CROWD, _CROWD_A = 100, 2.0  # atoms in a cube of this side: more than any structure has, with alternates
-_NAME_LENGTH = 64  # of a chain or residue
+_NAME = re.compile(r"[!#-&(-~]{0,64}").fullmatch  # of a chain or residue: no spaces, no quotes
+_MARK = re.compile(r"[A-Za-z0-9]{0,16}").fullmatch  # of an alternate conformation; a residue's number
+_ATOM_NAME = re.compile(r"""[!#-~]{0,16}|[!-&(-~]{0,16}""").fullmatch  # quotes of one kind
 _PEPTIDE_OR_NUCLEIC = ("N", "CA", "C", "O", "P", "O5'", "C5'", "C4'", "C3'", "O3'")
 
 
@@ -97,6 +100,7 @@ def read_atomic_model(path: str | os.PathLike[str]) -> AtomicModel:
             raise InputError(f"{path}: holds no atoms")
         while len(structure) > 1:
             del structure[-1]
+        structure.name = "model"
         structure.remove_empty_chains()
         structure.setup_entities()
         structure.assign_label_seq_id()
@@ -115,9 +119,11 @@ def _from_gemmi(path: Path, structure: Any) -> AtomicModel:
             residues.append(Residue(chain.name, int(one.seqid.num), number, one.name))
             atoms += list(one)
             residue += [len(residues) - 1] * len(one)
-    for one in residues:
-        if max(len(one.chain), len(one.name)) > _NAME_LENGTH or not (one.chain + one.name).isprintable():
-            raise InputError(f"{path}: damaged: a chain or residue is called {one.chain + ' ' + one.name!r:.80}")
+    names = {name for one in residues for name in (one.chain, one.name)}
+    marks = {one.number.lstrip("-") for one in residues} | {atom.altloc.strip("\0 ") for atom in atoms}
+    for known, spelled in ((names, _NAME), (marks, _MARK), ({atom.name for atom in atoms}, _ATOM_NAME)):
+        if odd := sorted(name for name in known if not spelled(name)):
+            raise InputError(f"{path}: damaged: a chain, residue, atom or alternate is called {odd[0]!r:.80}")
     positions_A = np.array([atom.pos.tolist() for atom in atoms], np.float64).reshape(-1, 3)
     nowhere = ~(np.abs(positions_A) < _FARTHEST_A).all(1)  # NaN too
     if nowhere.any():
