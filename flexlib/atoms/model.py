@@ -180,24 +180,21 @@ def write_ensemble(
     block = _topology(model)
     table = block.find_mmcif_category("_atom_site.")
     tags = list(table.tags)
-    rows = [list(row) for row in table]
-    table.erase()
+    number, first, b_factor = (tags.index(f"_atom_site.{name}") for name in ("id", "Cartn_x", "B_iso_or_equiv"))
+    assert number < first < b_factor < len(tags) - 1 and tags[-1] == "_atom_site.pdbx_PDB_model_num"
     value = np.nan_to_num(residue_value, nan=0.0, posinf=0.0, neginf=0.0)[model.residue]
-    first, last = tags.index("_atom_site.Cartn_x"), tags.index("_atom_site.Cartn_z") + 1
-    number, b_factor, of_model = (
-        tags.index(f"_atom_site.{name}") for name in ("id", "B_iso_or_equiv", "pdbx_PDB_model_num")
-    )
-    for row, own in zip(rows, value, strict=True):
+    parts = []  # of each atom's row, what stands before its number, between that and its place, and after
+    for cells, own in zip(table, value.tolist(), strict=True):
+        row = list(cells)
         row[b_factor] = f"{own:.2f}"
+        parts.append(tuple(" ".join(some) for some in (row[:number], row[number + 1 : first], row[first + 3 : -1])))
+    table.erase()
     with atomic_path(path) as temporary, temporary.open("w") as file:
-        file.write(f"data_{block.name}\n" + block.as_string().partition("\n")[2].rstrip() + "\n#\nloop_\n")
-        file.write("\n".join(tags) + "\n")
+        file.write(block.as_string().rstrip() + "\n#\nloop_\n" + "\n".join(tags) + "\n")
         for frame, positions_A in enumerate(frames_A):
-            for at, (row, position) in enumerate(zip(rows, positions_A.tolist(), strict=True)):
-                row[number] = str(frame * len(rows) + at + 1)
-                row[of_model] = str(frame + 1)
-                row[first:last] = [f"{one:.3f}" for one in position]
-                file.write(" ".join(row) + "\n")
+            start = frame * len(parts) + 1
+            for at, ((head, names, tail), (x, y, z)) in enumerate(zip(parts, positions_A.tolist(), strict=True), start):
+                file.write(f"{head} {at} {names} {x:.3f} {y:.3f} {z:.3f} {tail} {frame + 1}\n")
         file.write("#\n")
 
 

@@ -51,7 +51,6 @@ class Frame:
         return {
             "the map's header has an origin that the model was not placed by": self.corner_A,
             "the model's zero is the box centre": self.centre_A,
-            "the model was placed with an origin that the map's header lacks": -np.full(3, self.half_A),
         }
 
 
