@@ -133,6 +133,14 @@ class GenerateFolder(Folder):
         """The atomic model along a series, a model a frame."""
         return self.path / name / "ensemble.cif"
 
+    def residues(self, name: str) -> Path:
+        """How far each of its residues moves."""
+        return self.path / name / "residues.csv"
+
+    def geometry(self, name: str) -> Path:
+        """What the motion does to its bonds and angles, for each frame."""
+        return self.path / name / "geometry.csv"
+
     def chimerax(self, name: str) -> Path:
         """ChimeraX commands that play a series."""
         return self.path / f"{name}.cxc"

@@ -6,12 +6,14 @@ import gzip
 import json
 from pathlib import Path
 
+import gemmi
 import h5py
 import meshio
 import mrcfile
 import numpy as np
 import yaml
 from particle_files import cs_records, save_cs, write_relion_star
+from small_protein import atom, protein, write_protein
 
 from flexlib.mesh.cryosparc import write_flex_mesh
 from flexlib.mesh.lattice import bcc_mesh
@@ -178,6 +180,25 @@ def flex_mesh_files(folder: Path) -> None:
     write_flex_mesh(folder / "flex.pkl", mesh, mask.astype(np.float32), mask.astype(np.float32), 2.0)
 
 
+# atoms ---------------------------------------------------------------------------------------------------------------
+
+
+def atom_files(folder: Path) -> None:
+    """A peptide with alternates, an insertion code, a ligand and a second model, as mmCIF and as PDB."""
+    structure = protein()
+    del structure[0]["B"]
+    while len(structure[0]["A"]) > 6:
+        del structure[0]["A"][-1]
+    structure[0]["A"][2].seqid = gemmi.SeqId(2, "A")
+    structure[0]["A"][3].add_atom(atom("CG", np.array([-11.0, 5, 0]), "A"))
+    structure[0]["A"][3].add_atom(atom("CG", np.array([-10.6, 5, 0]), "B"))
+    structure.add_model(gemmi.Model(2))
+    structure[1].add_chain(structure[0]["A"])
+    for suffix in (".cif", ".pdb"):
+        path = write_protein(folder / f"made{suffix}", structure)
+        (folder / f"packed{suffix}.gz").write_bytes(gzip.compress(path.read_bytes()))
+
+
 # configs -------------------------------------------------------------------------------------------------------------
 
 CONFIG = """\
@@ -191,6 +212,7 @@ mesh:
   cells: [10, 20]
   segmentation: files/s.mrc
   connections: 0>1, 1>2
+  segments: [A, 'B:1-20,C']
   rigid_segments: [1]
   threshold: auto
 train:
@@ -231,6 +253,7 @@ SEEDS = {
     "mesh": mesh_files,
     "flex_mesh": flex_mesh_files,
     "points": point_files,
+    "atoms": atom_files,
     "weights": weight_files,
     "config": config_files,
 }

@@ -22,6 +22,8 @@ from fuzz_limits import MEMORY_BYTES, complaint, limit_memory, peak_bytes, watch
 from fuzz_seeds import REFUSED, config_paths, write_seeds
 from mutated_formats import damaged
 
+from flexlib.atoms.geometry import Geometry
+from flexlib.atoms.model import read_atomic_model, write_ensemble
 from flexlib.errors import InputError
 from flexlib.images.stack import read_stack_header
 from flexlib.imaging.maps import read_map
@@ -85,6 +87,15 @@ def _mesh(path: Path) -> None:
         surface_of(grid, path)
 
 
+def _atoms(path: Path) -> None:
+    """The model, its bonds and clashes, and an ensemble of it that can be read again."""
+    model = read_atomic_model(path)
+    Geometry(model)
+    copy = path.with_name("copy.cif")
+    write_ensemble(copy, model, [model.positions_A] * 2, np.zeros(len(model.residues)))
+    assert len(read_atomic_model(copy)) == len(model)
+
+
 def _weights(path: Path) -> None:
     read_segment_weights(path) if path.suffix == ".csv" else read_cell_weights(path, 40)
 
@@ -127,6 +138,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "mesh": _mesh,
     "flex_mesh": read_flex_mesh,
     "points": read_frame_latents,
+    "atoms": _atoms,
     "weights": _weights,
     "config": _config,
 }

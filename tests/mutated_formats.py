@@ -20,7 +20,21 @@ import h5py
 import numpy as np
 from mutations import FLOATS, INTS, NUMBERS, WORDS, any_value, anyhow
 
-_TEXT_SUFFIXES = (".star", ".csv", ".txt", ".yaml", ".json", ".vtu", ".msh", ".vtk", ".ply", ".stl", ".obj")
+_TEXT_SUFFIXES = (
+    ".star",
+    ".csv",
+    ".txt",
+    ".yaml",
+    ".json",
+    ".vtu",
+    ".msh",
+    ".vtk",
+    ".ply",
+    ".stl",
+    ".obj",
+    ".cif",
+    ".pdb",
+)
 
 
 def damaged(content: bytes, suffix: str, rng: Random) -> bytes:

@@ -34,6 +34,7 @@ LIGHT_LIBRARIES = {"yaml", "jsonschema"}
 FORMATS = {
     "mrcfile": {"flexlib.imaging.maps", "flexlib.images.stack"},  # maps; stacks of images
     "meshio": {"flexlib.tetra.io"},
+    "gemmi": {"flexlib.atoms.model"},
     "h5py": {"flexlib.mesh.segments"},  # Segger's .seg
     "pickle": {"flexlib.mesh.cryosparc"},  # CryoSPARC's flex_mesh, by an unpickler that builds arrays only
     "cramjam": {"flexlib.particles.cs_file"},

@@ -7,6 +7,7 @@ import pandas as pd
 
 from flexlib.render.chimerax import chimerax_text
 
+_ROUNDS = 20  # to and fro of maps and atoms together, after those with labels
 _CHIMERAX_INTERVAL = 4  # drawn frames per map while the labels are shown
 
 
@@ -17,11 +18,12 @@ def frame_ranges(table: pd.DataFrame) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs if len(run))
 
 
-def chimerax_script(name: str, table: pd.DataFrame, level: float) -> str:
+def chimerax_script(name: str, table: pd.DataFrame, level: float, ensemble: str | None = None) -> str:
     """ChimeraX commands that open ``name``/*.mrc, beside the script, as one series and play it.
 
     First to and fro with a label for each frame, red where it is beyond the data; then without labels for ever, with a
-    slider. ``table``: the series' rows of series.csv.
+    slider. ``table``: the series' rows of series.csv. ``ensemble``: the atoms' file, if any, which is opened as one
+    trajectory and shows the same frame as the maps do; what plays without labels then ends after some rounds.
     """
     count = len(table)
     lines = [
@@ -30,6 +32,14 @@ def chimerax_script(name: str, table: pd.DataFrame, level: float) -> str:
         f"volume #1 style surface step 1 level {level:.6g}",
         "view",
     ]
+    if ensemble is not None:
+        lines += [
+            f"open {chimerax_text(ensemble)} coordsets true",
+            "hide #2 atoms",
+            "show #2 cartoons",
+            "color byattribute bfactor #2 palette blue:white:red",
+            "transparency #1 60",
+        ]
     if count == 1:
         return "\n".join(lines) + "\n"
     # one label a frame, hidden: perframe can change which is shown, but not what it says
@@ -45,6 +55,8 @@ def chimerax_script(name: str, table: pd.DataFrame, level: float) -> str:
         '"vseries play #1 jumpTo $1; 2dlabels change flex$2 visibility false; 2dlabels change flex$3 visibility true"'
     )
     interval = _CHIMERAX_INTERVAL
+    if ensemble is not None:
+        show = show[:-1] + '; coordset #2 $3"'
     lines += [
         f"perframe {show} range 0,{count - 1} range 0,{count - 1} range 1,{count} interval {interval}",
         f"wait {count * interval + interval}",
@@ -55,5 +67,14 @@ def chimerax_script(name: str, table: pd.DataFrame, level: float) -> str:
     if beyond := frame_ranges(table):
         text = f"beyond the data: frames {beyond}"
         lines.append(f'2dlabels create flexbeyond text "{text}" color red xpos 0.03 ypos 0.04 size 20')
-    lines += ["vseries slider #1", "vseries play #1 direction oscillate loop true maxFrameRate 15"]
+    lines.append("vseries slider #1")
+    if ensemble is None:
+        lines.append("vseries play #1 direction oscillate loop true maxFrameRate 15")
+    else:
+        lines.append("coordset slider #2")
+        there, back = (
+            f'perframe "vseries play #1 jumpTo $1; coordset #2 $2" range {maps} range {models} interval {interval}'
+            for maps, models in ((f"0,{count - 1}", f"1,{count}"), (f"{count - 1},0", f"{count},1"))
+        )
+        lines += [there, f"wait {count * interval}", back, f"wait {count * interval}"] * _ROUNDS
     return "\n".join(lines) + "\n"

@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     defaults = GenerateSettings()
     parser.add_argument("--frames", type=int, default=defaults.frames, help="maps per series (%(default)s)")
     parser.add_argument("--volume", type=Path, help="deform this map instead of the canonical one")
+    parser.add_argument("--atoms", type=Path, metavar="MODEL", help="an atomic model (.cif, .pdb) to be carried along")
+    parser.add_argument("--rigid-residues", action="store_true", help="its residues move as rigid bodies")
     parser.add_argument(
         "--align",
         choices=get_args(Align),
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             frames=given.frames,
             series=given.series or defaults.series,
             volume=given.volume,
+            atoms=given.atoms,
+            rigid_residues=given.rigid_residues,
             align=given.align,
             occupancy=_occupancy(given.occupancy),
             lowpass_A=given.lowpass,

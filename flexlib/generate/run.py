@@ -16,11 +16,9 @@ import pandas as pd
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
+from flexlib.generate.atoms import CarriedAtoms
 from flexlib.generate.chimerax import chimerax_script, frame_ranges
-from flexlib.generate.latents import (
-    fitting_latents,
-    series_latents,
-)
+from flexlib.generate.latents import fitting_latents, series_latents
 from flexlib.generate.neighbourhood import Neighbourhood
 from flexlib.imaging.fourier import lowpass_map, sharpen_map
 from flexlib.imaging.maps import Map, read_map, write_map
@@ -53,7 +51,7 @@ def generate_series(
     ``displacement_A`` and, of ``align: rigid_core``, ``rigid_core``), ``NAME.cxc`` (plays them in ChimeraX) and
     ``NAME.webp`` (a film). ``series.csv`` has a row for each frame: series, frame, the latents, ``num_particles`` near
     it, ``beyond_data`` (1 where there are hardly any), ``rms_displacement_A`` of the mesh vertices from rest, and
-    ``rigid_core_share`` of the density that is held at rest (empty of ``align: density``).
+    ``rigid_core_share`` of the density that is held at rest (empty of ``align: density``). Of atoms: docs/atoms.md.
 
     Parameters
     ----------
@@ -65,8 +63,7 @@ def generate_series(
     settings
         ``generate:``; ``volume`` is a map at any box and pixel size, of the same box centre.
     particles_dir
-        Folder that prepare wrote; by default ``particles`` beside the training. Needed for particles named by row, and
-        while training for the header of the maps.
+        Folder that prepare wrote, if not beside the training: for particles named by row, and headers while training.
     points
         (f, K) latents to show instead of ``settings.series``, as the series ``at``.
 
@@ -92,10 +89,11 @@ def generate_series(
     mask = moving_mask(model.canonical, model.pixel_size_A, volume.box, volume.pixel_size_A)
     deformer = VolumeDeformer(volume.data, volume.pixel_size_A, mask, model.mesh)
     motion = MotionFrame.of(model, settings.align)
+    moving = motion, CarriedAtoms.of(settings, motion, volume)
     neighbourhood, tables = Neighbourhood(known), []
     for name, latents in wanted:
         table = _frame_table(name, latents, neighbourhood)
-        table["rms_displacement_A"] = _write_series(out, name, table, latents, motion, deformer, volume)
+        table["rms_displacement_A"] = _write_series(out, name, table, latents, moving, deformer, volume)
         table["rigid_core_share"] = np.nan if motion.core is None else motion.core.share
         tables.append(table)
     with atomic_path(out.table) as temporary:
@@ -208,11 +206,12 @@ def _write_series(
     name: str,
     table: pd.DataFrame,
     latents: np.ndarray,
-    motion: MotionFrame,
+    moving: tuple[MotionFrame, CarriedAtoms | None],
     deformer: VolumeDeformer,
     volume: Map,
 ) -> np.ndarray:
     """Everything of one series but its rows of the table; returns (f,) rms displacement of each frame."""
+    motion, atoms = moving
     logger.info("%s: %d frames, from %s to %s", name, len(latents), latents[0].round(3), latents[-1].round(3))
     displacements_A = motion.displacements_A(latents).cpu().numpy()  # (f, nv, 3)
     if len(latents) > 1 and np.ptp(displacements_A, axis=0).max() < _STILL_A:
@@ -233,6 +232,10 @@ def _write_series(
         write_displacement(path.with_suffix(".vtu"), motion.model.mesh, displacements_A[frame], motion.core_weight)
         movie.add(moved, FrameNote(z, int(near), bool(beyond)))
     movie.write(out.film(name))
+    ensemble = None
+    if atoms is not None:
+        atoms.write_series(out, name, displacements_A)
+        ensemble = out.ensemble(name).relative_to(out.path).as_posix()
     with atomic_path(out.chimerax(name)) as temporary:
-        temporary.write_text(chimerax_script(name, table, level))
+        temporary.write_text(chimerax_script(name, table, level, ensemble))
     return np.sqrt((displacements_A**2).sum(2).mean(1))

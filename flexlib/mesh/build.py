@@ -97,7 +97,9 @@ def make_mesh(consensus: Map, mask: np.ndarray, settings: MeshSettings) -> tuple
     else:
         segmentation = None
         if settings.segmentation is not None:
-            segmentation = load_segmentation(settings.segmentation, consensus, mask, settings.connections)
+            segmentation = load_segmentation(
+                settings.segmentation, consensus, mask, settings.connections, settings.segments
+            )
         build = surface_mesh if settings.custom == "surface" else bcc_mesh
         bare = build(mask, pixel_size_A, cell_size_A, segmentation)
     voxels = voxelise(bare, mask, pixel_size_A)

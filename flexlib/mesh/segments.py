@@ -1,7 +1,8 @@
 """Segments of the mask: read from a file, brought to the mask's grid, grown to fill it; and how they hang together.
 
-Two kinds of file: UCSF Segger's ``.seg`` (HDF5; leaf regions are followed to their top-level ancestor, which is the
-segment a user sees; numbers are Segger's region ids) and MRC maps of whole numbers.
+Three kinds of file: UCSF Segger's ``.seg`` (HDF5; leaf regions are followed to their top-level ancestor, which is the
+segment a user sees; numbers are Segger's region ids), MRC maps of whole numbers, and atomic models
+(``segments_of_model``).
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import h5py
 import numpy as np
 from scipy import ndimage
 
+from flexlib.atoms.model import is_model_file
 from flexlib.errors import InputError
 from flexlib.imaging.maps import LabelGrid, Map, read_label_map
+from flexlib.mesh.segments_of_model import labels_of_model
 from flexlib.untrusted import check_claim, parsing
 from flexlib.workflow_support.connections import parse_connections
 
@@ -37,20 +40,26 @@ class Segmentation:
 
 
 def load_segmentation(
-    path: str | os.PathLike[str], consensus: Map, mask: np.ndarray, connections: str | None
+    path: str | os.PathLike[str],
+    consensus: Map,
+    mask: np.ndarray,
+    connections: str | None,
+    segments: tuple[str, ...] = (),
 ) -> Segmentation:
     """Segments of ``mask`` from a file at any box, and their connections.
 
     Parameters
     ----------
     path
-        Segger ``.seg`` or a label map ``.mrc``, in the consensus map's frame.
+        Segger ``.seg``, a label map ``.mrc`` or an atomic model, in the consensus map's frame.
     consensus
         The map whose grid and header position the mask.
     mask : (N, N, N) bool
         The voxels to give to segments.
     connections
         As in ``parse_connections``; None joins all segments that touch.
+    segments
+        Of an atomic model, as in ``parse_segments``; none makes a segment of each chain.
 
     Raises
     ------
@@ -58,7 +67,12 @@ def load_segmentation(
         The file cannot be read, does not lie over the mask, or the connections do not fit.
     """
     path = Path(path)
-    labels = labels_on_grid(read_segments(path), consensus, path)
+    if is_model_file(path):
+        labels = labels_of_model(path, consensus, mask, segments)
+    elif segments:
+        raise InputError(f"mesh.segments: {path} is no atomic model: its segments are numbers")
+    else:
+        labels = labels_on_grid(read_segments(path), consensus, path)
     share = float((labels[mask] >= 0).mean())
     if share == 0:
         raise InputError(f"{path}: none of its segments lies in the mask: check voxel size and origin in its header")

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from flexlib.errors import InputError
 from flexlib.workflow_support.settings import MeshSettings
 
 _PAIR = re.compile(r"(\d{1,9})\s*>\s*(\d{1,9})")
+
+_PART = re.compile(r"([^\s:,]{1,64})(?::(-?\d{1,7})(?:-(-?\d{1,7}))?)?")
+
+
+@dataclass(frozen=True)
+class SegmentPart:
+    """A chain, or a range of its residues, both ends included."""
+
+    chain: str
+    residues: tuple[int, int] | None
 
 
 def check_mesh_keys(settings: MeshSettings) -> None:
@@ -17,12 +28,36 @@ def check_mesh_keys(settings: MeshSettings) -> None:
         raise InputError(f"mesh.cells: must be a positive number of cells across the box, not {settings.cells}")
     if settings.connections is not None and settings.segmentation is None:
         raise InputError("mesh.connections: there is nothing to connect without mesh.segmentation")
+    if settings.segments and settings.segmentation is None:
+        raise InputError("mesh.segments: name the atomic model that has these chains in mesh.segmentation")
+    parse_segments(settings.segments)
     if isinstance(settings.custom, Path) and settings.segmentation is not None:
         raise InputError(
             "mesh.segmentation: a mesh from a file (mesh.custom) brings its own segments; give one of them"
         )
     if settings.connections is not None:
         parse_connections(settings.connections)
+
+
+def parse_segments(texts: tuple[str, ...]) -> list[list[SegmentPart]]:
+    """What makes up each segment, of texts such as ``A``, ``B,C`` or ``D:1-200,E``. Raises ``InputError``."""
+    segments = []
+    for text in texts:
+        parts = []
+        for item in text.split(","):
+            match = _PART.fullmatch(item.strip())
+            if not match:
+                raise InputError(
+                    f"mesh.segments: {text!r} is not understood; write chains and ranges of residues such as A, 'B,C' "
+                    "or 'D:1-200,E'"
+                )
+            chain, first, last = match.groups()
+            last = first if last is None else last
+            if first is not None and int(first) > int(last):
+                raise InputError(f"mesh.segments: {text!r}: the range {first}-{last} is empty")
+            parts.append(SegmentPart(chain, None if first is None else (int(first), int(last))))
+        segments.append(parts)
+    return segments
 
 
 def parse_connections(text: str, ids: tuple[int, ...] | None = None) -> tuple[tuple[int, int], ...]:

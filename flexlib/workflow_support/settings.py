@@ -76,7 +76,15 @@ class MeshSettings(MaskSettings, CellsSettings):
     """``mesh:`` with one value of ``cells``."""
 
     segmentation: Path | None = setting(
-        None, "Segments of the mask, a Segger .seg or a label map .mrc; null makes one segment."
+        None,
+        "Segments of the mask, a Segger .seg, a label map .mrc, or an atomic model (.cif or .pdb, also .gz) that lies "
+        "in the consensus; null makes one segment.",
+    )
+    segments: tuple[str, ...] = setting(
+        (),
+        "Of an atomic model, the chains and ranges of residues that make segments 1, 2, ..., a list such as [A, 'B,C', "
+        "'D:1-200', 'D:201-400,E']; an empty list makes one of each chain.",
+        uniqueItems=True,
     )
     connections: str | None = setting(
         None,
@@ -221,6 +229,14 @@ class GenerateSettings:
     )
     volume: Path | None = setting(
         None, "A map to deform instead of the canonical one, MRC, at any box of the same centre."
+    )
+    atoms: Path | None = setting(
+        None,
+        "An atomic model that lies in the map that is deformed (.cif or .pdb, also .gz); every series is written of "
+        "it too, carried by the motion and not fitted (docs/atoms.md).",
+    )
+    rigid_residues: bool = setting(
+        False, "Move each residue of the atomic model as a rigid body instead of atom by atom."
     )
     align: Align = setting(
         "rigid_core",
