@@ -20,7 +20,9 @@ POINT = "cells~6/dims~2/rigidity~2.0/seed~0"
 SWEEP_POINT = {"cells": 6, "latent_dims": 2, "rigidity": 2.0, "seed": 0}
 RESULTS = Path("results/tiny")
 SIM, PARTICLES, MESH = Path("sim"), RESULTS / "particles", RESULTS / "mesh/cells~6"
-TRAIN, GENERATE, RECONSTRUCT = (RESULTS / stage / POINT for stage in ("train", "generate", "reconstruct"))
+TRAIN, GENERATE, RECONSTRUCT, INTERPRET = (
+    RESULTS / stage / POINT for stage in ("train", "generate", "reconstruct", "interpret")
+)
 CONFIG: dict[str, Any] = {
     "name": "tiny",
     "particles": "sim/particles.star",
@@ -43,7 +45,9 @@ def jobs(config: dict[str, Any] = CONFIG, threads: int = 1) -> dict[str, dict[st
     mesh_settings = {**whole["mesh"], "cells": 6}
     train_settings = {key: value for key, value in whole["train"].items() if key != "processes"}
     train_settings |= {"latent_dims": 2, "rigidity": 2.0, "seed": 0}
-    reconstruct_settings = {key: value for key, value in whole["reconstruct"].items() if key != "points"}
+    reconstruct_settings, interpret_settings = (
+        {key: value for key, value in whole[stage].items() if key != "points"} for stage in ("reconstruct", "interpret")
+    )
     user = {"particles": str(SIM / "particles.star"), "consensus": str(SIM / "consensus.mrc")}
     inputs: dict[str, list[str]] = {key: [path] for key, path in user.items()}
     found: dict[str, dict[str, Any]] = {
@@ -75,6 +79,15 @@ def jobs(config: dict[str, Any] = CONFIG, threads: int = 1) -> dict[str, dict[st
             "input": {"particles": str(PARTICLES / "particles.star"), "model": str(TRAIN / "model.pt")},
             "output": {"fsc": str(RECONSTRUCT / "fsc.csv")},
             "params": {"settings": reconstruct_settings},
+        },
+        "interpret": {
+            "input": {
+                "particles": str(PARTICLES / "particles.star"),
+                "model": str(TRAIN / "model.pt"),
+                "latents": str(TRAIN / "latents.star"),
+            },
+            "output": {"record": str(INTERPRET / "interpretation.json")},
+            "params": {"settings": interpret_settings, "generate": whole["generate"]},
         },
         "choose": {
             "input": {"records": [str(TRAIN / "validation.json")]},
@@ -121,6 +134,7 @@ OUTPUTS = {
     "train": [TRAIN],
     "generate": [GENERATE],
     "reconstruct": [RECONSTRUCT],
+    "interpret": [INTERPRET],
     "choose": [RESULTS / "best_point.json"],
     "summarise": [RESULTS / "sweep.csv"],
     "checksum": [RESULTS / "checksums.json"],
@@ -209,6 +223,7 @@ INPUTS = {
         str(TRAIN / "model.pt"),
         STACK,
     ],
+    "interpret": [*(str(TRAIN / name) for name in ("model.pt", "latents.star")), str(PARTICLES / "particles.star")],
     "choose": [str(TRAIN / "validation.json"), str(TRAIN / "held_out.csv")],
     "summarise": [
         *(str(TRAIN / name) for name in ("validation.json", "held_out.csv")),

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("simulate", "prepare", "mesh", "train", "generate", "reconstruct")
+STAGES = ("simulate", "prepare", "mesh", "train", "generate", "reconstruct", "interpret")
 # what they import when they run; none starts a thread
 MODULES = (
     *(f"flexlib.{stage}.run" for stage in STAGES if stage != "mesh"),
