@@ -46,6 +46,7 @@ def generate_series(
     settings: GenerateSettings,
     particles_dir: str | Path | None = None,
     points: np.ndarray | None = None,
+    name: str = "at",
 ) -> None:
     """Write maps along the latent space of a trained sweep point.
 
@@ -68,7 +69,9 @@ def generate_series(
         Folder that prepare wrote; by default ``particles`` beside the training. Needed for particles named by row, and
         while training for the header of the maps.
     points
-        (f, K) latents to show instead of ``settings.series``, as the series ``at``.
+        (f, K) latents to show instead of ``settings.series``.
+    name
+        Of that series.
 
     Raises
     ------
@@ -86,16 +89,16 @@ def generate_series(
     volume = _volume(model, model_path, particles, settings)
     volume = _filtered(_with_parts(volume, model, model_path, settings.occupancy), settings)
     if points is not None:
-        wanted = [("at", fitting_latents(np.asarray(points, np.float64), model, "--at"))]
+        wanted = [(name, fitting_latents(np.asarray(points, np.float64), model, "--at"))]
     else:
         wanted = list(series_latents(model, known, settings, particles.path if particles else None))
     mask = moving_mask(model.canonical, model.pixel_size_A, volume.box, volume.pixel_size_A)
     deformer = VolumeDeformer(volume.data, volume.pixel_size_A, mask, model.mesh)
     motion = MotionFrame.of(model, settings.align)
     neighbourhood, tables = Neighbourhood(known), []
-    for name, latents in wanted:
-        table = _frame_table(name, latents, neighbourhood)
-        table["rms_displacement_A"] = _write_series(out, name, table, latents, motion, deformer, volume)
+    for series, latents in wanted:
+        table = _frame_table(series, latents, neighbourhood)
+        table["rms_displacement_A"] = _write_series(out, series, table, latents, motion, deformer, volume)
         table["rigid_core_share"] = np.nan if motion.core is None else motion.core.share
         tables.append(table)
     with atomic_path(out.table) as temporary:
