@@ -2,9 +2,10 @@
 
     python benchmarks/compare_landscape.py [--sets 20] [--trained TRAIN_DIR PARTICLES_DIR TRUTH_NPZ]
 
-A set with known errors has 5,000 particles of two latents, two states at 70:30. p values are of 200 times two equal
-conditions (2,000 particles each) and 20 times two that differ by 10 points of population (5,000 each). A trained model's
-density is compared with that of the true angles, brought to its latents by regression, and with a histogram of latents.
+A set with known errors has 5,000 particles of one and of two latents, two states at 70:30. p values are of 200 times
+two equal conditions (1,000 particles each, of one latent) and 20 times two that differ by 10 points of population
+(5,000 each, of two). A trained model's density is compared with that of the true angles, brought to its latents by
+regression, and so is the distribution of its latents.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from flexlib.interpret.observations import Observations, read_observations
 from flexlib.layout import TrainFolder
 from flexlib.model.flex_model import FlexModel
 
-PARTICLES, EQUAL_SETS, EQUAL_PARTICLES = 5000, 200, 2000
+PARTICLES, EQUAL_SETS, EQUAL_PARTICLES = 5000, 200, 1000
 
 
 def compare_mixtures(sets: int) -> None:
@@ -53,9 +54,9 @@ def compare_mixtures(sets: int) -> None:
 
 def condition_p_value(count: int, shares: tuple[float, float], seed: int, highs: tuple[float, float]) -> float:
     """p value of two conditions with these shares of the left state, and these largest errors of latents."""
-    rng = np.random.default_rng(seed)
-    truth = np.concatenate([two_states(count, 2, share, rng) for share in shares])
-    errors = np.concatenate([noise(count, 2, rng, 0.3, high) for high in highs])
+    rng, dims = np.random.default_rng(seed), 1 if shares[0] == shares[1] else 2
+    truth = np.concatenate([two_states(count, dims, share, rng) for share in shares])
+    errors = np.concatenate([noise(count, dims, rng, 0.3, high) for high in highs])
     seen = observed(truth, errors, rng)
     landscape = make_landscape(estimate_density(seen, bootstraps=20))
     return compare_conditions(seen, np.repeat([0, 1], count), None, landscape, find_basins(landscape)).p_value

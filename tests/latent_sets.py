@@ -3,6 +3,7 @@
 import numpy as np
 
 from flexlib.interpret.observations import Observations, observe
+from flexlib.interpret.populations import interval
 from flexlib.train.latents import LatentPrior
 
 
@@ -41,4 +42,4 @@ def left_share(landscape, basin: np.ndarray) -> tuple[float, float, float]:
     """Share of the basin on the left, and its 95 % interval."""
     values = np.where(landscape.points[:, 0] < 0, landscape.values, 0)
     share, drawn = landscape.mass(basin == basin[int(values.argmax())])
-    return share, *np.quantile(drawn, (0.025, 0.975))
+    return share, *interval(share, float(drawn.std()))

@@ -66,12 +66,9 @@ def generate_series(
     settings
         ``generate:``; ``volume`` is a map at any box and pixel size, of the same box centre.
     particles_dir
-        Folder that prepare wrote; by default ``particles`` beside the training. Needed for particles named by row, and
-        while training for the header of the maps.
-    points
-        (f, K) latents to show instead of ``settings.series``.
-    name
-        Of that series.
+        Folder that prepare wrote (default: beside the training), for particles named by row and the maps' headers.
+    points, name
+        (f, K) latents to show instead of ``settings.series``, and the name of that series.
 
     Raises
     ------

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.cluster.vq import kmeans2
+from threadpoolctl import threadpool_limits
 
 from flexlib.errors import InputError
 from flexlib.interpret.density import MOST_PARTICLES, STEPS, Density, likelihoods, maximise
@@ -69,11 +70,11 @@ def read_conditions(wanted: str | list[Path], where: InputRows, passthrough: str
     else:
         found, source = _of_files([Path(path) for path in wanted], where), "the files named"
     if len(found.names) < 2:
-        raise InputError(f"{_OPTION}: {source}: only one condition ({found.names[0]}), there must be two to compare")
+        raise InputError(f"{_OPTION}: {source}: {found.names[0]} is the only condition: there must be two")
     if len(found.names) > MOST_CONDITIONS:
         raise InputError(
-            f"{_OPTION}: {source}: {len(found.names)} different values, more than {MOST_CONDITIONS}: take a column with "
-            "few values (such as rlnOpticsGroup), or a list of files, one for each condition"
+            f"{_OPTION}: {source}: {len(found.names)} different values, at most {MOST_CONDITIONS} are compared: take a "
+            "column with few values (such as rlnOpticsGroup), or a list of files, one for each condition"
         )
     return found
 
@@ -144,9 +145,9 @@ class _Units:
         """The statistic, and the share of permutations (itself counted) with as large a one."""
         rng = np.random.default_rng(seed)
         own = self.statistic(self.label, conditions)
-        larger = sum(
-            self.statistic(rng.permutation(self.label), conditions) >= own * (1 - 1e-12) for _ in range(PERMUTATIONS)
-        )
+        with threadpool_limits(1, "blas"):
+            drawn = [self.statistic(rng.permutation(self.label), conditions) for _ in range(PERMUTATIONS)]
+        larger = int((np.array(drawn) >= own * (1 - 1e-12)).sum())
         return own, (1 + larger) / (1 + PERMUTATIONS)
 
 
@@ -209,7 +210,7 @@ def _shares(
 
 def _constant(unit: np.ndarray, label: np.ndarray) -> bool:
     """Whether all particles of each unit have one label."""
-    return len(np.unique(np.stack([unit, label]), axis=1).T) == len(np.unique(unit))
+    return len(np.unique(np.stack([unit, label], 1), axis=0)) == len(np.unique(unit))
 
 
 def _cells(density: Density, count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from flexlib.interpret.observations import Observations
 
@@ -108,11 +109,15 @@ def maximise(likelihood: np.ndarray, counts: np.ndarray, weight: np.ndarray, ste
     """
     total = counts.sum(0).astype(np.float32)
     counts, weight = counts.astype(np.float32), weight.astype(np.float32)
-    for _ in range(steps):
-        mixture = likelihood @ weight
-        weight = weight * (likelihood.T @ (counts / np.maximum(mixture, _NOTHING))) / total
-        weight[weight < _NOTHING] = 0
-    return (weight / weight.sum(0)).astype(np.float64)
+    with threadpool_limits(
+        1, "blas"
+    ):  # sums in one order; and threads that wait for each other lose more than they gain
+        for _ in range(steps):
+            mixture = likelihood @ weight
+            weight = weight * (likelihood.T @ (counts / np.maximum(mixture, _NOTHING))) / total
+            weight[weight < _NOTHING] = 0
+    found = weight.astype(np.float64)
+    return found / found.sum(0)
 
 
 def likelihoods(seen: Observations, nodes: np.ndarray, width: np.ndarray) -> np.ndarray:

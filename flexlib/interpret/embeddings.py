@@ -1,4 +1,4 @@
-"""Latents of other methods beside ours: whether the same particles lie near each other, and what theirs tell of ours."""
+"""Latents of other methods beside ours: how many neighbours stay, and what they tell of ours."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from scipy.spatial import cKDTree
 from flexlib.interpret.density import SPACING, Density
 from flexlib.interpret.observations import Observations
 
-CONFIRMED = 4.0  # standard errors of a barrier's height that part two basins
+CONFIRMED = 3.0  # standard errors of a barrier's height that part two basins
+_ONE_BELOW = (0.5, 0.16)  # quantiles one standard error apart, downwards: upwards there may be no end to a height
 _FINER = {1: 4, 2: 2}  # cells along an axis for each node of the lattice
 _KNOWN_KT = 1.0  # a free energy with a larger error is not told
 _LEAST_PARTICLES = 5.0  # at least must the density be worth where it is told
@@ -95,7 +96,7 @@ def find_basins(landscape: Landscape) -> np.ndarray:
     """(m,) the basin of each cell, numbered from 0 by size: only those between which a barrier is confirmed.
 
     Cells are flooded from the densest down. Where two basins meet, the ridge is theirs: it parts them if its height
-    above the shallower one is larger than four of its standard errors by the bootstraps, else they are one.
+    above the shallower one is larger than three of its standard errors by the bootstraps, else they are one.
     """
     values, logs = landscape.values, np.log(landscape.bootstraps)
     links = _linked(landscape.pairs, len(values))
@@ -111,11 +112,15 @@ def find_basins(landscape: Landscape) -> np.ndarray:
         tops = sorted({top(int(peak[other])) for other in links[cell] if peak[other] >= 0}, key=lambda t: -values[t])
         peak[cell] = tops[0] if tops else cell
         for place, lower in enumerate(tops[1:], 1):
-            heights = logs[lower] - logs[cell]
-            if np.log(values[lower] / values[cell]) <= CONFIRMED * heights.std():
+            middle, less = np.quantile(logs[lower] - logs[cell], _ONE_BELOW)
+            error = max(middle - less, np.sqrt(landscape.least / values[lower]))  # of so few particles, by counting
+            if np.log(values[lower] / values[cell]) <= CONFIRMED * error:
                 joined[lower] = tops[0]
                 tops[place] = tops[0]
     basin = np.array([top(int(one)) for one in peak])
+    kept = values[basin] >= min(_LEAST_PARTICLES * landscape.least, values.max())
+    scaled = landscape.points / landscape.density.width
+    basin[~kept] = basin[kept][cKDTree(scaled[kept]).query(scaled[~kept])[1]]  # islands of hardly any particles
     number = np.unique(basin, return_inverse=True)[1]
     sizes = [landscape.mass(number == one)[0] for one in range(number.max() + 1)]
     return np.argsort(np.argsort(-np.array(sizes), kind="stable"))[number]

@@ -70,8 +70,8 @@ def _smooth(nodes: np.ndarray, metric: np.ndarray) -> np.ndarray:
     sigma = _SMOOTHING_CELLS * _FINE / max(len(nodes), 4)
     straight = np.linspace(fine[0], fine[-1], _FINE)
     away = fine - straight
-    odd = np.concatenate([-away[::-1], away, -away[::-1]])  # so that the ends stay
-    return straight + gaussian_filter1d(odd, sigma, 0)[_FINE : 2 * _FINE]
+    odd = np.concatenate([-away[:0:-1], away, -away[-2::-1]])  # so that the ends stay where they are
+    return straight + gaussian_filter1d(odd, sigma, 0)[_FINE - 1 : 2 * _FINE - 1]
 
 
 def _equal_steps(nodes: np.ndarray, count: int, metric: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from flexlib.interpret.observations import Observations
 from flexlib.particles.input_rows import InputRows
 from flexlib.particles.listed import listed_particles
 
-_INTERVAL = (0.025, 0.975)
+_ERRORS = 2.0  # standard errors on either side of the log odds that make the 95 % interval
 _VOTES = 9  # particles nearest to a cell that say whether it is of a region
 _REGION = 0.85  # of a list and the region that it marks out, that must be common (Dice's coefficient)
 
@@ -74,8 +74,17 @@ def _of_cells(landscape: Landscape, inside: np.ndarray, name: str, kind: str, co
     share, drawn = landscape.mass(inside)
     of_cells = landscape.share @ landscape.density.weight * inside
     centre = of_cells @ landscape.points / max(of_cells.sum(), 1e-12)
-    low, high = np.quantile(drawn, _INTERVAL)
-    return Population(name, kind, share, float(drawn.std()), float(low), float(high), counted, centre)
+    low, high = interval(share, float(drawn.std()))
+    return Population(name, kind, share, float(drawn.std()), low, high, counted, centre)
+
+
+def interval(share: float, error: float) -> tuple[float, float]:
+    """The 95 % interval of a share with this standard error: symmetric in its log odds, so within 0 and 1."""
+    if not 0 < share < 1:
+        return share, share
+    odds, reach = np.log(share / (1 - share)), _ERRORS * error / (share * (1 - share))
+    low, high = 1 / (1 + np.exp(-(odds + np.array([-reach, reach]))))
+    return float(low), float(high)
 
 
 def _of_list(listed: np.ndarray, seen: Observations, name: str) -> Population:
