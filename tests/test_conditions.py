@@ -77,7 +77,7 @@ def test_particles_of_a_micrograph_are_dealt_out_together():
             assert found.by_micrograph is known
             p_values[known].append(found.p_value)
     assert np.mean(np.array(p_values[True]) < 0.05) <= 0.25
-    assert np.mean(np.array(p_values[False]) < 0.05) > 0.5
+    assert np.mean(np.array(p_values[False]) < 0.05) > 0.25  # 0.05 if they were independent
 
 
 def test_the_one_of_three_that_differs_is_found():

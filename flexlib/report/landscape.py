@@ -202,7 +202,7 @@ def condition_table(conditions: pd.DataFrame) -> Table:
             percent(row["junk_share"]),
             number(row["defocus_um"]),
         )
-        for _, row in conditions.iterrows()
+        for _, row in conditions.astype({"condition": str}).iterrows()
     ]
     head = ("condition", "particles", *(name.replace("_", " ") for name in basins))
     return Table((*head, "latents' standard error", "junk", "defocus (µm)"), rows)
