@@ -306,3 +306,12 @@ class InterpretationRecord(Record):
 
     wall_s: float
     std_err_from: str  # whose standard errors the latents have: "train" or "validate"
+    # of the landscape; no particles where there is none, because the model stands still or particles are few
+    landscape_particles: int = 0
+    landscape_width: list[float] = field(default_factory=list)  # what it resolves, in units of each latent it shows
+    num_basins: int = 0
+    condition_of: str | None = None  # the column, or "files"; None where no conditions are compared
+    condition_p_value: float | None = None
+    condition_pairs: dict[str, float] = field(default_factory=dict)  # p value of each two of more than two conditions
+    condition_by_micrograph: bool = False  # whether whole micrographs were dealt out
+    condition_unassigned: int = 0  # particles of no condition

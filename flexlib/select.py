@@ -7,7 +7,6 @@ stood; records of a .cs file bit by bit, with those of its passthrough file, and
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import re
 import sys
@@ -23,12 +22,12 @@ from flexlib.particles.cs import matching_rows, unique_uids
 from flexlib.particles.cs_file import read_cs_file, write_group
 from flexlib.particles.latents_table import OCCUPANCY, PROBABILITY, LatentTable, read_latent_table
 from flexlib.particles.latents_write import components
+from flexlib.particles.listed import ROW_COLUMNS, read_list
 from flexlib.particles.star_text import read_star_text
 
 log = logging.getLogger(__name__)
 
 _REGIONS = ("--box", "--polygon", "--nearest", "--cluster", "--rows")
-_ROW_COLUMNS = ("flexInputRow", "flexUid", "rlnImageName")  # by what a list of particles may name them
 
 
 # regions: each gives the (m,) bool of rows inside; rows without latents are never inside -----------------------------
@@ -106,25 +105,15 @@ def in_list(latents: LatentTable, path: str | Path) -> np.ndarray:
 
     The first line names the columns, as in the report's download. Raises InputError where a particle is not known.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"--rows: {path} not found")
-    with path.open(newline="", errors="replace") as file:
-        lines = list(csv.DictReader(file))
-    named = {"flexUid" if name == "uid" else name: name for name in (lines[0] if lines else {}) if name}
-    key = next((name for name in _ROW_COLUMNS if name in named), None)
-    if key is None:
-        raise InputError(f"--rows: {path}: the first line must name a column {', '.join(_ROW_COLUMNS[:-1])} or uid")
+    key, column, values = read_list(path, "--rows")
     if key not in latents.columns and key not in latents.table.labels:
         raise InputError(f"--rows: {path}: column {key}, which {latents.text.path} does not have")
     own = [str(value) for value in latents.named(key).tolist()]
-    inside, known = np.zeros(len(own), bool), {value: True for value in own}
-    wanted = {}
-    for number, line in enumerate(lines, 2):
-        value = (line[named[key]] or "").strip()
+    inside, known = np.zeros(len(own), bool), set(own)
+    for number, value in enumerate(values, 2):
         if value not in known:
-            raise InputError(f"--rows: {path}: line {number}, column {named[key]}: no particle {value!r}")
-        wanted[value] = True
+            raise InputError(f"--rows: {path}: line {number}, column {column}: no particle {value!r}")
+    wanted = set(values)
     inside[[row for row, value in enumerate(own) if value in wanted]] = True
     return inside
 
@@ -256,9 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     region.add_argument("--polygon", metavar="'DIM,DIM: x,y ...'", help="an outline in two dimensions")
     region.add_argument("--nearest", metavar="K:z1,z2,...", help="the K particles nearest to a point")
     region.add_argument("--cluster", metavar="I/N", help="k-means cluster I of N")
-    region.add_argument(
-        "--rows", type=Path, metavar="CSV", help=f"particles listed by {', '.join(_ROW_COLUMNS)} or uid"
-    )
+    region.add_argument("--rows", type=Path, metavar="CSV", help=f"particles listed by {', '.join(ROW_COLUMNS)} or uid")
     parser.add_argument("--min-probability", type=float, metavar="P", help="only images that so likely show a particle")
     parser.add_argument("--part", type=int, metavar="N", help="with --present or --absent: by whether part N is there")
     state = parser.add_mutually_exclusive_group()

@@ -60,7 +60,7 @@ FORMATS = {
     },
     "csv.DictReader": {
         "flexlib.mesh.weights",  # the user's weights
-        "flexlib.select",  # the user's list of rows
+        "flexlib.particles.listed",  # the user's list of particles
         "flexlib.workflow_support.scores",  # held-out scores
     },
     "csv.reader": set(),

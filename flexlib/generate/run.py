@@ -44,6 +44,7 @@ def generate_series(
     settings: GenerateSettings,
     particles_dir: str | Path | None = None,
     points: np.ndarray | None = None,
+    name: str = "at",
 ) -> None:
     """Write maps along the latent space of a trained sweep point.
 
@@ -63,9 +64,9 @@ def generate_series(
     settings
         ``generate:``; ``volume`` is a map at any box and pixel size, of the same box centre.
     particles_dir
-        Folder that prepare wrote, if not beside the training: for particles named by row, and headers while training.
-    points
-        (f, K) latents to show instead of ``settings.series``, as the series ``at``.
+        Folder that prepare wrote (default: beside the training), for particles named by row and the maps' headers.
+    points, name
+        (f, K) latents to show instead of ``settings.series``, and the name of that series.
 
     Raises
     ------
@@ -83,7 +84,7 @@ def generate_series(
     volume = _volume(model, model_path, particles, settings)
     volume = _filtered(_with_parts(volume, model, model_path, settings.occupancy), settings)
     if points is not None:
-        wanted = [("at", fitting_latents(np.asarray(points, np.float64), model, "--at"))]
+        wanted = [(name, fitting_latents(np.asarray(points, np.float64), model, "--at"))]
     else:
         wanted = list(series_latents(model, known, settings, particles.path if particles else None))
     mask = moving_mask(model.canonical, model.pixel_size_A, volume.box, volume.pixel_size_A)
@@ -91,9 +92,9 @@ def generate_series(
     motion = MotionFrame.of(model, settings.align)
     moving = motion, CarriedAtoms.of(settings, motion, volume)
     neighbourhood, tables = Neighbourhood(known), []
-    for name, latents in wanted:
-        table = _frame_table(name, latents, neighbourhood)
-        table["rms_displacement_A"] = _write_series(out, name, table, latents, moving, deformer, volume)
+    for series, latents in wanted:
+        table = _frame_table(series, latents, neighbourhood)
+        table["rms_displacement_A"] = _write_series(out, series, table, latents, moving, deformer, volume)
         table["rigid_core_share"] = np.nan if motion.core is None else motion.core.share
         tables.append(table)
     with atomic_path(out.table) as temporary:

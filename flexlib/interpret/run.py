@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from flexlib.errors import InputError
+from flexlib.interpret.conformations import write_conformations
 from flexlib.layout import InterpretFolder, ParticlesFolder, TrainFolder
 from flexlib.model.flex_model import FlexModel
 from flexlib.records import InterpretationRecord
@@ -55,6 +56,9 @@ def interpret(
     if model.latent_covariance is None:
         raise InputError(f"{train.path}: the model is of a training that had not ended: train again")
     validated = Path(latents_star) != train.latents
+    conformations = write_conformations(out, (particles, train, Path(latents_star)), model, settings, generate)
     InterpretationRecord(
-        wall_s=round(time.perf_counter() - began, 2), std_err_from="validate" if validated else "train"
+        wall_s=round(time.perf_counter() - began, 2),
+        std_err_from="validate" if validated else "train",
+        **conformations,
     ).write(out.record)

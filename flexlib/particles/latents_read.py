@@ -66,6 +66,27 @@ def read_latents(path: str | Path, particles: Particles | str | Path) -> np.ndar
     raise InputError(f"{path}: latents are read from .star, .cs, .npy, .csv and .txt files")
 
 
+def read_latent_std_errs(path: str | Path, particles: Particles | str | Path) -> np.ndarray:
+    """(n, K) standard errors of the latents of these particles, from a latents.star; nan where a particle has none.
+
+    Raises InputError where the file has none, or not a row for each particle.
+    """
+    path, where = Path(path), input_rows(particles)
+    if not path.is_file():
+        raise InputError(f"{path}: latents not found")
+    text = read_star_text(path)
+    count = len(latent_columns(text.particles.labels))
+    names = [f"flexLatentStdErr{k + 1}" for k in range(count)]
+    if not count or not set(names) <= set(text.particles.labels):
+        raise InputError(f"{path}: no standard errors of latents: column flexLatentStdErr{max(count, 1)} is missing")
+    table = text.frame(text.particles, (*names, "flexInputRow", "flexSymmetryCopy"))
+    row = table["flexInputRow"].to_numpy(np.int64) if "flexInputRow" in table else np.arange(len(table))
+    match = _joined((row, symmetry_copies(table)), (where.rows, where.copy), path)
+    if (match < 0).any():
+        raise InputError(f"{path}: no row for {int((match < 0).sum())} of {len(match)} particles of {where.path}")
+    return _numbers(table[names])[match]
+
+
 def read_frame_latents(path: str | Path) -> np.ndarray:
     """Latents that need not be any particle's, (m, K) float64, in the file's order: one a frame.
 

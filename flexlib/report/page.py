@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from flexlib import __version__
 from flexlib.files import atomic_path
-from flexlib.report import facts, sections, sentences
+from flexlib.report import facts, landscape, sections, sentences
 from flexlib.report.formats import NONE, angstrom, duration, number, plus_minus
 from flexlib.report.markup import own_file, render
 from flexlib.report.morph import Gallery
@@ -25,6 +25,7 @@ _SECTIONS = {
     "junk": "Are they all particles?",
     "occupancy": "Is every part there?",
     "latents": "Latent space",
+    "landscape": "Landscape",
     "motion": "Motion",
     "resolution": "Resolution",
     "independent": "Independent halves",
@@ -44,6 +45,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         "training": sections.training_section(results),
         "junk": sections.junk_section(results),
         "occupancy": sections.occupancy_section(results),
+        "landscape": landscape.landscape_section(results),
         "motion": sections.motion_section(results, gallery),
         "resolution": sections.resolution_section(results, gallery),
         "independent": sections.independent_section(results, gallery),

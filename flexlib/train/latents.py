@@ -65,6 +65,15 @@ class LatentPrior:
     power: float = 2.0
     num_views: int = 0
 
+    @classmethod
+    def quartic(cls, centering: float, num_views: int = 0) -> LatentPrior:
+        """3DFlex's penalty, in its own unit of ``train.centering``.
+
+        That unit is not known; its default of 20 is given the strength of the unit normal at |z| = 1.5, where it says
+        that latents pile up when centering is too weak.
+        """
+        return cls(4.0 * centering / 81.0, 4.0, num_views)
+
     def _parts(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dims = parameters.shape[1] - self.num_views
         return parameters[:, :dims], parameters[:, dims:]

@@ -68,13 +68,11 @@ class Setup:
         """Of the latents, and of ``num_views`` view parameters behind them.
 
         A unit normal; for the latents, it may be 3DFlex's penalty on the fourth power.
-        3DFlex's unit is not known; its default of 20 is given the strength of the unit normal at |z| = 1.5, where it
-        says that latents pile up when centering is too weak.
         """
         centering = self.settings.centering
         if centering == "auto":
             return LatentPrior(num_views=num_views)
-        return LatentPrior(4.0 * float(centering) / 81.0, 4.0, num_views)
+        return LatentPrior.quartic(float(centering), num_views)
 
     @cached_property
     def schedule(self) -> Schedule:
