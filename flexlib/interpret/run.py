@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import numpy as np
-
 from flexlib.errors import InputError
-from flexlib.layout import InterpretFolder, ParticlesFolder, TrainFolder
+from flexlib.interpret.body_files import interpret_bodies
+from flexlib.layout import InterpretFolder, ParticlesFolder, TrainFolder, ValidateFolder
 from flexlib.model.flex_model import FlexModel
-from flexlib.records import InterpretationRecord
+from flexlib.records import AgreementRecord, InterpretationRecord
 from flexlib.workflow_support.settings import GenerateSettings, InterpretSettings
 
 
@@ -57,6 +56,8 @@ def interpret(
     if model.latent_covariance is None:
         raise InputError(f"{train.path}: the model is of a training that had not ended: train again")
     validated = Path(latents_star) != train.latents
+    agreement = AgreementRecord.read(ValidateFolder(Path(latents_star).parent).record) if validated else None
+    bodies = interpret_bodies(model, particles, out, settings, generate.align, agreement)
     InterpretationRecord(
-        wall_s=round(time.perf_counter() - began, 2), std_err_from="validate" if validated else "train"
+        wall_s=round(time.perf_counter() - began, 2), std_err_from="validate" if validated else "train", **bodies
     ).write(out.record)
