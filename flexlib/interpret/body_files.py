@@ -183,7 +183,7 @@ def _write_maps(
 
 
 def _write_arrows(out: InterpretFolder, bodies: Bodies, hinges: list[Hinge], like: Map) -> None:
-    """Write the axes of hinges and shifts of bodies that touch, in the frame of the map's header, in the colour of the second body."""
+    """Write the axes of hinges and shifts of bodies that touch, in the frame of the map's header."""
     corner_A = np.array(like.corner_A) + like.box // 2 * like.pixel_size_A
     vertices_A = bodies.states.vertices_A.numpy()
     lines = [".comment axes of the hinges: angles are right-handed about the arrow"]
@@ -196,7 +196,7 @@ def _write_arrows(out: InterpretFolder, bodies: Bodies, hinges: list[Hinge], lik
         colour = SEGMENT_COLOURS[hinge.second % len(SEGMENT_COLOURS)]
         rgb = " ".join(f"{int(colour[at : at + 2], 16) / 255:.3f}" for at in (1, 3, 5))
         lines += [
-            f".comment {hinge.kind} of bodies {hinge.first + 1} and {hinge.second + 1}: {hinge.range_deg:.1f} degrees",
+            f".comment bodies {hinge.first + 1} and {hinge.second + 1}: {hinge.kind}, {hinge.range_deg:.1f} degrees",
             f".color {rgb}",
             ".arrow " + " ".join(f"{value:.2f}" for value in np.concatenate(ends)) + " 1 2.5 0.85",
         ]

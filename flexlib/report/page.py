@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from flexlib import __version__
 from flexlib.files import atomic_path
-from flexlib.report import facts, sections, sentences
+from flexlib.report import bodies, facts, sections, sentences
 from flexlib.report.formats import NONE, angstrom, duration, number, plus_minus
 from flexlib.report.markup import own_file, render
 from flexlib.report.morph import Gallery
@@ -26,6 +26,7 @@ _SECTIONS = {
     "occupancy": "Is every part there?",
     "latents": "Latent space",
     "motion": "Motion",
+    "bodies": "Bodies and hinges",
     "resolution": "Resolution",
     "independent": "Independent halves",
     "settings": "Settings and provenance",
@@ -45,6 +46,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         "junk": sections.junk_section(results),
         "occupancy": sections.occupancy_section(results),
         "motion": sections.motion_section(results, gallery),
+        "bodies": bodies.bodies_section(results, gallery),
         "resolution": sections.resolution_section(results, gallery),
         "independent": sections.independent_section(results, gallery),
         "settings": sections.settings_section(results),
