@@ -315,3 +315,10 @@ class InterpretationRecord(Record):
     condition_pairs: dict[str, float] = field(default_factory=dict)  # p value of each two of more than two conditions
     condition_by_micrograph: bool = False  # whether whole micrographs were dealt out
     condition_unassigned: int = 0  # particles of no condition
+    num_bodies: int | None = None
+    bodies_reason: str = ""  # why there is one body only, where none were looked for or nothing moves
+    bodies_explained: float | None = None  # share of the squared motion that is the bodies'
+    bodies_motion_A: float | None = None  # rms motion, of the density as one body
+    bodies_bend: float | None = None  # squared strain inside the bodies over that of all: 1 where all bends
+    hinge_range_deg: list[float] = field(default_factory=list)  # of hinges between bodies that touch, as in hinges.csv
+    body_poses: bool = False  # whether particles with the bodies' poses are written

@@ -15,7 +15,7 @@ from json_records import agreement_record
 from flexlib.images.noise import write_noise
 from flexlib.imaging.fourier import lowpass_map
 from flexlib.imaging.fsc import frequencies_1_per_A
-from flexlib.imaging.maps import read_map, write_map
+from flexlib.imaging.maps import read_map, write_label_map, write_map
 from flexlib.imaging.masks import make_mask
 from flexlib.layout import ReconstructFolder, RunFolder, TrainFolder, ValidateFolder
 from flexlib.mesh.build import build_mesh
@@ -26,6 +26,7 @@ from flexlib.records import (
     ChecksumsRecord,
     Finding,
     InputFile,
+    InterpretationRecord,
     OpticsRecord,
     PreparedRecord,
     ResolutionRecord,
@@ -97,6 +98,7 @@ def write_fake_results(
     _write_series(generated.table, dims, frames)
     _write_reconstruction(run.reconstruct(point.path), consensus, mask, pixel_size_A, rng)
     _write_validation(run, point, consensus, mask, pixel_size_A)
+    write_interpretation(run, point, mask, pixel_size_A)
     _write_sweep(run.table, point, rng)
     ChecksumsRecord(
         [
@@ -304,6 +306,30 @@ def _write_validation(
     )
     _write_agreement_tables(folder, record, point.latent_dims)
     record.write(folder.record)
+
+
+def write_interpretation(run: RunFolder, point: SweepPoint, mask: np.ndarray, pixel_size_A: float) -> None:
+    """Two bodies, the lower and the upper half of the box, with a hinge about x between them."""
+    folder = run.interpret(point.path)
+    labels = (mask > 0.01) * np.where(np.arange(len(mask)) < len(mask) // 2, 1, 2)[:, None, None]
+    write_label_map(folder.labels, labels.astype(np.int32), pixel_size_A)
+    bodies = {"body": [1, 2], "mass_share": [0.62, 0.38], "residual_A": [0.6, 0.9], "explained": [0.97, 0.95]}
+    bodies |= {"rotation_deg": [0.0, 11.9], "shift_A": [0.0, 4.2]}
+    pd.DataFrame(bodies).to_csv(folder.bodies, index=False)
+    hinge = {"first": 1, "second": 2, "touching": 1, "kind": "hinge", "axis_x": 1.0, "axis_y": 0.0, "axis_z": 0.0}
+    hinge |= {"point_x_A": 0.0, "point_y_A": 0.0, "point_z_A": 0.0, "axis_share": 0.99, "low_deg": -19.0}
+    hinge |= {"high_deg": 20.5, "range_deg": 39.5, "sd_deg": 11.8, "along_A": 0.1, "across_A": 0.2, "noise_factor": 1.0}
+    pd.DataFrame([hinge]).to_csv(folder.hinges, index=False)
+    InterpretationRecord(
+        wall_s=4.0,
+        std_err_from="train",
+        num_bodies=2,
+        bodies_explained=0.95,
+        bodies_motion_A=6.1,
+        bodies_bend=0.2,
+        hinge_range_deg=[39.5],
+        body_poses=True,
+    ).write(folder.record)
 
 
 def _rms(values: np.ndarray, weight: np.ndarray) -> float:

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 from flexlib.errors import InputError
+from flexlib.interpret.body_files import interpret_bodies
 from flexlib.interpret.conformations import write_conformations
-from flexlib.layout import InterpretFolder, ParticlesFolder, TrainFolder
+from flexlib.layout import InterpretFolder, ParticlesFolder, TrainFolder, ValidateFolder
 from flexlib.model.flex_model import FlexModel
-from flexlib.records import InterpretationRecord
+from flexlib.records import AgreementRecord, InterpretationRecord
 from flexlib.workflow_support.settings import GenerateSettings, InterpretSettings
 
 
@@ -56,9 +57,12 @@ def interpret(
     if model.latent_covariance is None:
         raise InputError(f"{train.path}: the model is of a training that had not ended: train again")
     validated = Path(latents_star) != train.latents
+    agreement = AgreementRecord.read(ValidateFolder(Path(latents_star).parent).record) if validated else None
+    bodies = interpret_bodies(model, particles, out, settings, generate.align, agreement)
     conformations = write_conformations(out, (particles, train, Path(latents_star)), model, settings, generate)
     InterpretationRecord(
         wall_s=round(time.perf_counter() - began, 2),
         std_err_from="validate" if validated else "train",
+        **bodies,
         **conformations,
     ).write(out.record)

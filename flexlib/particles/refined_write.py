@@ -34,8 +34,8 @@ class RefinedParticles:
     given: Particles  # the file as it is
     change: PoseChange  # of poses; none for particles that prepare dropped
     kept: np.ndarray  # (m,) bool, not dropped
-    rotation_std_err_rad: np.ndarray  # (m,), nan where dropped, as below
-    shift_std_err_A: np.ndarray  # (m,)
+    rotation_std_err_rad: np.ndarray | None = None  # (m,), nan where dropped, as below
+    shift_std_err_A: np.ndarray | None = None  # (m,)
 
     @property
     def path(self) -> Path:
@@ -63,15 +63,16 @@ class RefinedParticles:
         return self.change.contrast != 1
 
     def sizes(self) -> dict[str, np.ndarray]:
-        """By the name of the column: how large each change is, (m,); nan where dropped."""
+        """By the name of the column: how large each change is, (m,), and its error if known; nan where dropped."""
+        turn, error = self.change.rotation_rad, self.rotation_std_err_rad
         sizes = {
-            "flexRotationChangeDeg": np.rad2deg(np.linalg.norm(self.change.rotation_rad, axis=1)),
-            "flexRotationStdErrDeg": np.rad2deg(self.rotation_std_err_rad),
+            "flexRotationChangeDeg": np.rad2deg(np.linalg.norm(turn, axis=1)),
+            "flexRotationStdErrDeg": None if error is None else np.rad2deg(error),
             "flexShiftChangeAngst": np.linalg.norm(self.change.shift_A, axis=1),
             "flexShiftStdErrAngst": self.shift_std_err_A,
             "flexContrast": self.change.contrast,
         }
-        return {name: np.where(self.kept, values, np.nan) for name, values in sizes.items()}
+        return {name: np.where(self.kept, one, np.nan) for name, one in sizes.items() if one is not None}
 
     def pose_columns(self, labels: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """RELION's columns with the refined pose, (m,) numbers each, and (m,) bool whether they are other than given.
@@ -236,7 +237,7 @@ def write_refined_cs(refined: RefinedParticles, path: str | Path) -> bool:
         "flex/shift_std_err_A": "flexShiftStdErrAngst",
         "flex/contrast": "flexContrast",
     }
-    columns |= {name: sizes[column].astype(np.float32) for name, column in ours.items()}
+    columns |= {name: sizes[column].astype(np.float32) for name, column in ours.items() if column in sizes}
     table = table.with_columns(columns)
     table.write(path)
     if "uid" in table.names:

@@ -96,6 +96,7 @@ class Surface:
         colour: tuple[float, float, float] = BLUE,
         paint: np.ndarray | None = None,
         paint_limits: tuple[float, float] = (0.0, 1.0),
+        label_colours: np.ndarray | None = None,
     ) -> np.ndarray:
         """Picture of the surface.
 
@@ -113,6 +114,8 @@ class Surface:
             (N, N, N) values that colour the surface (``PAINT`` between ``paint_limits``) instead of ``colour``.
         paint_limits
             Values of the first and the last colour.
+        label_colours
+            (m, 3) red, green and blue, 0 to 1, of labels from 0: then ``paint`` holds these.
 
         Returns
         -------
@@ -131,7 +134,11 @@ class Surface:
             if paint is not None:
                 low, high = paint_limits
                 at = (points @ rotation / zoom + self._box // 2)[:, ::-1].T
-                values = ndimage.map_coordinates(paint, at, order=1, mode="nearest")
+                order = 1 if label_colours is None else 0
+                values = ndimage.map_coordinates(paint, at, order=order, mode="nearest")
+            if paint is not None and label_colours is not None:
+                base = label_colours[values]
+            elif paint is not None:
                 base = paint_map()(np.clip((values - low) / max(high - low, 1e-12), 0, 1))[:, :3]
             rgba[hit, :3] = _shade(base, normal, _occlusion(height, hit, extent * zoom)[hit])
             rgba[hit, 3] = 1.0

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from flexlib import __version__
 from flexlib.files import atomic_path
-from flexlib.report import facts, landscape, sections, sentences
+from flexlib.report import bodies, facts, landscape, sections, sentences
 from flexlib.report.formats import NONE, angstrom, duration, number, plus_minus
 from flexlib.report.markup import own_file, render
 from flexlib.report.morph import Gallery
@@ -27,6 +27,7 @@ _SECTIONS = {
     "latents": "Latent space",
     "landscape": "Landscape",
     "motion": "Motion",
+    "bodies": "Bodies and hinges",
     "resolution": "Resolution",
     "independent": "Independent halves",
     "settings": "Settings and provenance",
@@ -47,6 +48,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         "occupancy": sections.occupancy_section(results),
         "landscape": landscape.landscape_section(results),
         "motion": sections.motion_section(results, gallery),
+        "bodies": bodies.bodies_section(results, gallery),
         "resolution": sections.resolution_section(results, gallery),
         "independent": sections.independent_section(results, gallery),
         "settings": sections.settings_section(results),

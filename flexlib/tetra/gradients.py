@@ -8,6 +8,14 @@ from scipy import sparse
 from flexlib.tetra.tetmesh import TetraMesh
 
 
+def barycentric_gradients(mesh: TetraMesh) -> np.ndarray:
+    """(nc, 4, 3) gradients, in 1/A, of the barycentric coordinates of each cell."""
+    corners = mesh.vertices_A[mesh.cells]
+    edges = (corners[:, 1:] - corners[:, :1]).transpose(0, 2, 1)
+    gradients = np.linalg.inv(edges)  # of the coordinates 1 to 3
+    return np.concatenate([-gradients.sum(1, keepdims=True), gradients], axis=1)
+
+
 def directional_derivative(mesh: TetraMesh, shift_A: np.ndarray) -> sparse.csr_array:
     """What a field at the vertices changes by, to first order, at vertices that are shifted.
 
@@ -25,11 +33,8 @@ def directional_derivative(mesh: TetraMesh, shift_A: np.ndarray) -> sparse.csr_a
     derivative
         (nv, nv): its product with the values (nv, ...) of a field f is ``f(x + shift) - f(x)``.
     """
-    corners = mesh.vertices_A[mesh.cells]
-    edges = (corners[:, 1:] - corners[:, :1]).transpose(0, 2, 1)
-    gradients = np.linalg.inv(edges)  # of the barycentric coordinates 1 to 3
-    gradients = np.concatenate([-gradients.sum(1, keepdims=True), gradients], axis=1)  # (nc, 4, 3)
-    volumes = np.abs(np.linalg.det(edges))
+    gradients = barycentric_gradients(mesh)
+    volumes = mesh.cell_volumes_A3()
     share = volumes[:, None] / np.bincount(mesh.cells.ravel(), np.repeat(volumes, 4))[mesh.cells]  # (nc, 4)
     along = np.einsum("ckd,cvd->cvk", gradients, shift_A[mesh.cells]) * share[:, :, None]
     rows, columns = np.repeat(mesh.cells, 4, axis=1), np.tile(mesh.cells, (1, 4))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import meshio
@@ -83,6 +84,17 @@ def write_displacement(
         np.asarray(mesh.vertices_A, dtype=np.float64),
         [("tetra", np.asarray(mesh.cells, dtype=np.int32))],
         point_data=point_data,
+    )
+    with atomic_path(path) as temporary:
+        meshio.write(temporary, grid, file_format="vtu")
+
+
+def write_cell_data(path: str | os.PathLike[str], mesh: TetraMesh, values: Mapping[str, np.ndarray]) -> None:
+    """Write a mesh at rest, in the frame of ``write_mesh``, with figures (nc,) of its cells by name; atomic."""
+    grid = meshio.Mesh(
+        np.asarray(mesh.vertices_A, dtype=np.float64),
+        [("tetra", np.asarray(mesh.cells, dtype=np.int32))],
+        cell_data={name: [np.asarray(one)] for name, one in values.items()},
     )
     with atomic_path(path) as temporary:
         meshio.write(temporary, grid, file_format="vtu")
