@@ -11,12 +11,14 @@ from markupsafe import Markup
 from flexlib import __version__
 from flexlib.files import atomic_path
 from flexlib.report import facts, sections, sentences
+from flexlib.report.explorer import explorer_section
 from flexlib.report.formats import NONE, angstrom, duration, number, plus_minus
 from flexlib.report.markup import own_file, render
 from flexlib.report.morph import Gallery
 from flexlib.report.results import Results
 
 _LARGEST_PAGE_BYTES = 14.5e6  # of 15 MB; the rest is the page's frame
+_SCRIPTS = ("page.js", "explorer_flow.js", "explorer_view.js", "explorer.js")
 _SECTIONS = {
     "input": "What went in",
     "mesh": "Mesh",
@@ -25,6 +27,7 @@ _SECTIONS = {
     "junk": "Are they all particles?",
     "occupancy": "Is every part there?",
     "latents": "Latent space",
+    "explore": "Explore",
     "motion": "Motion",
     "resolution": "Resolution",
     "independent": "Independent halves",
@@ -44,6 +47,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         "training": sections.training_section(results),
         "junk": sections.junk_section(results),
         "occupancy": sections.occupancy_section(results),
+        "explore": explorer_section(results, gallery),
         "motion": sections.motion_section(results, gallery),
         "resolution": sections.resolution_section(results, gallery),
         "independent": sections.independent_section(results, gallery),
@@ -61,7 +65,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
             {"key": key, "title": title, "content": built[key]} for key, title in _SECTIONS.items() if built[key]
         ],
         style=own_file("page.css"),
-        script=own_file("page.js"),
+        scripts=[own_file(name) for name in _SCRIPTS],
         plotly=Markup(plotly_js),
         version=__version__,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
