@@ -15,6 +15,7 @@ from flexlib.generate.latents import MAX_FRAMES
 from flexlib.generate.neighbourhood import NEAR_STANDARD_DEVIATIONS, Neighbourhood
 from flexlib.generate.series import axis_latents
 from flexlib.imaging.fourier import fourier_pad_map
+from flexlib.model.flex_model import FlexModel
 from flexlib.model.frame import MotionFrame, RigidCore
 from flexlib.render import surface
 from flexlib.report.formats import number, shell_word
@@ -22,8 +23,8 @@ from flexlib.report.markup import render
 from flexlib.report.morph import Gallery
 from flexlib.report.packing import pack_column
 from flexlib.report.results import Results
-from flexlib.tetra.tetmesh import TetraMesh
-from flexlib.tetra.voxels import voxelise
+from flexlib.tetra.tetmesh import MeshVoxels
+from flexlib.tetra.voxels import tetra_index_map, voxelise
 
 EXPLORER_ROOM_BYTES = 2.5e6  # of the page
 STILL_A = 0.01  # a model that moves nothing farther is at rest
@@ -128,10 +129,12 @@ def explorer_content(
         "rotation": _numbers(rotation),
         "paint": [[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in surface.PAINT],
     }
-    level = surface.display_level(motion.model.canonical, mask)
+    model = motion.model
+    voxels = voxelise(model.mesh, model.canonical != 0, model.pixel_size_A)
+    level = surface.display_level(model.canonical, mask)
     common["level"] = level
     while faces >= _FEWEST_FACES:
-        shown = RidingSurface.of(motion, level, faces)
+        shown = RidingSurface.of(model, voxels, level, faces)
         if shown is None:
             return None
         content = common | _packed_flow(motion, reach, shown) | shown.packed(motion, reach)
@@ -160,17 +163,14 @@ class RidingSurface:
     faces: np.ndarray  # (nf, 3), seen from outside against the clock
 
     @classmethod
-    def of(cls, motion: MotionFrame, level: float, max_faces: int) -> RidingSurface | None:
-        """The surface of the canonical map at ``level``; None where there is none."""
-        model = motion.model
-        volume = model.canonical
-        fine = fourier_pad_map(volume, _SHARP_BOX) if model.box < _SHARP_BOX else volume
+    def of(cls, model: FlexModel, voxels: MeshVoxels, level: float, max_faces: int) -> RidingSurface | None:
+        """The surface of the canonical map, whose ``voxels`` those are, at ``level``; None where there is none."""
+        fine = fourier_pad_map(model.canonical, _SHARP_BOX) if model.box < _SHARP_BOX else model.canonical
         pixel_A = model.pixel_size_A * model.box / len(fine)
         vertices, faces = _outward(*_without_dust(*surface.isosurface(fine, pixel_A, level, max_faces)))
         if not len(faces):
             return None
-        cell = _cell_of(model.mesh, volume, model.pixel_size_A, vertices)
-        used, cell = np.unique(cell, return_inverse=True)
+        used, cell = np.unique(_cell_of(voxels, vertices), return_inverse=True)
         own, cells = np.unique(model.mesh.cells[used], return_inverse=True)
         cells = cells.reshape(-1, 4)
         corners = model.mesh.vertices_A[own]
@@ -219,13 +219,19 @@ def _outward(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
     return vertices, faces if inside > 0 else faces[:, ::-1]
 
 
-def _cell_of(mesh: TetraMesh, volume: np.ndarray, pixel_size_A: float, points_A: np.ndarray) -> np.ndarray:
+def _cell_of(voxels: MeshVoxels, points_A: np.ndarray) -> np.ndarray:
     """(n,) cell that carries the density at each point: that of the nearest voxel that has one."""
     from scipy.spatial import cKDTree
 
-    voxels = voxelise(mesh, volume != 0, pixel_size_A)
-    at = np.stack(np.unravel_index(voxels.index, volume.shape)[::-1], axis=1) - len(volume) // 2
-    return voxels.cell[cKDTree(at * pixel_size_A).query(points_A)[1]]
+    centre = voxels.box // 2
+    nearest = np.rint(points_A / voxels.pixel_size_A).astype(int) + centre
+    cell = tetra_index_map(voxels)[tuple(np.clip(nearest, 0, voxels.box - 1)[:, ::-1].T)]
+    bare = cell < 0
+    if bare.any():
+        # counted from beyond the corner: where denormal numbers count as zero, a tree that splits at zero never ends
+        at = np.stack(np.unravel_index(voxels.index, (voxels.box,) * 3)[::-1], axis=1) + 1.0
+        cell[bare] = voxels.cell[cKDTree(at).query(points_A[bare] / voxels.pixel_size_A + centre + 1.0)[1]]
+    return cell
 
 
 def _barycentric(corners_A: np.ndarray, points_A: np.ndarray) -> np.ndarray:
@@ -272,7 +278,7 @@ def _profile(
 
 
 def _first_reached(course: np.ndarray, value: float, steps_A: np.ndarray) -> np.ndarray:
-    """(n,) where each column of ``course`` (s, n) first is ``value``, by linear interpolation, or where it is largest."""
+    """(n,) where each column of ``course`` (s, n) first is ``value``, interpolated, or where it is largest."""
     columns = np.arange(course.shape[1])
     reached = course >= value
     after = np.where(reached.any(0), reached.argmax(0), course.argmax(0))

@@ -232,5 +232,5 @@
     }
   }
 
-  window.flexlib.Flow = Flow;
+  Object.assign(window.flexlib, { Flow, bestRotation });
 })();
