@@ -2,10 +2,10 @@
 
     python benchmarks/report_frames.py results/demo/report.html [--size 1280 800] [--flags ...]
 
-Says how long the page's own part of a frame takes (network, mesh and surface, normals, upload to WebGL; the median and
-the 95th percentile over latents all over the sliders' reach), and how many frames a second are shown while the point moves
-all the time. Software WebGL draws on the CPU: on a graphics card of whatever kind drawing costs next to nothing, and the
-page's own part is what limits.
+Says how long the page's own part of a frame takes (network, mesh, surface, normals, upload to WebGL; ``whole`` is all
+of them) and how long drawing takes, each as the median and the 95th percentile over latents all over the reach of the
+sliders, and how many frames a second are shown while the point moves all the time. Software WebGL draws on the CPU; a
+graphics card of whatever kind draws so few triangles in next to no time: there the page's own part is what limits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ PARTS = """
 const { flow, view } = flexlib.explorer;
 const content = JSON.parse(document.querySelector('#explorer-data').textContent);
 const any = () => content.low.map((low, k) => low + Math.random() * (content.high[k] - low));
+const gl = document.querySelector('#explorer-surface').getContext('webgl2');
+const draw = () => { view.draw(); gl.readPixels(0, 0, 1, 1, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4)); };
 const parts = { network: (z) => flow.coefficients(z), mesh: (z) => flow.moveMesh(z), surface: () => flow.ride(),
-  normals: () => flow.findNormals(), upload: () => view.upload() };
+  normals: () => flow.findNormals(), upload: () => view.upload(), draw };
 const times = Object.fromEntries([...Object.keys(parts), 'whole'].map((name) => [name, []]));
 for (let i = 0; i < 300; i++) {
   const z = any();
@@ -54,7 +56,8 @@ function next(now) {
   const phase = (now - first) / 1000;
   if (phase > seconds) return done((count - 1) / phase);
   count++;
-  flexlib.explorer.moveTo(content.low.map((low, k) => low + (0.5 + 0.4 * Math.sin(phase * (3 + k))) * (content.high[k] - low)));
+  const part = (k) => 0.5 + 0.4 * Math.sin(phase * (3 + k));
+  flexlib.explorer.moveTo(content.low.map((low, k) => low + part(k) * (content.high[k] - low)));
   requestAnimationFrame(next);
 }
 requestAnimationFrame(next);
@@ -64,7 +67,7 @@ requestAnimationFrame(next);
 def measure(page: Path, size: tuple[int, int], flags: list[str]) -> dict[str, object]:
     """Times and rates of the live surface of a report."""
     options = ChromeOptions()
-    browser = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))))
+    browser = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
     options.binary_location = browser
     for flag in ("headless", "no-sandbox", "disable-dev-shm-usage", f"window-size={size[0]},{size[1]}", *flags):
         options.add_argument(f"--{flag}")

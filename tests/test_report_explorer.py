@@ -410,7 +410,7 @@ def test_fits_the_window(runs: Any, browser: Chrome, size: tuple[int, int]) -> N
         wide, pixels = page.execute_script(
             "const e = document.querySelector('#explorer-surface'); return [e.clientWidth, e.width]"
         )
-        assert wide == pixels > 300
+        assert pixels in (wide, 2 * wide) and wide > 300  # twice as fine where it rests
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -7,7 +7,8 @@
   const content = JSON.parse(byId("data").textContent);
   const box = document.getElementById("explorer");
   const canvas = byId("surface");
-  const gl = canvas.getContext("webgl2", { antialias: true });
+  const soft = drawnByCpu();
+  const gl = canvas.getContext("webgl2", { antialias: !soft });
   if (!gl) { // page.js says of the other views what they need
     box.innerHTML = '<p class="missing">This view needs WebGL 2, which this browser does not offer.</p>';
     return;
@@ -24,7 +25,15 @@
   let path = []; // latents
   let playing = null; // {from, latents}: when it began, and where it is after so many seconds
 
-  const view = surfaceView(canvas, gl, flow, content, (lost) => { stale = stale || lost; redraw(); });
+  const view = surfaceView(canvas, gl, soft, flow, content, (lost) => { stale = stale || lost; redraw(); });
+
+  function drawnByCpu() {
+    const probe = document.createElement("canvas").getContext("webgl2");
+    const names = probe && probe.getExtension("WEBGL_debug_renderer_info");
+    const name = names ? String(probe.getParameter(names.UNMASKED_RENDERER_WEBGL)) : "";
+    if (probe) probe.getExtension("WEBGL_lose_context").loseContext();
+    return /swiftshader|llvmpipe|software|basic render/i.test(name);
+  }
 
   function redraw() {
     if (!waiting) requestAnimationFrame(frame);

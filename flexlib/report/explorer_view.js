@@ -36,10 +36,12 @@
       shown = vec4(mix(colour, vec3(1), clamp(0.22 - 0.22 * depth, 0.0, 0.35)), 1);
     }`;
 
+  // soft: drawn by the CPU, so quickly while it moves and finely when it rests
   // changed(lost) is called where the view has to be drawn again, and uploaded too where it was lost
-  function surfaceView(canvas, gl, flow, content, changed) {
+  function surfaceView(canvas, gl, soft, flow, content, changed) {
     const DISTANCE = 4.2; // of the eye, in radii of the surface
-    let turn, zoom, uniforms, buffers;
+    const REST_MS = 200;
+    let turn, zoom, uniforms, buffers, resting;
     const { middle, radius, across, up } = extent();
     new ResizeObserver(() => changed(false)).observe(canvas);
     reset();
@@ -119,7 +121,13 @@
     }
 
     function draw() {
-      fit(canvas);
+      clearTimeout(resting);
+      if (soft) resting = setTimeout(() => drawAt(2), REST_MS);
+      drawAt(1);
+    }
+
+    function drawAt(finer) {
+      fit(canvas, finer);
       const aspect = canvas.width / canvas.height;
       gl.viewport(0, 0, canvas.width, canvas.height);
       gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
@@ -154,9 +162,9 @@
     return { upload, draw, reset };
   }
 
-  // as many pixels as the screen has there
-  function fit(drawn) {
-    const scale = Math.min(window.devicePixelRatio || 1, 2);
+  // as many pixels as the screen has there, or more
+  function fit(drawn, finer = 1) {
+    const scale = finer * Math.min(window.devicePixelRatio || 1, 2);
     const [width, height] = [Math.round(drawn.clientWidth * scale), Math.round(drawn.clientHeight * scale)];
     if (drawn.width === width && drawn.height === height) return false;
     [drawn.width, drawn.height] = [width, height];
