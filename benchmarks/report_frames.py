@@ -24,7 +24,8 @@ const content = JSON.parse(document.querySelector('#explorer-data').textContent)
 const any = () => content.low.map((low, k) => low + Math.random() * (content.high[k] - low));
 const gl = document.querySelector('#explorer-surface').getContext('webgl2');
 const draw = () => { view.draw(); gl.readPixels(0, 0, 1, 1, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4)); };
-const parts = { network: (z) => flow.coefficients(z), mesh: (z) => flow.moveMesh(z), surface: () => flow.ride(),
+const parts = { network: (z) => flow.coefficients(z), mesh: (z) => flow.moveMesh(z), nodes: () => flow.ride(),
+  surface: () => flow.findSurface(),
   normals: () => flow.findNormals(), upload: () => view.upload(), draw };
 const times = Object.fromEntries([...Object.keys(parts), 'whole'].map((name) => [name, []]));
 for (let i = 0; i < 300; i++) {
@@ -40,7 +41,8 @@ for (let i = 0; i < 300; i++) {
   times.whole.push(performance.now() - start);
 }
 const at = (values, part) => values.slice(100).sort((a, b) => a - b)[Math.floor(part * 200)];
-return { vertices: flow.cell.length, triangles: flow.faces.length / 3, mesh_vertices: flow.moved.length / 3,
+return { vertices: flow.positions.length / 3, nodes: flow.cell.length, triangles: flow.faces.length / 3,
+  mesh_vertices: flow.moved.length / 3,
   fields: flow.fields.length, page_MB: document.documentElement.outerHTML.length / 1e6,
   explorer_MB: document.querySelector('#explorer-data').textContent.length / 1e6,
   canvas: [document.querySelector('#explorer-surface').width, document.querySelector('#explorer-surface').height],

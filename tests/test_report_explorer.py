@@ -159,15 +159,12 @@ def test_a_dragged_point_shows_the_surface_that_generate_makes(
         content = Reach.of(results_of(runs(dims)).latents[[f"z{i + 1}" for i in range(dims)]].to_numpy())
         wanted = content.low + np.array([right, up, 0])[:dims] * (content.high - content.low)
         assert np.abs(z - wanted)[: min(dims, 2)] == pytest.approx(0, abs=0.05)  # where the mouse let go
-        there = shown(page, "there", 1)[:, 0] > 0
         mine, faces = shown(page, "positions"), shown(page, "faces").astype(int)
-        assert there.mean() > 0.99
         vertices, triangles = generated_surface(runs(dims), z, level, tmp_path / str(number))
         surface = all_over(vertices, triangles)
-        away = distance(mine[there], surface)
-        back = distance(vertices, all_over(mine, faces[there[faces].all(1)]))
-        moved = np.linalg.norm(mine - at_rest, axis=1)
-        assert rms(moved) > 3  # it has moved, and far enough from what is at rest to be told from it
+        away = distance(mine, surface)
+        back = distance(vertices, all_over(mine, faces))
+        assert rms(shown(page, "displacement", 1)) > 3  # it has moved, and is easily told from what is at rest
         assert rms(distance(at_rest, surface)) > 3 * NO_MORE_A
         assert rms(away) < NO_MORE_A and rms(back) < NO_MORE_A, (rms(away), rms(back))
     assert console_errors(page) == []
@@ -194,10 +191,6 @@ def test_the_mesh_moves_as_the_model_says(runs: Any, browser: Chrome, tmp_path: 
         )
         error = np.linalg.norm(np.array(json.loads(moved)).reshape(len(states), -1, 3) - wanted[:, own], axis=2)
         assert rms(error) < allowed_A and rms(wanted - mesh.vertices_A) > 20 * rms(error)
-    if motion.core is not None:  # the core is at rest in the page too
-        far = np.linalg.norm(shown(page, "moved") - mesh.vertices_A[own], axis=1)
-        core = motion.core.weight.numpy()[own] > 0.5
-        assert core.sum() > 20 and rms(far[core]) < 0.3 * rms(far[~core])
 
 
 def test_the_rotation_is_that_of_the_frame(runs: Any, browser: Chrome) -> None:
@@ -440,7 +433,7 @@ def test_a_model_at_rest_has_nothing_to_explore(tmp_path: Path) -> None:
     assert "The model stands still" in html and "explorer-surface" not in html and "Drag" not in html
 
 
-def test_large_models_are_shown_by_fewer_triangles(runs: Any, browser: Chrome, tmp_path: Path) -> None:
+def test_large_models_are_shown_on_a_coarser_grid(runs: Any, browser: Chrome, tmp_path: Path) -> None:
     motion = trained_motion(results_of(runs(2)))
     assert motion is not None
     fine = fourier_pad_map(motion.model.canonical, 200)
@@ -453,7 +446,7 @@ def test_large_models_are_shown_by_fewer_triangles(runs: Any, browser: Chrome, t
         content = explorer_content(motion, reach, None, np.eye(3), room)
         assert content is not None
         sizes.append(len(json.dumps(content)))
-        counts.append(len(content["faces"]["data"]))
+        counts.append(len(content["index"]))
     assert sizes[0] < EXPLORER_ROOM_BYTES and sizes[1] < 1.1 * 300_000 and counts[1] < counts[0]
     assert explorer_content(motion, reach, None, np.eye(3), 20_000) is None
     run = results_of(runs(2))
@@ -462,7 +455,7 @@ def test_large_models_are_shown_by_fewer_triangles(runs: Any, browser: Chrome, t
     build_page(run, Gallery([], None, [], motion), tmp_path / "large.html")
     assert (tmp_path / "large.html").stat().st_size < 15e6
     page = open_page(browser, tmp_path / "large.html")
-    assert 10_000 < page.execute_script("return flexlib.explorer.flow.faces.length / 3") <= 60_000
+    assert 10_000 < page.execute_script("return flexlib.explorer.flow.cell.length") <= 120_000
     assert console_errors(page) == []
 
 

@@ -14,23 +14,27 @@ from markupsafe import Markup
 from flexlib.generate.latents import MAX_FRAMES
 from flexlib.generate.neighbourhood import NEAR_STANDARD_DEVIATIONS, Neighbourhood
 from flexlib.generate.series import axis_latents
-from flexlib.imaging.fourier import fourier_pad_map
+from flexlib.imaging.fourier import fourier_crop_map, fourier_pad_map
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.frame import MotionFrame, RigidCore
 from flexlib.render import surface
 from flexlib.report.formats import number, shell_word
 from flexlib.report.markup import render
 from flexlib.report.morph import Gallery
-from flexlib.report.packing import pack_column
+from flexlib.report.packing import pack_column, pack_rows
 from flexlib.report.results import Results
 from flexlib.tetra.tetmesh import MeshVoxels
 from flexlib.tetra.voxels import tetra_index_map, voxelise
 
 EXPLORER_ROOM_BYTES = 2.5e6  # of the page
 STILL_A = 0.01  # a model that moves nothing farther is at rest
-_MOST_FACES, _FEWEST_FACES = 60_000, 2_000
+_MOST_NODES, _FEWEST_NODES = 120_000, 2_000  # of the grid about the surface
 _SHARP_BOX = 128  # maps of smaller boxes are padded in Fourier space to this one
-_DUST = 0.01  # of all triangles: smaller pieces of the surface are left out
+_DUST, _THIN = 0.01, 0.7  # of the volume inside: smaller pieces are left out, by a density that is below the surface's
+_CROSSED = (0.35, 2.8)  # densities that the surface may lie at: as far as cells shrink or grow
+_TOLERANCE_A = 0.02  # rms over states and vertices, of displacements by fewer fields
+_STATES = 1000  # latents of particles, and as many anywhere in the sliders' reach, whose displacements count
+_PAINTED_STATES = 200  # particles that set the colours' range
 _TOLERANCE_A = 0.02  # rms over states and vertices, of displacements by fewer fields
 _STATES = 1000  # latents of particles, and as many anywhere in the sliders' reach, whose displacements count
 _PAINTED_STATES = 200  # particles that set the colours' range
@@ -117,7 +121,7 @@ def explorer_content(
     room_bytes
         The most that the JSON may take.
     """
-    near, faces = Neighbourhood(reach.known), _MOST_FACES
+    near, most = Neighbourhood(reach.known), _MOST_NODES
     common: dict[str, Any] = {
         "low": _numbers(reach.low),
         "high": _numbers(reach.high),
@@ -133,90 +137,96 @@ def explorer_content(
     voxels = voxelise(model.mesh, model.canonical != 0, model.pixel_size_A)
     level = surface.display_level(model.canonical, mask)
     common["level"] = level
-    while faces >= _FEWEST_FACES:
-        shown = RidingSurface.of(model, voxels, level, faces)
+    while most >= _FEWEST_NODES:
+        shown = RidingNodes.of(model, voxels, level, most)
         if shown is None:
             return None
         content = common | _packed_flow(motion, reach, shown) | shown.packed(motion, reach)
         size = len(json.dumps(content, separators=(",", ":")))
         if size <= room_bytes:
             return content
-        faces = int(min(0.9 * room_bytes / size, 0.7) * faces)
+        most = int(min(0.9 * room_bytes / size, 0.7) * len(shown.index))
     return None
 
 
-# The surface and the mesh that it rides on -------------------------------------------------------------------------
+# The density about the surface, and the mesh that it rides on ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class RidingSurface:
-    """Triangles of the canonical map's surface; each vertex rides on a cell of the mesh."""
+class RidingNodes:
+    """The nodes of a grid that the surface may come near; each rides on a cell of the mesh."""
 
     mesh_vertices_A: np.ndarray  # (nv, 3) those of the mesh that carry something
     own: np.ndarray  # (nv,) their numbers in the model's mesh
     cells: np.ndarray  # (nc, 4) of those vertices
-    cell: np.ndarray  # (n,) that a surface vertex rides on
+    box: int  # of the grid
+    index: np.ndarray  # (n,) flat index of each node in the grid (z, y, x), increasing
+    density: np.ndarray  # (n,) in units of the surface's
+    cell: np.ndarray  # (n,) that a node rides on
     weights: np.ndarray  # (n, 4) of the cell's corners
-    inward: np.ndarray  # (n, 4) by how much the weights change an Angstrom below the surface
-    depth_A: np.ndarray  # (n, 6) where the density is ``_DENSITIES`` times that of the surface; negative outside
-    peak: np.ndarray  # (n,) the highest density below, in units of that of the surface
-    faces: np.ndarray  # (nf, 3), seen from outside against the clock
 
     @classmethod
-    def of(cls, model: FlexModel, voxels: MeshVoxels, level: float, max_faces: int) -> RidingSurface | None:
-        """The surface of the canonical map, whose ``voxels`` those are, at ``level``; None where there is none."""
-        fine = fourier_pad_map(model.canonical, _SHARP_BOX) if model.box < _SHARP_BOX else model.canonical
-        pixel_A = model.pixel_size_A * model.box / len(fine)
-        vertices, faces = _outward(*_without_dust(*surface.isosurface(fine, pixel_A, level, max_faces)))
-        if not len(faces):
+    def of(cls, model: FlexModel, voxels: MeshVoxels, level: float, most: int) -> RidingNodes | None:
+        """At most ``most`` nodes of the canonical map, which ``voxels`` are of; None where nothing is at ``level``."""
+        box = max(model.box, _SHARP_BOX)
+        while True:
+            volume = _without_dust(_resampled(model.canonical, box) / level)
+            near = _near_surface(volume)
+            if near.sum() <= most:
+                break
+            box = 2 * int(0.49 * box * (most / near.sum()) ** (1 / 3))
+        if not (near & (volume > 1)).any():
             return None
-        used, cell = np.unique(_cell_of(voxels, vertices), return_inverse=True)
+        index = np.flatnonzero(near)
+        at = np.stack(np.unravel_index(index, near.shape)[::-1], axis=1) - box // 2
+        points_A = at * (model.pixel_size_A * model.box / box)
+        used, cell = np.unique(_cell_of(voxels, points_A), return_inverse=True)
         own, cells = np.unique(model.mesh.cells[used], return_inverse=True)
         cells = cells.reshape(-1, 4)
         corners = model.mesh.vertices_A[own]
-        below = vertices + _downwards(fine, pixel_A, vertices)
-        weights, lower = (_barycentric(corners[cells[cell]], points) for points in (vertices, below))
-        depth_A, peak = _profile(fine / level, pixel_A, vertices, below - vertices)
-        return cls(corners, own, cells, cell, weights, lower - weights, depth_A, peak, faces)
+        return cls(corners, own, cells, box, index, volume[near], cell, _barycentric(corners[cells[cell]], points_A))
 
     def packed(self, motion: MotionFrame, reach: Reach) -> dict[str, Any]:
-        """For the page; positions are the weighted corners'."""
+        """For the page; the nodes' places are the weighted corners'."""
         moved = motion.displacements_A(reach.particles(_PAINTED_STATES)).cpu().numpy()[:, self.own]
-        at = self.cells[self.cell]
-        far = [np.linalg.norm(np.einsum("nk,nkx->nx", self.weights, state[at]), axis=1) for state in moved]
+        solid = self.density > 1
+        weights, at = self.weights[solid], self.cells[self.cell[solid]]
+        far = [np.linalg.norm(np.einsum("nk,nkx->nx", weights, state[at]), axis=1) for state in moved]
         return {
-            "paint_limit_A": float(np.quantile(far, 0.98)),
+            "paint_limit_A": float(np.quantile(far, 0.99)),
             "mesh": [pack_column(axis, 16) for axis in self.mesh_vertices_A.T],
             "cells": _integers(self.cells),
+            "box": self.box,
+            "index": pack_rows(self.index),
+            "density": pack_column(np.clip(self.density, 0.0, 4.0), 16),
             "cell": _integers(self.cell),
             "weights": [pack_column(weight, 16) for weight in self.weights.T[1:]],
-            "inward": [pack_column(change, 16) for change in self.inward.T[1:]],
-            "depth": [pack_column(depth, 8) for depth in self.depth_A.T],
-            "peak": pack_column(2 * np.log2(np.clip(self.peak, 1.0, 8.0)), 8),
-            "faces": _integers(self.faces),
         }
 
 
-def _without_dust(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The surface without its smallest pieces."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    if not len(faces):
-        return vertices, faces
-    ends = (faces[:, [0, 1]].ravel(), faces[:, [1, 2]].ravel())
-    graph = coo_matrix((np.ones(len(ends[0]), bool), ends), (len(vertices), len(vertices)))
-    piece = connected_components(graph, directed=False)[1][faces[:, 0]]
-    kept = faces[np.bincount(piece)[piece] >= _DUST * len(faces)]
-    own, numbers = np.unique(kept, return_inverse=True)
-    return vertices[own], numbers.reshape(-1, 3)
+def _resampled(volume: np.ndarray, box: int) -> np.ndarray:
+    if box == len(volume):
+        return volume
+    return fourier_pad_map(volume, box) if box > len(volume) else fourier_crop_map(volume, box)
 
 
-def _outward(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The triangles in the order that makes the volume inside positive."""
-    corner = vertices[faces].astype(np.float64)
-    inside = np.einsum("ni,ni->", corner[:, 0], np.cross(corner[:, 1], corner[:, 2]))
-    return vertices, faces if inside > 0 else faces[:, ::-1]
+def _without_dust(volume: np.ndarray) -> np.ndarray:
+    """The density without the smallest pieces of what the surface at 1 encloses."""
+    from scipy import ndimage
+
+    piece, _ = ndimage.label(volume > 1)
+    size = np.bincount(piece.ravel())
+    size[0] = 0
+    return np.where((size < _DUST * size.sum())[piece] & (piece > 0), np.float32(_THIN), volume)
+
+
+def _near_surface(volume: np.ndarray) -> np.ndarray:
+    """(N, N, N) bool: the corners of all cubes of the grid that the surface may cross, where density changes too."""
+    from scipy import ndimage
+
+    low, high = _CROSSED
+    crossed = (ndimage.minimum_filter(volume, 2) < high) & (ndimage.maximum_filter(volume, 2) > low)
+    return ndimage.maximum_filter(crossed, 2, origin=-1)
 
 
 def _cell_of(voxels: MeshVoxels, points_A: np.ndarray) -> np.ndarray:
@@ -241,58 +251,11 @@ def _barycentric(corners_A: np.ndarray, points_A: np.ndarray) -> np.ndarray:
     return np.concatenate([1 - last.sum(1, keepdims=True), last], axis=1)
 
 
-def _at(volume: np.ndarray, pixel_size_A: float, points_A: np.ndarray) -> np.ndarray:
-    """(n,) density at points (n, 3), by linear interpolation."""
-    from scipy import ndimage
-
-    return ndimage.map_coordinates(volume, (points_A / pixel_size_A + len(volume) // 2)[:, ::-1].T, order=1)
-
-
-def _downwards(volume: np.ndarray, pixel_size_A: float, points_A: np.ndarray) -> np.ndarray:
-    """(n, 3) unit vectors up the density's slope, so into the body."""
-    steps = 0.7 * pixel_size_A * np.eye(3)
-    slope = [_at(volume, pixel_size_A, points_A + step) - _at(volume, pixel_size_A, points_A - step) for step in steps]
-    return np.stack(slope, axis=1) / np.maximum(np.linalg.norm(slope, axis=0), 1e-12)[:, None]
-
-
-def _profile(
-    volume: np.ndarray, pixel_size_A: float, points_A: np.ndarray, inward: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Depth (n, 6) at which each of ``_DENSITIES`` is met, and the highest density (n,) met on the way in.
-
-    A density that is not met counts as being where it is nearest to it: at the peak inside, or at the lowest outside.
-    """
-    steps_A = np.linspace(0.0, _PROFILE_A, _PROFILE_STEPS + 1)
-    inside, outside = (
-        np.stack([_at(volume, pixel_size_A, points_A + sign * step * inward) for step in steps_A]) for sign in (1, -1)
-    )
-    inside[0] = outside[0] = 1.0  # by definition
-    rising, falling = np.maximum.accumulate(inside), np.minimum.accumulate(outside)
-    # what lies beyond a gap is another body
-    rising = np.where(np.minimum.accumulate(inside) < 0.9, 0.0, rising)
-    depth_A = np.empty((len(points_A), len(_DENSITIES)))
-    for column, density in enumerate(_DENSITIES):
-        course, sign = (rising, 1) if density > 1 else (-falling, -1)
-        depth_A[:, column] = sign * _first_reached(course, sign * density, steps_A)
-    return depth_A, rising.max(0)
-
-
-def _first_reached(course: np.ndarray, value: float, steps_A: np.ndarray) -> np.ndarray:
-    """(n,) where each column of ``course`` (s, n) first is ``value``, interpolated, or where it is largest."""
-    columns = np.arange(course.shape[1])
-    reached = course >= value
-    after = np.where(reached.any(0), reached.argmax(0), course.argmax(0))
-    before = np.maximum(after - 1, 0)
-    low, high = course[before, columns], course[after, columns]
-    part = np.clip((value - low) / np.where(high > low, high - low, 1.0), 0.0, 1.0)
-    return steps_A[before] + part * (steps_A[after] - steps_A[before])
-
-
 # The flow ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _packed_flow(motion: MotionFrame, reach: Reach, shown: RidingSurface) -> dict[str, Any]:
+def _packed_flow(motion: MotionFrame, reach: Reach, shown: RidingNodes) -> dict[str, Any]:
     """The perceptron, and the few fields that hold its displacements at the surface's mesh vertices."""
     flow = motion.model.flow.assembled()
     factors = flow.factors(torch.as_tensor(reach.states(_STATES), dtype=torch.float32)).double().numpy()

@@ -1,7 +1,9 @@
-// The flow itself: latents -> the surface of the canonical map, moved as generate moves its density. explorer.py packs it.
+// The flow itself: latents -> the surface of the density that generate makes there. explorer.py packs it.
+// The nodes of a grid ride on the mesh's cells with their density, which thins out where cells grow; the surface is drawn
+// between them where it crosses the contour level, by surface nets: a vertex in each cube that it crosses.
 (function () {
   "use strict";
-  const { bytesOf, valuesOf } = window.flexlib;
+  const { bytesOf, valuesOf, rowsOf } = window.flexlib;
 
   function floats(data) {
     return new Float32Array(bytesOf(data).buffer);
@@ -92,34 +94,63 @@
     return vectors.map((row) => row[best]);
   }
 
+  // The cubes of a grid whose corners are all among the nodes, and the grid's edges about which there are four of them
+  function gridOf(index, box) {
+    const nodeAt = new Int32Array(box ** 3).fill(-1);
+    index.forEach((place, node) => { nodeAt[place] = node; });
+    const steps = [1, box, box * box]; // along x, y, z
+    const [corners, cubeAt, edges] = [[], new Int32Array(index.length).fill(-1), []];
+    const cubes = CORNERS.map((corner) => corner.reduce((sum, one, axis) => sum + one * steps[axis], 0));
+    index.forEach((place, node) => {
+      const own = cubes.map((step) => nodeAt[place + step]);
+      const last = [place % box, Math.floor(place / box) % box].includes(box - 1); // what follows is another row
+      if (last || own.some((corner) => !(corner >= 0))) return;
+      cubeAt[node] = corners.length / 8;
+      corners.push(...own);
+    });
+    index.forEach((place, node) => steps.forEach((step, axis) => {
+      const [next, b, c] = [nodeAt[place + step], steps[(axis + 1) % 3], steps[(axis + 2) % 3]];
+      const around = [place, place - b, place - b - c, place - c].map((corner) => (nodeAt[corner] >= 0 ? cubeAt[nodeAt[corner]] : -1));
+      if (next >= 0 && around.every((cube) => cube >= 0)) edges.push(node, next, ...around);
+    }));
+    return { corners: Int32Array.from(corners), edges: Int32Array.from(edges) };
+  }
+
+  const CORNERS = [0, 1, 2, 3, 4, 5, 6, 7].map((k) => [k & 1, (k >> 1) & 1, k >> 2]);
+  const CUBE_EDGES = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((k) => [1, 2, 4].filter((bit) => !(k & bit)).flatMap((bit) => [k, k + bit]));
+
   class Flow {
     constructor(content) {
       this.coefficients = network(content);
       this.core = content.core;
       this.rest = points(content.mesh); // of the mesh's vertices
+      this.moved = new Float32Array(this.rest.length);
       this.fields = content.fields.map((field) => valuesOf(field));
       this.cells = integers(content.cells);
-      this.faces = integers(content.faces);
-      this.cell = integers(content.cell); // that each vertex of the surface rides on
-      this.weights = points(content.weights); // of its corners but the first
-      this.inward = points(content.inward); // how they change an Angstrom below the surface
-      // Angstrom below each where the density is 2^-1.5, 2^-1, ... 2^1.5 times the surface's, which is at 0
-      const depth = content.depth.map((column) => valuesOf(column));
-      depth.splice(3, 0, new Float32Array(this.cell.length));
-      this.depth = depth;
-      this.peak = valuesOf(content.peak); // the highest density below, in the same steps
-      this.moved = new Float32Array(this.rest.length);
       this.restVolumes = this.volumes(this.rest);
-      this.positions = new Float32Array(3 * this.cell.length);
-      this.normals = new Float32Array(3 * this.cell.length);
-      this.displacement = new Float32Array(this.cell.length);
-      this.there = new Float32Array(this.cell.length); // 0 where the density has fallen below the surface's
+      this.cell = integers(content.cell); // that each node rides on
+      this.weights = points(content.weights); // of its corners but the first
+      this.density = valuesOf(content.density); // in units of the contour level
+      Object.assign(this, gridOf(rowsOf(content.index), content.box));
+      const [nodes, cubes] = [this.cell.length, this.corners.length / 8];
+      this.excess = new Float32Array(nodes); // of the density over the contour level
+      this.places = new Float32Array(4 * nodes); // x, y, z, and how far that is from the place at rest
+      this.home = new Float32Array(4 * nodes); // the places at rest
+      this.moved.set(this.rest);
+      this.ride();
+      this.home.set(this.places);
+      this.vertexOf = new Int32Array(cubes);
+      this.vertices = new Float32Array(3 * cubes);
+      this.turns = new Float32Array(3 * cubes);
+      this.far = new Float32Array(cubes);
+      this.triangles = new Uint32Array(this.edges.length); // six to an edge: two triangles
     }
 
-    // Fill positions (Angstrom from the box centre), normals, displacement (Angstrom) and there of the surface at z
+    // Find positions (Angstrom from the box centre), normals, displacement (Angstrom) and faces of the surface at latents z
     move(z) {
       this.moveMesh(z);
       this.ride();
+      this.findSurface();
       this.findNormals();
     }
 
@@ -149,40 +180,60 @@
       }
     }
 
-    // Every vertex of the surface goes with its cell. generate keeps mass: where cells shrink the density rises, and its
-    // surface is where it was lower at rest, so farther out; where they grow it is deeper, or nowhere
+    // Every node goes with its cell. Mass is kept: where cells grow the density falls
     ride() {
-      const { rest, moved, cells, cell, weights, inward, positions, displacement, there, peak, depth } = this;
+      const { moved, cells, cell, weights, density, excess, places, home } = this;
       const growth = this.growth();
-      const most = depth.length - 1;
-      const w = new Float64Array(4);
       for (let i = 0; i < cell.length; i++) {
+        const a = weights[3 * i], b = weights[3 * i + 1], c = weights[3 * i + 2], o = 1 - a - b - c;
         const corner = 4 * cell[i];
-        w[1] = weights[3 * i]; w[2] = weights[3 * i + 1]; w[3] = weights[3 * i + 2];
-        w[0] = 1 - w[1] - w[2] - w[3];
-        let steps = 0;
-        for (let k = 0; k < 4; k++) steps += w[k] * growth[cells[corner + k]];
-        there[i] = steps <= peak[i] ? 1 : 0;
-        const at = Math.min(Math.max(steps + 3, 0), most);
-        const low = Math.min(Math.floor(at), most - 1);
-        const down = depth[low][i] + (at - low) * (depth[low + 1][i] - depth[low][i]);
-        for (let k = 0; k < 3; k++) {
-          w[k + 1] += down * inward[3 * i + k];
-          w[0] -= down * inward[3 * i + k];
-        }
-        let square = 0;
+        const p = cells[corner], q = cells[corner + 1], r = cells[corner + 2], s = cells[corner + 3];
         for (let axis = 0; axis < 3; axis++) {
-          let now = 0, before = 0;
-          for (let k = 0; k < 4; k++) {
-            const at = 3 * cells[corner + k] + axis;
-            now += w[k] * moved[at];
-            before += w[k] * rest[at];
-          }
-          positions[3 * i + axis] = now;
-          square += (now - before) * (now - before);
+          places[4 * i + axis] = o * moved[3 * p + axis] + a * moved[3 * q + axis] + b * moved[3 * r + axis] + c * moved[3 * s + axis];
         }
-        displacement[i] = Math.sqrt(square);
+        const x = places[4 * i] - home[4 * i], y = places[4 * i + 1] - home[4 * i + 1], z = places[4 * i + 2] - home[4 * i + 2];
+        places[4 * i + 3] = Math.sqrt(x * x + y * y + z * z);
+        const times = o * growth[p] + a * growth[q] + b * growth[r] + c * growth[s];
+        excess[i] = density[i] - Math.max(times, 0.05);
       }
+    }
+
+    findSurface() {
+      const { corners, edges, excess, places, vertexOf, vertices, far, triangles } = this;
+      let count = 0;
+      for (let cube = 0; cube < vertexOf.length; cube++) {
+        let inside = 0;
+        for (let k = 0; k < 8; k++) if (excess[corners[8 * cube + k]] > 0) inside++;
+        if (inside === 0 || inside === 8) continue;
+        let x = 0, y = 0, z = 0, away = 0, crossings = 0;
+        for (let k = 0; k < 24; k += 2) {
+          const p = corners[8 * cube + CUBE_EDGES[k]], q = corners[8 * cube + CUBE_EDGES[k + 1]];
+          if ((excess[p] > 0) === (excess[q] > 0)) continue;
+          const t = excess[p] / (excess[p] - excess[q]), u = 1 - t;
+          x += u * places[4 * p] + t * places[4 * q];
+          y += u * places[4 * p + 1] + t * places[4 * q + 1];
+          z += u * places[4 * p + 2] + t * places[4 * q + 2];
+          away += u * places[4 * p + 3] + t * places[4 * q + 3];
+          crossings++;
+        }
+        vertices[3 * count] = x / crossings; vertices[3 * count + 1] = y / crossings; vertices[3 * count + 2] = z / crossings;
+        far[count] = away / crossings;
+        vertexOf[cube] = count++;
+      }
+      let used = 0;
+      for (let i = 0; i < edges.length; i += 6) {
+        const out = excess[edges[i]] > 0;
+        if (out === (excess[edges[i + 1]] > 0)) continue;
+        const a = vertexOf[edges[i + 2]], c = vertexOf[edges[i + 4]]; // seen from outside against the clock
+        const b = vertexOf[edges[i + (out ? 3 : 5)]], d = vertexOf[edges[i + (out ? 5 : 3)]];
+        triangles[used] = a; triangles[used + 1] = b; triangles[used + 2] = c;
+        triangles[used + 3] = a; triangles[used + 4] = c; triangles[used + 5] = d;
+        used += 6;
+      }
+      this.positions = vertices.subarray(0, 3 * count);
+      this.normals = this.turns.subarray(0, 3 * count);
+      this.displacement = far.subarray(0, count);
+      this.faces = triangles.subarray(0, used);
     }
 
     findNormals() {
@@ -204,8 +255,7 @@
       }
     }
 
-    // by how many steps of sqrt(2) the cells about each vertex of the mesh have grown; of vertices, so that the surface
-    // has no steps
+    // by what factor the cells about each vertex of the mesh have grown; of vertices, so that the surface has no steps
     growth() {
       const { moved, restVolumes, cells } = this;
       const now = this.volumes(moved);
@@ -214,7 +264,7 @@
         sum[cells[i]] += now[i >> 2];
         total[cells[i]] += restVolumes[i >> 2];
       }
-      return sum.map((value, i) => 2 * Math.log2(Math.max(value / total[i], 0.01)));
+      return sum.map((value, i) => value / total[i]);
     }
 
     // six times the volume of each cell

@@ -3,14 +3,13 @@
   "use strict";
 
   const VERTEX = `#version 300 es
-    in vec3 position; in vec3 normal; in float displacement; in float there;
+    in vec3 position; in vec3 normal; in float displacement;
     uniform mat3 turn; uniform vec3 middle; uniform float radius, limit, distance_, focus, aspect;
-    out vec3 facing; out float paint, depth, density;
+    out vec3 facing; out float paint, depth;
     void main() {
       vec3 seen = turn * (position - middle) / radius;
       facing = turn * normal;
       paint = displacement / limit;
-      density = there;
       depth = seen.z;
       float away = distance_ - seen.z;
       float near = max(distance_ - 2.5, 0.02), far = distance_ + 2.5;
@@ -19,11 +18,10 @@
     }`;
   const FRAGMENT = `#version 300 es
     precision highp float;
-    in vec3 facing; in float paint, depth, density;
+    in vec3 facing; in float paint, depth;
     uniform vec3 colours[4];
     out vec4 shown;
     void main() { // lit as the pictures of surface.py
-      if (density < 0.5) discard;
       vec3 n = normalize(facing) * (gl_FrontFacing ? 1.0 : -1.0);
       float at = clamp(paint, 0.0, 1.0) * 3.0;
       vec3 base = at < 1.0 ? mix(colours[0], colours[1], at)
@@ -95,7 +93,7 @@
       gl.linkProgram(program);
       gl.useProgram(program);
       uniforms = (name) => gl.getUniformLocation(program, name);
-      buffers = [["position", 3], ["normal", 3], ["displacement", 1], ["there", 1]].map(([name, size]) => {
+      buffers = [["position", 3], ["normal", 3], ["displacement", 1]].map(([name, size]) => {
         const buffer = gl.createBuffer();
         gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
         const place = gl.getAttribLocation(program, name);
@@ -104,7 +102,6 @@
         return buffer;
       });
       gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, gl.createBuffer());
-      gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, flow.faces, gl.STATIC_DRAW);
       gl.uniform3fv(uniforms("colours"), content.paint.flat());
       gl.uniform3fv(uniforms("middle"), middle);
       gl.uniform1f(uniforms("radius"), radius);
@@ -114,10 +111,11 @@
     }
 
     function upload() {
-      [flow.positions, flow.normals, flow.displacement, flow.there].forEach((values, index) => {
+      [flow.positions, flow.normals, flow.displacement].forEach((values, index) => {
         gl.bindBuffer(gl.ARRAY_BUFFER, buffers[index]);
         gl.bufferData(gl.ARRAY_BUFFER, values, gl.DYNAMIC_DRAW);
       });
+      gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, flow.faces, gl.DYNAMIC_DRAW);
     }
 
     function draw() {
@@ -135,7 +133,7 @@
       gl.uniform1f(uniforms("distance_"), DISTANCE);
       gl.uniform1f(uniforms("focus"), 0.86 * DISTANCE * zoom * radius / Math.max(up, across / aspect));
       gl.uniform1f(uniforms("aspect"), aspect);
-      gl.drawElements(gl.TRIANGLES, flow.faces.length, flow.faces.BYTES_PER_ELEMENT === 2 ? gl.UNSIGNED_SHORT : gl.UNSIGNED_INT, 0);
+      gl.drawElements(gl.TRIANGLES, flow.faces.length, gl.UNSIGNED_INT, 0);
     }
 
     // about the screen's axes, by radians

@@ -11,7 +11,7 @@
 
   const store = byId("latent-columns");
   const particles = store ? unpacked(JSON.parse(store.textContent)) : null;
-  window.flexlib = { particles, bytesOf, valuesOf, download, plainName }; // for explorer.js
+  window.flexlib = { particles, bytesOf, valuesOf, rowsOf, download, plainName }; // for explorer.js
 
   function draw(box) {
     const figure = JSON.parse(byId(box.id + "-data").textContent);
@@ -49,6 +49,13 @@
     return values;
   }
 
+  function rowsOf(packed) {
+    const rows = [];
+    let row = -1;
+    bytesOf(packed).forEach((gap) => { row += gap; if (gap < 255) rows.push(row); });
+    return rows;
+  }
+
   function plainName(text) {
     return text.replace(/[^A-Za-z0-9_.-]+/g, "_");
   }
@@ -65,9 +72,7 @@
     const step = webgl ? 1 : Math.ceil(content.count / MOST_SVG_POINTS);
     const columns = {};
     Object.entries(content.columns).forEach(([name, column]) => { columns[name] = valuesOf(column, step); });
-    const rows = [];
-    let row = -1;
-    bytesOf(content.rows).forEach((gap) => { row += gap; if (gap < 255) rows.push(row); });
+    const rows = rowsOf(content.rows);
     return { columns, rows: rows.filter((_, i) => i % step === 0), total: content.total, latents: content.latents };
   }
 
