@@ -77,8 +77,8 @@ def measure(page: Path, size: tuple[int, int], flags: list[str]) -> dict[str, ob
     try:
         chrome.get(page.absolute().as_uri())
         chrome.execute_script("document.querySelector('#explorer').scrollIntoView({behavior: 'instant'})")
+        chrome.set_script_timeout(300)
         found = chrome.execute_script(PARTS)
-        chrome.set_script_timeout(60)
         return {**found, "frames_per_s": chrome.execute_async_script(FRAMES)}
     finally:
         chrome.quit()

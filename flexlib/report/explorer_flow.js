@@ -119,6 +119,8 @@
   const CORNERS = [0, 1, 2, 3, 4, 5, 6, 7].map((k) => [k & 1, (k >> 1) & 1, k >> 2]);
   const CUBE_EDGES = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((k) => [1, 2, 4].filter((bit) => !(k & bit)).flatMap((bit) => [k, k + bit]));
 
+  const DUST = 0.015; // of the vertices: a smaller piece of the surface is not shown
+
   class Flow {
     constructor(content) {
       this.coefficients = network(content);
@@ -134,6 +136,7 @@
       Object.assign(this, gridOf(rowsOf(content.index), content.box));
       const [nodes, cubes] = [this.cell.length, this.corners.length / 8];
       this.excess = new Float32Array(nodes); // of the density over the contour level
+      this.solid = new Uint8Array(nodes); // where there is any
       this.places = new Float32Array(4 * nodes); // x, y, z, and how far that is from the place at rest
       this.home = new Float32Array(4 * nodes); // the places at rest
       this.moved.set(this.rest);
@@ -143,6 +146,7 @@
       this.vertices = new Float32Array(3 * cubes);
       this.turns = new Float32Array(3 * cubes);
       this.far = new Float32Array(cubes);
+      this.pieceOf = new Int32Array(cubes); // of the surface, by one of its vertices
       this.triangles = new Uint32Array(this.edges.length); // six to an edge: two triangles
     }
 
@@ -182,7 +186,7 @@
 
     // Every node goes with its cell. Mass is kept: where cells grow the density falls
     ride() {
-      const { moved, cells, cell, weights, density, excess, places, home } = this;
+      const { moved, cells, cell, weights, density, excess, solid, places, home } = this;
       const growth = this.growth();
       for (let i = 0; i < cell.length; i++) {
         const a = weights[3 * i], b = weights[3 * i + 1], c = weights[3 * i + 2], o = 1 - a - b - c;
@@ -195,20 +199,21 @@
         places[4 * i + 3] = Math.sqrt(x * x + y * y + z * z);
         const times = o * growth[p] + a * growth[q] + b * growth[r] + c * growth[s];
         excess[i] = density[i] - Math.max(times, 0.05);
+        solid[i] = excess[i] > 0 ? 1 : 0;
       }
     }
 
     findSurface() {
-      const { corners, edges, excess, places, vertexOf, vertices, far, triangles } = this;
+      const { corners, edges, excess, solid, places, vertexOf, vertices, far, triangles } = this;
       let count = 0;
       for (let cube = 0; cube < vertexOf.length; cube++) {
         let inside = 0;
-        for (let k = 0; k < 8; k++) if (excess[corners[8 * cube + k]] > 0) inside++;
+        for (let k = 0; k < 8; k++) inside += solid[corners[8 * cube + k]];
         if (inside === 0 || inside === 8) continue;
         let x = 0, y = 0, z = 0, away = 0, crossings = 0;
         for (let k = 0; k < 24; k += 2) {
           const p = corners[8 * cube + CUBE_EDGES[k]], q = corners[8 * cube + CUBE_EDGES[k + 1]];
-          if ((excess[p] > 0) === (excess[q] > 0)) continue;
+          if (solid[p] === solid[q]) continue;
           const t = excess[p] / (excess[p] - excess[q]), u = 1 - t;
           x += u * places[4 * p] + t * places[4 * q];
           y += u * places[4 * p + 1] + t * places[4 * q + 1];
@@ -222,18 +227,48 @@
       }
       let used = 0;
       for (let i = 0; i < edges.length; i += 6) {
-        const out = excess[edges[i]] > 0;
-        if (out === (excess[edges[i + 1]] > 0)) continue;
+        const out = solid[edges[i]];
+        if (out === solid[edges[i + 1]]) continue;
         const a = vertexOf[edges[i + 2]], c = vertexOf[edges[i + 4]]; // seen from outside against the clock
         const b = vertexOf[edges[i + (out ? 3 : 5)]], d = vertexOf[edges[i + (out ? 5 : 3)]];
         triangles[used] = a; triangles[used + 1] = b; triangles[used + 2] = c;
         triangles[used + 3] = a; triangles[used + 4] = c; triangles[used + 5] = d;
         used += 6;
       }
+      [count, used] = this.withoutDust(count, used);
       this.positions = vertices.subarray(0, 3 * count);
       this.normals = this.turns.subarray(0, 3 * count);
       this.displacement = far.subarray(0, count);
       this.faces = triangles.subarray(0, used);
+    }
+
+    // Leave out pieces of the surface that are much smaller than the whole; how many vertices and corners are left
+    withoutDust(count, used) {
+      const { vertices, far, triangles, pieceOf } = this;
+      const sizes = new Int32Array(count), place = new Int32Array(count);
+      for (let i = 0; i < count; i++) pieceOf[i] = i;
+      const first = (i) => {
+        while (pieceOf[i] !== i) i = pieceOf[i] = pieceOf[pieceOf[i]];
+        return i;
+      };
+      for (let i = 0; i < used; i += 3) {
+        const piece = first(triangles[i]);
+        pieceOf[first(triangles[i + 1])] = piece;
+        pieceOf[first(triangles[i + 2])] = piece;
+      }
+      for (let i = 0; i < count; i++) sizes[first(i)]++;
+      let [left, corners] = [0, 0];
+      for (let i = 0; i < count; i++) {
+        place[i] = sizes[first(i)] < DUST * count ? -1 : left++;
+        if (place[i] < 0) continue;
+        vertices.copyWithin(3 * place[i], 3 * i, 3 * i + 3);
+        far[place[i]] = far[i];
+      }
+      for (let i = 0; i < used; i += 3) {
+        if (place[triangles[i]] < 0) continue;
+        for (let k = 0; k < 3; k++) triangles[corners++] = place[triangles[i + k]];
+      }
+      return [left, corners];
     }
 
     findNormals() {
