@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from json_records import agreement_record
 
 from flexlib.images.noise import write_noise
@@ -19,6 +20,9 @@ from flexlib.imaging.maps import read_map, write_label_map, write_map
 from flexlib.imaging.masks import make_mask
 from flexlib.layout import ReconstructFolder, RunFolder, TrainFolder, ValidateFolder
 from flexlib.mesh.build import build_mesh
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.flow import FlowGenerator, displacement_basis_A
+from flexlib.particles.star import read_tables
 from flexlib.particles.star_write import write_star
 from flexlib.reconstruct.fsc_table import fsc_table
 from flexlib.records import (
@@ -35,6 +39,8 @@ from flexlib.records import (
 from flexlib.report import write_report
 from flexlib.simulate.phantoms import Phantom, make_phantom
 from flexlib.simulate.signal import atoms_to_map
+from flexlib.tetra.elastic import elastic_modes
+from flexlib.tetra.io import read_mesh
 from flexlib.workflow_support.points import SweepPoint
 from flexlib.workflow_support.settings import MeshSettings
 from flexlib.workflow_support.sweep import write_sweep_table
@@ -110,6 +116,38 @@ def write_fake_results(
     benchmark.parent.mkdir(parents=True)
     benchmark.write_text("s\th:m:s\tmax_rss\n312.5\t0:05:12\t2210.4\n")
     return point
+
+
+def write_moving_model(root: Path, point: SweepPoint, reach_A: float = 6.0) -> FlexModel:
+    """A model of the chosen point that moves along its mesh's softest modes, not in proportion to the latents.
+
+    One unit of a latent moves the mesh by ``reach_A`` rms, some of it as a whole; 0 makes a model at rest.
+    """
+    run = RunFolder(root)
+    mesh = read_mesh(run.mesh(point.mesh_path).mesh)
+    stiffness, modes = elastic_modes(mesh, 12)
+    basis = torch.from_numpy(displacement_basis_A(modes, stiffness, mesh.vertices_A))
+    flow = FlowGenerator(basis, point.latent_dims, 3, 16)
+    random = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for number in range(point.latent_dims):
+            flow.linear[number, number] = reach_A
+            flow.linear[number, -1 - number] = 0.5 * reach_A
+        if reach_A:
+            flow.output.weight[:] = reach_A * torch.randn(flow.output.weight.shape, generator=random)
+        flow.rescale_latents(1.1 * torch.eye(point.latent_dims) + 0.1, torch.full((point.latent_dims,), 0.05))
+    consensus, mask = read_map(run.particles.consensus), read_map(run.particles.mask)
+    canonical = np.where(mask.data > 0, consensus.data, 0).astype(np.float32)
+    known = read_tables(run.train(point.path).latents).particles[latent_names(point.latent_dims)].to_numpy(np.float32)
+    latents = known[np.isfinite(known).all(1)]
+    model = FlexModel(mesh, flow, latents, canonical, consensus.box, consensus.pixel_size_A)
+    model.save(run.train(point.path).model)
+    return model
+
+
+def latent_names(dims: int) -> list[str]:
+    """Columns of latents.star."""
+    return [f"flexLatent{number + 1}" for number in range(dims)]
 
 
 def _map(phantom: Phantom, state: np.ndarray, box: int, pixel_size_A: float) -> np.ndarray:

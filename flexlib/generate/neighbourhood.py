@@ -18,16 +18,17 @@ class Neighbourhood:
         """``latents`` (n, K), finite."""
         from scipy.spatial import cKDTree
 
-        self._spread = np.maximum(latents.std(0), 1e-12)
-        self._tree = cKDTree(latents / self._spread)
+        self.spread = np.maximum(latents.std(0), 1e-12)
+        self._tree = cKDTree(latents / self.spread)
         rows = np.random.default_rng(_SEED).permutation(len(latents))[:_COUNTED]
-        self._usual = float(np.median(self.num_near(latents[rows])))
+        usual = float(np.median(self.num_near(latents[rows])))
+        self.fewest = max(1.0, _BEYOND_SHARE * usual)  # near what is not beyond the data
 
     def num_near(self, points: np.ndarray) -> np.ndarray:
         """(m,) particles within half a standard deviation (rms over the dimensions) of each of (m, K) points."""
         radius = NEAR_STANDARD_DEVIATIONS * np.sqrt(points.shape[1])
-        return self._tree.query_ball_point(points / self._spread, radius, return_length=True).astype(int)
+        return self._tree.query_ball_point(points / self.spread, radius, return_length=True).astype(int)
 
     def beyond_data(self, points: np.ndarray) -> np.ndarray:
         """(m,) bool: nobody near, or fewer than a twentieth of those near the median particle."""
-        return self.num_near(points) < max(1.0, _BEYOND_SHARE * self._usual)
+        return self.num_near(points) < self.fewest

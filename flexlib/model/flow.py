@@ -113,9 +113,12 @@ class AssembledFlow:
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         """(b, K) latents to (b, nv, 3) displacements in Angstrom."""
+        return (self.factors(z) @ self.fields_A).view(len(z), -1, 3)
+
+    def factors(self, z: torch.Tensor) -> torch.Tensor:
+        """(b, K) latents to (b, hidden units + K + 1) of the fields."""
         raw = z @ self.flow.input_matrix.T + self.flow.input_offset
-        factors = torch.cat([self.flow.hidden(raw), raw, raw.new_ones((len(raw), 1))], dim=1)
-        return (factors @ self.fields_A).view(len(z), -1, 3)
+        return torch.cat([self.flow.hidden(raw), raw, raw.new_ones((len(raw), 1))], dim=1)
 
 
 def rigid_modes_A(vertices_A: np.ndarray) -> np.ndarray:

@@ -14,9 +14,13 @@ from PIL import Image
 
 from flexlib.imaging.fourier import fourier_crop_map
 from flexlib.imaging.maps import Map, read_map
+from flexlib.model.flex_model import FlexModel
+from flexlib.model.frame import MotionFrame
+from flexlib.model.motion import rms_displacement_A
 from flexlib.render import surface
 from flexlib.report import pictures
 from flexlib.report.results import Results, Series
+from flexlib.tetra.voxels import voxelise
 
 MOST_SERIES = 8  # with pictures; a browser gives 3D views no more than some 16 WebGL contexts
 _MOVIE_FRAMES = 11
@@ -170,17 +174,19 @@ class DisplacementMap:
     core_share: float | None  # of the density, that is held at rest; None of ``align: density``
 
 
-def displacement_map(results: Results) -> DisplacementMap | None:
-    """From the trained model; None without one."""
-    if not results.train_folder.model.exists() or results.mask is None:
+def trained_motion(results: Results) -> MotionFrame | None:
+    """The trained model in the frame of the generated maps; None without one."""
+    if not results.train_folder.model.exists():
         return None
-    from flexlib.model.flex_model import FlexModel
-    from flexlib.model.frame import MotionFrame
-    from flexlib.model.motion import rms_displacement_A
-    from flexlib.tetra.voxels import voxelise
+    return MotionFrame.of(FlexModel.load(results.train_folder.model), results.align)
 
-    model = FlexModel.load(results.train_folder.model)
-    motion = MotionFrame.of(model, results.align)
+
+def displacement_map(results: Results, motion: MotionFrame | None = None) -> DisplacementMap | None:
+    """From the trained model, ``motion`` where it is loaded already; None without one."""
+    motion = motion or trained_motion(results)
+    if motion is None or results.mask is None:
+        return None
+    model = motion.model
     voxels = voxelise(model.mesh, results.mask.data > 0.5, model.pixel_size_A)
     values_A = np.zeros(model.box**3, np.float32)
     values_A[voxels.index] = rms_displacement_A(model, voxels, motion.displacements_A)
@@ -239,11 +245,13 @@ class PaintedMap(PaintedSurface):
     core_share: float | None  # of the density, that is held at rest; None where nothing is
 
 
-def paint_displacement(results: Results, rotation: np.ndarray | None) -> PaintedMap | None:
+def paint_displacement(
+    results: Results, rotation: np.ndarray | None, motion: MotionFrame | None = None
+) -> PaintedMap | None:
     """Render ``displacement_map`` in the view ``rotation``; None without a trained model."""
     from scipy import ndimage
 
-    moved = displacement_map(results)
+    moved = displacement_map(results, motion)
     if moved is None:
         return None
     values, canonical = moved.values_A, moved.canonical
@@ -312,13 +320,16 @@ class Gallery:
     morphs: list[Morph]
     painted: PaintedMap | None
     compared: list[ComparedMap]
+    motion: MotionFrame | None = None  # of the trained model
 
 
 def render_gallery(results: Results) -> Gallery:
     """Load the series and render the maps, all but the morphs in the view of the first series."""
     morphs = [load_morph(series, results.mask) for series in results.series[:MOST_SERIES]]
     rotation = morphs[0].rotation if morphs else None
-    return Gallery(morphs, paint_displacement(results, rotation), compare_maps(results, rotation))
+    motion = trained_motion(results)
+    painted = paint_displacement(results, rotation, motion)
+    return Gallery(morphs, painted, compare_maps(results, rotation), motion)
 
 
 def _both_sides(rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

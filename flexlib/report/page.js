@@ -11,6 +11,7 @@
 
   const store = byId("latent-columns");
   const particles = store ? unpacked(JSON.parse(store.textContent)) : null;
+  window.flexlib = { particles, bytesOf, valuesOf, rowsOf, download, plainName }; // for explorer.js
 
   function draw(box) {
     const figure = JSON.parse(byId(box.id + "-data").textContent);
@@ -34,24 +35,44 @@
     return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
   }
 
+  // every step-th value of a packed column
+  function valuesOf(column, step = 1) {
+    const bytes = bytesOf(column.data);
+    const wide = column.bits === 16;
+    const nothing = 2 ** column.bits - 1;
+    const values = new Float32Array(Math.ceil(bytes.length / (wide ? 2 : 1) / step));
+    for (let i = 0; i < values.length; i++) {
+      const at = i * step;
+      const code = wide ? bytes[2 * at] + 256 * bytes[2 * at + 1] : bytes[at];
+      values[i] = code === nothing ? NaN : column.low + (code / (nothing - 1)) * (column.high - column.low);
+    }
+    return values;
+  }
+
+  function rowsOf(packed) {
+    const rows = [];
+    let row = -1;
+    bytesOf(packed).forEach((gap) => { row += gap; if (gap < 255) rows.push(row); });
+    return rows;
+  }
+
+  function plainName(text) {
+    return text.replace(/[^A-Za-z0-9_.-]+/g, "_");
+  }
+
+  function download(name, text) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }
+
   function unpacked(content) {
     const step = webgl ? 1 : Math.ceil(content.count / MOST_SVG_POINTS);
     const columns = {};
-    Object.entries(content.columns).forEach(([name, column]) => {
-      const bytes = bytesOf(column.data);
-      const wide = column.bits === 16;
-      const nothing = 2 ** column.bits - 1;
-      const values = new Float32Array(Math.ceil(content.count / step));
-      for (let i = 0; i < values.length; i++) {
-        const at = i * step;
-        const code = wide ? bytes[2 * at] + 256 * bytes[2 * at + 1] : bytes[at];
-        values[i] = code === nothing ? NaN : column.low + (code / (nothing - 1)) * (column.high - column.low);
-      }
-      columns[name] = values;
-    });
-    const rows = [];
-    let row = -1;
-    bytesOf(content.rows).forEach((gap) => { row += gap; if (gap < 255) rows.push(row); });
+    Object.entries(content.columns).forEach(([name, column]) => { columns[name] = valuesOf(column, step); });
+    const rows = rowsOf(content.rows);
     return { columns, rows: rows.filter((_, i) => i % step === 0), total: content.total, latents: content.latents };
   }
 
@@ -185,7 +206,7 @@
     }
 
     function listName() {
-      return panel.dataset.name.replace(/[^A-Za-z0-9_.-]+/g, "_") + "_selected.csv";
+      return plainName(panel.dataset.name) + "_selected.csv";
     }
 
     function show() {
@@ -210,11 +231,7 @@
       const lines = picked.map((index) => [
         particles.rows[index], ...names.map((name) => Number(particles.columns[name][index].toPrecision(5))),
       ].join(","));
-      const link = document.createElement("a");
-      link.href = URL.createObjectURL(new Blob([head.join(",") + "\n" + lines.join("\n") + "\n"], { type: "text/csv" }));
-      link.download = listName();
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+      download(listName(), [head.join(","), ...lines].join("\n") + "\n");
     }
   }
 })();

@@ -11,12 +11,14 @@ from markupsafe import Markup
 from flexlib import __version__
 from flexlib.files import atomic_path
 from flexlib.report import bodies, facts, landscape, sections, sentences
+from flexlib.report.explorer import explorer_section
 from flexlib.report.formats import NONE, angstrom, duration, number, plus_minus
 from flexlib.report.markup import own_file, render
 from flexlib.report.morph import Gallery
 from flexlib.report.results import Results
 
 _LARGEST_PAGE_BYTES = 14.5e6  # of 15 MB; the rest is the page's frame
+_SCRIPTS = ("page.js", "explorer_flow.js", "explorer_view.js", "explorer.js")
 _SECTIONS = {
     "input": "What went in",
     "mesh": "Mesh",
@@ -26,6 +28,7 @@ _SECTIONS = {
     "occupancy": "Is every part there?",
     "latents": "Latent space",
     "landscape": "Landscape",
+    "explore": "Explore",
     "motion": "Motion",
     "bodies": "Bodies and hinges",
     "resolution": "Resolution",
@@ -47,6 +50,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
         "junk": sections.junk_section(results),
         "occupancy": sections.occupancy_section(results),
         "landscape": landscape.landscape_section(results),
+        "explore": explorer_section(results, gallery),
         "motion": sections.motion_section(results, gallery),
         "bodies": bodies.bodies_section(results, gallery),
         "resolution": sections.resolution_section(results, gallery),
@@ -65,7 +69,7 @@ def build_page(results: Results, gallery: Gallery, out_html: Path) -> None:
             {"key": key, "title": title, "content": built[key]} for key, title in _SECTIONS.items() if built[key]
         ],
         style=own_file("page.css"),
-        script=own_file("page.js"),
+        scripts=[own_file(name) for name in _SCRIPTS],
         plotly=Markup(plotly_js),
         version=__version__,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
