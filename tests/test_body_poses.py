@@ -21,6 +21,7 @@ from flexlib.model.flex_model import FlexModel
 from flexlib.model.flow import FlowGenerator
 from flexlib.model.rigid_bodies import States
 from flexlib.particles import read_particles
+from flexlib.particles.latents_write import write_latents_star
 from flexlib.particles.star import read_tables
 from flexlib.projection.op import VoxelTensors, project, view_vertices
 from flexlib.records import InterpretationRecord, PreparedRecord
@@ -145,6 +146,8 @@ def folders(root, model, latents):
     train = TrainFolder(root / "train")
     train.path.mkdir()
     trained.save(train.model)
+    std_errs = {"flexLatentStdErr1": np.full(len(latents), 1e-3)}
+    write_latents_star(particles.path, trained.latents, train.latents, extra=std_errs)
     return particles, train
 
 

@@ -39,7 +39,10 @@ from flexlib.tetra.voxels import voxelise
 from flexlib.workflow_support.scores import SIGNIFICANT_ERRORS, SIGNIFICANT_NATS
 from flexlib.workflow_support.settings import Align
 
-SECTIONS = ("input", "mesh", "sweep", "training", "latents", "motion", "resolution", "independent", "settings")
+SECTIONS = (
+    *("input", "mesh", "sweep", "training", "latents", "landscape", "explore", "motion", "bodies"),
+    *("resolution", "independent", "settings"),
+)
 NOTHING = Gallery([], None, [])
 
 

@@ -178,6 +178,7 @@ def test_lasso_lists_the_particles_inside_it(results: Path, latents: Chrome, dow
     table = read_tables(next(results.rglob("latents.star"))).particles
     z = table[["flexLatent1", "flexLatent2"]].to_numpy(float)
     button = latents.find_element("id", "latent-lasso")
+    scroll_to(latents, "#latent-lasso")
     button.click()
     assert button.get_attribute("aria-pressed") == "true"
     scroll_to(latents, "#latent-scatter")

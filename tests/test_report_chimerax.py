@@ -39,7 +39,7 @@ def opened(lines: list[str]) -> dict[int, str]:
 
 def test_everything_that_there_is_is_opened_once(run):
     interpreted, generated = run.interpret(POINT.path), run.generate(POINT.path)
-    interpreted.path.mkdir(parents=True)
+    interpreted.path.mkdir(parents=True, exist_ok=True)
     interpreted.arrows.write_text(".color red\n")
     canonical = read_map(run.train(POINT.path).canonical)
     write_map(interpreted.labels, np.ones_like(canonical.data), canonical.pixel_size_A)
@@ -72,7 +72,8 @@ def test_the_map_is_coloured_by_its_motion(run):
 
 
 def test_a_run_that_was_only_trained_has_its_canonical_map(run):
-    for folder in (run.reconstruct(POINT.path), run.validate(POINT.path), run.generate(POINT.path)):
+    stages = run.reconstruct, run.validate, run.interpret, run.generate
+    for folder in (stage(POINT.path) for stage in stages):
         for path in sorted(folder.path.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
     numbers = opened(scene(run))

@@ -77,9 +77,7 @@ def generate_series(
     out = GenerateFolder(Path(out_dir))
     model_path = newest_model(train_dir)
     model = _loaded(model_path)
-    known = model.latents[np.isfinite(model.latents).all(1)].astype(np.float64)
-    if not len(known):
-        raise InputError(f"{model_path}: no particle has latents yet")
+    known = _known_latents(model, model_path)
     particles = _find_particles(model_path, particles_dir)
     volume = _volume(model, model_path, particles, settings)
     volume = _filtered(_with_parts(volume, model, model_path, settings.occupancy), settings)
@@ -99,6 +97,14 @@ def generate_series(
         tables.append(table)
     with atomic_path(out.table) as temporary:
         pd.concat(tables).to_csv(temporary, index=False, float_format="%.7g")
+
+
+def _known_latents(model: FlexModel, path: Path) -> np.ndarray:
+    """(m, K) those of the particles that have some."""
+    known = model.latents[np.isfinite(model.latents).all(1)].astype(np.float64)
+    if not len(known):
+        raise InputError(f"{path}: no particle has latents yet")
+    return known
 
 
 def _frame_table(name: str, latents: np.ndarray, neighbourhood: Neighbourhood) -> pd.DataFrame:
