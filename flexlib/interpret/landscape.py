@@ -50,9 +50,8 @@ class Landscape:
 
     @cached_property
     def error_kT(self) -> np.ndarray:
-        """(m,) its standard error."""
-        top = int(self.values.argmax())
-        return np.log(self.bootstraps / self.bootstraps[top]).std(1)
+        """(m,) standard error of -ln p itself: relative to the densest cell, that cell would seem to have none."""
+        return np.log(self.bootstraps).std(1)
 
     @property
     def known(self) -> np.ndarray:
