@@ -20,7 +20,9 @@ from flexlib.errors import InputError
 from flexlib.files import reading
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from scipy.spatial import cKDTree
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,25 @@ def tune_process() -> None:
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     mallopt(_M_TOP_PAD, 1 << 26)
     mallopt(_M_ARENA_MAX, 1)
+
+
+def kd_tree(points: np.ndarray) -> cKDTree:
+    """Scipy's ``cKDTree`` of (n, k) points, also where denormal numbers count as zero (``tune_process``).
+
+    It parts points at the next number above some coordinate. Above zero that is a denormal number: where this counts
+    as zero nothing is parted, for ever, and the process dies.
+    """
+    import numpy as np
+    import torch
+    from scipy.spatial import cKDTree
+
+    if np.multiply(np.nextafter(0.0, 1.0), 1.0) > 0:
+        return cKDTree(points)
+    torch.set_flush_denormal(False)
+    try:
+        return cKDTree(points)
+    finally:
+        torch.set_flush_denormal(True)
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:

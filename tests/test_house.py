@@ -35,6 +35,7 @@ FORMATS = {
     "mrcfile": {"flexlib.imaging.maps", "flexlib.images.stack"},  # maps; stacks of images
     "meshio": {"flexlib.tetra.io"},
     "gemmi": {"flexlib.atoms.model"},
+    "scipy.spatial.cKDTree": {"flexlib.runtime", "flexlib.atoms.ride"},  # the latter: its type
     "h5py": {"flexlib.mesh.segments"},  # Segger's .seg
     "pickle": {"flexlib.mesh.cryosparc"},  # CryoSPARC's flex_mesh, by an unpickler that builds arrays only
     "cramjam": {"flexlib.particles.cs_file"},

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from scipy.spatial import cKDTree
 
 from flexlib.atoms.model import AtomicModel
+from flexlib.runtime import kd_tree
 
 _BOND_SLACK_A = 0.4  # beyond the sum of covalent radii that still is a bond
 _SHORTEST_A = 0.4  # of a bond: what is nearer is the same atom twice
@@ -68,7 +68,7 @@ class Geometry:
         if not len(atoms):
             return np.zeros(0, np.int64)
         reach_A = 2 * float(radius_A.max()) - _OVERLAP_A
-        pairs = atoms[cKDTree(positions_A[atoms]).query_pairs(reach_A, output_type="ndarray")]
+        pairs = atoms[kd_tree(positions_A[atoms]).query_pairs(reach_A, output_type="ndarray")]
         near = _lengths_A(positions_A, pairs) < radius_A[pairs].sum(1) - _OVERLAP_A
         pairs = pairs[near & _together(self._model, pairs)]
         keys = np.sort(pairs.min(1) * num + pairs.max(1))
@@ -92,7 +92,7 @@ def _bonds(model: AtomicModel) -> np.ndarray:
     if not len(atoms):
         return np.zeros((0, 2), np.int64)
     reach_A = 2 * float(radius_A.max()) + _BOND_SLACK_A
-    pairs = atoms[cKDTree(model.positions_A[atoms]).query_pairs(reach_A, output_type="ndarray")].reshape(-1, 2)
+    pairs = atoms[kd_tree(model.positions_A[atoms]).query_pairs(reach_A, output_type="ndarray")].reshape(-1, 2)
     length_A = _lengths_A(model.positions_A, pairs)
     bonded = (length_A < radius_A[pairs].sum(1) + _BOND_SLACK_A) & (length_A > _SHORTEST_A)
     bonded &= (model.atomic_number[pairs] > 1).any(1) & _together(model, pairs)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from scipy.spatial import cKDTree
+from scipy.spatial import cKDTree  # its type
 
 from flexlib.atoms.model import AtomicModel
 from flexlib.errors import InputError
+from flexlib.runtime import kd_tree
 from flexlib.tetra.tetmesh import TetraMesh
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def _barycentric(mesh: TetraMesh, centred_A: np.ndarray, segment: np.ndarray) ->
     middle = corners.mean(1)
     reach = np.linalg.norm(corners - middle[:, None], axis=2).max(1) * (1 + 1e-9)
     inverse = np.linalg.inv((corners[:, 1:] - corners[:, :1]).transpose(0, 2, 1))
-    tree = cKDTree(centred_A)
+    tree = kd_tree(centred_A)
     near = tree.query_ball_point(middle, reach, return_length=True)
     cell, bary = np.full(len(centred_A), -1), np.zeros((len(centred_A), 4))
     chunks = np.split(np.arange(len(middle)), np.flatnonzero(np.diff(np.cumsum(near) // _PAIRS_AT_ONCE)) + 1)
@@ -198,7 +199,7 @@ class _Trees:
         if group not in self._made:
             atoms = np.flatnonzero(self._carried & (self._group == group))
             atoms = atoms if len(atoms) else np.flatnonzero(self._carried)
-            self._made[group] = atoms, cKDTree(self._centred_A[atoms])
+            self._made[group] = atoms, kd_tree(self._centred_A[atoms])
         atoms, tree = self._made[group]
         return np.sort(atoms[np.atleast_1d(tree.query(place_A, min(_FOLLOWED, len(atoms)))[1])])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from flexlib.runtime import kd_tree
+
 _SEED = 0
 
 NEAR_STANDARD_DEVIATIONS = 0.5  # per latent dimension: particles closer to a frame than this are counted beside it
@@ -16,10 +18,8 @@ class Neighbourhood:
 
     def __init__(self, latents: np.ndarray) -> None:
         """``latents`` (n, K), finite."""
-        from scipy.spatial import cKDTree
-
         self.spread = np.maximum(latents.std(0), 1e-12)
-        self._tree = cKDTree(latents / self.spread)
+        self._tree = kd_tree(latents / self.spread)
         rows = np.random.default_rng(_SEED).permutation(len(latents))[:_COUNTED]
         usual = float(np.median(self.num_near(latents[rows])))
         self.fewest = max(1.0, _BEYOND_SHARE * usual)  # near what is not beyond the data

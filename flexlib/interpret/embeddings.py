@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
+
+from flexlib.runtime import kd_tree
 
 _MOST = 5000  # particles that are compared
 _NEAR_SHARE, _LEAST_NEAR = 0.01, 5  # of the particles, those that are its neighbours
@@ -38,13 +39,13 @@ def compare_embeddings(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> A
     ours, theirs = (_scaled(latents[rows]) for latents in (ours, theirs))
     count = len(rows)
     near = min(max(_LEAST_NEAR, round(_NEAR_SHARE * count)), count - 1)
-    first, second = (cKDTree(latents).query(latents, near + 1)[1] for latents in (ours, theirs))
+    first, second = (kd_tree(latents).query(latents, near + 1)[1] for latents in (ours, theirs))
     kept = np.array(
         [len(np.intersect1d(a, b)) - (i in b and i in a) for i, (a, b) in enumerate(zip(first, second, strict=True))]
     )
     share = kept / near
     fitted, tested = np.arange(0, count, 2), np.arange(1, count, 2)
-    nearest = cKDTree(theirs[fitted]).query(theirs[tested], min(_REGRESSION, len(fitted)))[1]
+    nearest = kd_tree(theirs[fitted]).query(theirs[tested], min(_REGRESSION, len(fitted)))[1]
     residual = (ours[tested] - ours[fitted][nearest.reshape(len(tested), -1)].mean(1)) ** 2
     total = (ours[tested] - ours[tested].mean(0)) ** 2
     drawn = rng.poisson(1.0, (_BOOTSTRAPS, len(tested))).astype(np.float64)

@@ -7,12 +7,12 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from flexlib.interpret.bodies import Bodies
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.rigid_bodies import rigid_motions
+from flexlib.runtime import kd_tree
 
 _CHUNK = 256  # particles
 _LOW, _HIGH = 2.0, 98.0  # percentiles of the angle that its range is between
@@ -180,7 +180,7 @@ def _contact(bodies: Bodies, cells: np.ndarray, first: int, second: int) -> tupl
         weight = share[cells[shared]].sum(1) + 1e-12
         return weight @ vertices_A[cells[shared]].mean(1) / weight.sum(), True
     own, other = (vertices_A[bodies.label == body] for body in (first, second))
-    distance, nearest = cKDTree(other).query(own)
+    distance, nearest = kd_tree(other).query(own)
     at = int(distance.argmin())
     return 0.5 * (own[at] + other[nearest[at]]), False
 

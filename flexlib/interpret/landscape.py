@@ -7,10 +7,10 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 
 from flexlib.interpret.density import SPACING, Density
 from flexlib.interpret.observations import Observations
+from flexlib.runtime import kd_tree
 
 CONFIRMED = 3.0  # standard errors of a barrier's height that part two basins
 _ONE_BELOW = (0.5, 0.16)  # quantiles one standard error apart, downwards: upwards there may be no end to a height
@@ -88,7 +88,7 @@ def _grid(density: Density) -> tuple[np.ndarray, np.ndarray]:
 
 def _adjacent(number: np.ndarray) -> np.ndarray:
     """(p, 2) cells of a lattice that touch each other, at corners too."""
-    return cKDTree(number).query_pairs(1.5, output_type="ndarray")
+    return kd_tree(number).query_pairs(1.5, output_type="ndarray")
 
 
 def find_basins(landscape: Landscape) -> np.ndarray:
@@ -119,7 +119,7 @@ def find_basins(landscape: Landscape) -> np.ndarray:
     basin = np.array([top(int(one)) for one in peak])
     kept = values[basin] >= min(_LEAST_PARTICLES * landscape.least, values.max())
     scaled = landscape.points / landscape.density.width
-    basin[~kept] = basin[kept][cKDTree(scaled[kept]).query(scaled[~kept])[1]]  # islands of hardly any particles
+    basin[~kept] = basin[kept][kd_tree(scaled[kept]).query(scaled[~kept])[1]]  # islands of hardly any particles
     number = np.unique(basin, return_inverse=True)[1]
     sizes = [landscape.mass(number == one)[0] for one in range(number.max() + 1)]
     return np.argsort(np.argsort(-np.array(sizes), kind="stable"))[number]
@@ -136,7 +136,7 @@ def landscape_table(shown: Landscape, seen: Observations) -> pd.DataFrame:
     """The rows of landscape.csv."""
     dims = shown.density.dims
     known, latents = shown.known, seen.latents[:, :dims]
-    scaled = cKDTree(latents / shown.density.width)
+    scaled = kd_tree(latents / shown.density.width)
     reach = SPACING * np.sqrt(dims)
     near = scaled.query_ball_point(shown.points / shown.density.width, reach, return_length=True)
     columns = {f"latent_{k + 1}": shown.points[:, k] for k in range(dims)}

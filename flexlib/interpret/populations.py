@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 
 from flexlib.interpret.landscape import Landscape
 from flexlib.interpret.observations import Observations
 from flexlib.particles.input_rows import InputRows
 from flexlib.particles.listed import listed_particles
+from flexlib.runtime import kd_tree
 
 _ERRORS = 2.0  # standard errors on either side of the log odds that make the 95 % interval
 _VOTES = 9  # particles nearest to a cell that say whether it is of a region
@@ -59,7 +59,7 @@ def region_populations(
         listed = listed_particles(path, where, "interpret.regions")[seen.row]
         name, counted = f"{Path(path).stem} ({number})", _share(listed, seen)
         scale = landscape.density.width
-        votes = cKDTree(seen.latents / scale).query(landscape.points / scale, min(_VOTES, len(seen)))[1]
+        votes = kd_tree(seen.latents / scale).query(landscape.points / scale, min(_VOTES, len(seen)))[1]
         inside = listed[votes.reshape(len(landscape.points), -1)].mean(1) > 0.5
         there = inside[_nearest_cell(landscape, seen.latents)]
         common = 2 * _share(there & listed, seen) / max(_share(there, seen) + counted, 1e-12)
@@ -105,7 +105,7 @@ def _share(inside: np.ndarray, seen: Observations) -> float:
 
 def _nearest_cell(landscape: Landscape, latents: np.ndarray) -> np.ndarray:
     scale = landscape.density.width
-    return cKDTree(landscape.points / scale).query(latents / scale)[1]
+    return kd_tree(landscape.points / scale).query(latents / scale)[1]
 
 
 def population_table(populations: list[Population]) -> pd.DataFrame:

@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from flexlib.atoms.model import AtomicModel, read_atomic_model
 from flexlib.atoms.placement import check_placement
 from flexlib.errors import InputError
 from flexlib.imaging.maps import Map
+from flexlib.runtime import kd_tree
 from flexlib.workflow_support.connections import SegmentPart, parse_segments
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def labels_of_model(path: Path, consensus: Map, mask: np.ndarray, segments: tupl
     segment = atom_segments(model, segments)
     of_atom = np.flatnonzero(segment > 0)
     place_A = (np.argwhere(mask)[:, ::-1] - consensus.box // 2) * consensus.pixel_size_A
-    nearest = cKDTree(centred_A[of_atom]).query(place_A)[1]
+    nearest = kd_tree(centred_A[of_atom]).query(place_A)[1]
     labels = np.full(mask.shape, -1, np.int32)
     labels[mask] = segment[of_atom[nearest]]
     return labels

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexlib.errors import InputError
+from flexlib.runtime import kd_tree
 
 _SEED = 0
 _LOOKED_AT = 100_000  # rows that the centres are found from
@@ -46,7 +47,6 @@ def cluster_latents(latents: np.ndarray, count: int, option: str) -> Clusters:
         The rows do not fall into so many clusters.
     """
     from scipy.cluster.vq import ClusterError, kmeans2
-    from scipy.spatial import cKDTree
 
     latents = latents.astype(np.float32).astype(np.float64)
     rows = np.sort(np.random.default_rng(_SEED).permutation(len(latents))[:_LOOKED_AT])
@@ -56,7 +56,7 @@ def cluster_latents(latents: np.ndarray, count: int, option: str) -> Clusters:
         centres, _ = kmeans2(latents[rows], count, 50, minit="++", missing="raise", seed=_SEED)
     except ClusterError as error:
         raise InputError(f"{option}: {len(latents)} particles do not fall into so many clusters") from error
-    distance, label = cKDTree(centres).query(latents)
+    distance, label = kd_tree(centres).query(latents)
     # of each cluster's own rows: the row nearest to the centre of a small one may belong to a neighbour
     members = [np.flatnonzero(label == number) for number in range(count)]
     nearest = np.array([own[np.argmin(distance[own])] for own in members])

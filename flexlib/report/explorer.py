@@ -23,6 +23,7 @@ from flexlib.report.markup import render
 from flexlib.report.morph import Gallery
 from flexlib.report.packing import pack_column, pack_rows
 from flexlib.report.results import Results
+from flexlib.runtime import kd_tree
 from flexlib.tetra.tetmesh import MeshVoxels
 from flexlib.tetra.voxels import tetra_index_map, voxelise
 
@@ -231,16 +232,13 @@ def _near_surface(volume: np.ndarray) -> np.ndarray:
 
 def _cell_of(voxels: MeshVoxels, points_A: np.ndarray) -> np.ndarray:
     """(n,) cell that carries the density at each point: that of the nearest voxel that has one."""
-    from scipy.spatial import cKDTree
-
     centre = voxels.box // 2
     nearest = np.rint(points_A / voxels.pixel_size_A).astype(int) + centre
     cell = tetra_index_map(voxels)[tuple(np.clip(nearest, 0, voxels.box - 1)[:, ::-1].T)]
     bare = cell < 0
     if bare.any():
-        # counted from beyond the corner: where denormal numbers count as zero, a tree that splits at zero never ends
-        at = np.stack(np.unravel_index(voxels.index, (voxels.box,) * 3)[::-1], axis=1) + 1.0
-        cell[bare] = voxels.cell[cKDTree(at).query(points_A[bare] / voxels.pixel_size_A + centre + 1.0)[1]]
+        at = np.stack(np.unravel_index(voxels.index, (voxels.box,) * 3)[::-1], axis=1)
+        cell[bare] = voxels.cell[kd_tree(at).query(points_A[bare] / voxels.pixel_size_A + centre)[1]]
     return cell
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from flexlib.imaging.fsc import resolution_at
 from flexlib.report.formats import angstrom
 from flexlib.report.results import Results
+from flexlib.runtime import kd_tree
 from flexlib.workflow_support.points import SweepPoint
 
 SWEPT = {"cells": "mesh cells", "latent_dims": "latent dims", "rigidity": "rigidity λ", "seed": "seed"}
@@ -140,10 +141,8 @@ def defocus_um(particles: pd.DataFrame) -> np.ndarray:
 
 def neighbour_r2(z: np.ndarray, value: np.ndarray, neighbours: int = 20) -> float:
     """R^2 of predicting ``value`` (n,) by the mean over nearest neighbours in ``z`` (n, K), each particle left out."""
-    from scipy.spatial import cKDTree
-
     neighbours = min(neighbours, len(z) - 1)
-    index = cKDTree(z / np.maximum(z.std(0), 1e-12)).query(z / np.maximum(z.std(0), 1e-12), neighbours + 1)[1][:, 1:]
+    index = kd_tree(z / np.maximum(z.std(0), 1e-12)).query(z / np.maximum(z.std(0), 1e-12), neighbours + 1)[1][:, 1:]
     return float(1 - ((value - value[index].mean(1)) ** 2).mean() / max(value.var(), 1e-12))
 
 

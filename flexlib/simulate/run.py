@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from flexlib.errors import InputError
 from flexlib.files import atomic_path
 from flexlib.imaging.maps import write_map
 from flexlib.layout import SimulationFolder
+from flexlib.runtime import kd_tree
 from flexlib.simulate.backprojection import consensus_map
 from flexlib.simulate.consensus import half_sums, refine_poses
 from flexlib.simulate.limits import information_limit_r2, posterior_limit_r2
@@ -167,7 +167,7 @@ def _part_labels(particles: ParticleSet) -> np.ndarray:
     box, phantom, pixel_size_A = particles.settings.box, particles.phantom, particles.settings.pixel_size_A
     axis_A = (np.arange(box) - box // 2) * pixel_size_A
     z, y, x = np.meshgrid(axis_A, axis_A, axis_A, indexing="ij")
-    _, nearest = cKDTree(phantom.atoms_A).query(np.stack([x, y, z], -1), distance_upper_bound=_LABEL_REACH_A)
+    _, nearest = kd_tree(phantom.atoms_A).query(np.stack([x, y, z], -1), distance_upper_bound=_LABEL_REACH_A)
     part = np.append(1 + missing_part(phantom, particles.settings), 0)  # beyond the reach the query gives na
     return part[nearest].astype(np.float32)
 

@@ -19,9 +19,9 @@ import numpy as np
 from scipy import linalg, sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
-from scipy.spatial import cKDTree
 from threadpoolctl import threadpool_limits
 
+from flexlib.runtime import kd_tree
 from flexlib.tetra.rigidity import barycentric_gradients
 from flexlib.tetra.tetmesh import TetraMesh
 
@@ -191,7 +191,7 @@ def free_motions(mesh: TetraMesh, mass: np.ndarray, bodies: _Bodies | None = Non
         row[:, body[k]], row[:, body[k + 1]] = unit[vertex[k]].T, -unit[vertex[k]].T
         rows.append(row)
     solid = np.flatnonzero(bodies.at_vertex @ bodies.large > 0)
-    anchors = cKDTree(mesh.vertices_A[solid])
+    anchors = kd_tree(mesh.vertices_A[solid])
     for one in np.flatnonzero(bodies.dust):
         own = np.flatnonzero(bodies.at_vertex[:, [one]].toarray().ravel())
         carrier = _first_large(bodies, solid[anchors.query(mesh.vertices_A[own].mean(0))[1]])
@@ -229,7 +229,7 @@ def _carry_dust(mesh: TetraMesh, bodies: _Bodies, modes: np.ndarray) -> np.ndarr
     if not bodies.dust.any() or not bodies.large.any():
         return modes
     solid = np.flatnonzero(bodies.at_vertex @ bodies.large > 0)
-    tree = cKDTree(mesh.vertices_A[solid])
+    tree = kd_tree(mesh.vertices_A[solid])
     modes = modes.copy()
     for one in np.flatnonzero(bodies.dust):
         own = np.flatnonzero(bodies.at_vertex[:, [one]].toarray().ravel())

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from flexlib.errors import InputError
-from flexlib.runtime import compiled
+from flexlib.runtime import compiled, kd_tree
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ def _nearest_cell(
     The measure is how far the lowest barycentric weight is below zero.
     """
     count = min(_CANDIDATES, len(cells))
-    _, candidates = cKDTree(centroid_px[cells]).query(points_px, k=count)
+    _, candidates = kd_tree(centroid_px[cells]).query(points_px, k=count)
     candidates = cells[candidates.reshape(len(points_px), count)]
     best = np.zeros(len(points_px), dtype=np.int32)
     best_weight = np.full(len(points_px), -np.inf)
