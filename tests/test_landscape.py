@@ -94,14 +94,17 @@ def test_mixture_is_told_within_its_interval(dims: int, sets: int, needed: int):
 
 def test_what_is_smooth_along_one_latent_has_no_bumps():
     """Two sharp states of the second latent, all values of the first: one width for both makes three or four basins."""
-    for seed in range(6):
+    found, widths = [], []
+    for seed in range(8):
         rng = np.random.default_rng(300 + seed)
         state = np.where(rng.random(1600) < 0.5, -1.0, 1.0) + 0.12 * rng.standard_normal(1600)
         truth = np.stack([rng.uniform(-1.7, 1.7, 1600), state], 1)
         landscape = landscape_of(observed(truth, noise(1600, 2, rng, 0.1, 0.25), rng), 100)
-        assert find_basins(landscape).max() + 1 == 2
-        smooth, sharp = landscape.density.width
-        assert smooth > 1.5 * sharp
+        found.append(find_basins(landscape).max() + 1)
+        widths.append(landscape.density.width)
+    assert found == [2] * 8
+    smooth, sharp = np.median(widths, 0)
+    assert smooth > 1.5 * sharp
 
 
 def test_one_state_has_no_barrier():

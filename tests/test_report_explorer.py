@@ -30,7 +30,8 @@ from flexlib.generate.run import generate_series
 from flexlib.imaging.fourier import fourier_pad_map
 from flexlib.imaging.maps import read_map
 from flexlib.layout import GenerateFolder, RunFolder
-from flexlib.model.frame import MotionFrame, _rotations
+from flexlib.model.frame import MotionFrame
+from flexlib.model.rigid_bodies import rotations
 from flexlib.render.surface import isosurface
 from flexlib.report import explorer, sections
 from flexlib.report.explorer import EXPLORER_ROOM_BYTES, Reach, explorer_content
@@ -201,7 +202,7 @@ def test_the_rotation_is_that_of_the_frame(runs: Any, browser: Chrome) -> None:
     assert (np.linalg.det(sums) < 0).any() and (np.linalg.det(sums) > 0).any()
     mine = page.execute_script("return arguments[0].map((one) => flexlib.bestRotation(one.flat()))", sums.tolist())
     zeros = torch.zeros(3, 3, dtype=torch.float64)
-    wanted = [_rotations(torch.from_numpy(one), zeros).numpy() for one in sums]
+    wanted = [rotations(torch.from_numpy(one), zeros).numpy() for one in sums]
     assert np.allclose(np.array(mine).reshape(-1, 3, 3), wanted, atol=1e-7)
 
 

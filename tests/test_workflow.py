@@ -227,7 +227,7 @@ def make_outputs(folder: Path) -> None:
     result = snakemake(folder, "--configfile", "my.yaml", "--summary")
     for line in result.stdout.splitlines()[1:]:
         path = folder / line.split("\t")[0]
-        if "/generate/" in str(path):
+        if not path.suffix:  # a folder
             path.mkdir(parents=True, exist_ok=True)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,7 @@ from flexlib.interpret.density import SPACING, Density
 from flexlib.interpret.observations import Observations
 from flexlib.runtime import kd_tree
 
-CONFIRMED = 3.0  # standard errors of a barrier's height that part two basins
-_ONE_BELOW = (0.5, 0.16)  # quantiles one standard error apart, downwards: upwards there may be no end to a height
+CONFIRMED = 5.0  # standard errors by which a ridge is lower than both basins that it parts: chance has many tries
 _FINER = {1: 4, 2: 2}  # cells along an axis for each node of the lattice
 _KNOWN_KT = 1.0  # a free energy with a larger error is not told
 _LEAST_PARTICLES = 5.0  # at least must the density be worth where it is told
@@ -94,10 +93,11 @@ def _adjacent(number: np.ndarray) -> np.ndarray:
 def find_basins(landscape: Landscape) -> np.ndarray:
     """(m,) the basin of each cell, numbered from 0 by size: only those between which a barrier is confirmed.
 
-    Cells are flooded from the densest down. Where two basins meet, the ridge is theirs: it parts them if its height
-    above the shallower one is larger than three of its standard errors by the bootstraps, else they are one.
+    Cells are flooded from the densest down. Where two basins meet is their ridge: it parts them if its density is lower
+    than that of the shallower one by more than five standard errors of the difference, by the bootstraps, else they are
+    one. (Differences of logarithms will not do: they are least sure of the ridges that hardly any particle is on.)
     """
-    values, logs = landscape.values, np.log(landscape.bootstraps)
+    values, bootstraps = landscape.values, landscape.bootstraps
     links = _linked(landscape.pairs, len(values))
     peak = np.full(len(values), -1)  # of each flooded cell, the top of its basin
     joined: dict[int, int] = {}
@@ -111,9 +111,9 @@ def find_basins(landscape: Landscape) -> np.ndarray:
         tops = sorted({top(int(peak[other])) for other in links[cell] if peak[other] >= 0}, key=lambda t: -values[t])
         peak[cell] = tops[0] if tops else cell
         for place, lower in enumerate(tops[1:], 1):
-            middle, less = np.quantile(logs[lower] - logs[cell], _ONE_BELOW)
-            error = max(middle - less, np.sqrt(landscape.least / values[lower]))  # of so few particles, by counting
-            if np.log(values[lower] / values[cell]) <= CONFIRMED * error:
+            by_counting = np.sqrt(landscape.least * values[lower])
+            error = max(float((bootstraps[lower] - bootstraps[cell]).std()), by_counting)
+            if values[lower] - values[cell] <= CONFIRMED * error:
                 joined[lower] = tops[0]
                 tops[place] = tops[0]
     basin = np.array([top(int(one)) for one in peak])

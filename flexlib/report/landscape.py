@@ -151,7 +151,7 @@ def landscape_sentence(found: Conformations, record: InterpretationRecord) -> st
     """How many basins there are, of how many particles."""
     basins = "one basin: no barrier within it is confirmed"
     if record.num_basins > 1:
-        basins = f"{record.num_basins} basins, parted by barriers of more than three standard errors"
+        basins = f"{record.num_basins} basins, parted by barriers of more than five standard errors"
     width = ", ".join(number(value, 2) for value in record.landscape_width)
     return (
         f"The landscape of {record.landscape_particles:,} particles has {basins}. It tells apart what differs by some "
