@@ -185,23 +185,26 @@ def finished(tmp_path_factory):
         # another point is trained; nothing is prepared or meshed again, and the first point is left alone
         (
             "{train: {rigidity: [2.0, 4.0]}, reconstruct: {points: all}}",
-            dict(train=1, generate=1, reconstruct=1, choose=1),
+            # (which of the two will be validated, and has corrected errors, is not known yet)
+            dict(train=1, generate=1, reconstruct=1, choose=1, interpret=2),
         ),
         (
             "{mesh: {cells: [20, 30]}, reconstruct: {points: all}, validate: none}",
-            dict(mesh=1, train=1, generate=1, reconstruct=1),
+            dict(mesh=1, train=1, generate=1, reconstruct=1, interpret=2),
         ),
         (
             "{train: {epochs: 30}, reconstruct: {points: all}}",
-            dict(train=1, generate=1, reconstruct=1, train_half=2, validate=1),
+            dict(train=1, generate=1, reconstruct=1, train_half=2, validate=1, interpret=1),
         ),
-        ("{generate: {frames: 5}, reconstruct: {points: all}}", dict(generate=1)),
+        ("{generate: {frames: 5}, reconstruct: {points: all}}", dict(generate=1, interpret=1)),
+        ("{generate: {series: curve}, reconstruct: {points: all}}", dict(generate=1)),
+        ("{interpret: {bodies: 2}, reconstruct: {points: all}}", dict(interpret=1)),
         (
             "{mesh: {min_rigidity_weight: 0.4}, reconstruct: {points: all}}",
-            dict(mesh=1, train=1, generate=1, reconstruct=1, train_half=2, validate=1),
+            dict(mesh=1, train=1, generate=1, reconstruct=1, train_half=2, validate=1, interpret=1),
         ),
         ("{validate: {points: all}, reconstruct: {points: all}}", {}),  # the same point
-        ("{validate: none, reconstruct: {points: all}}", {}),
+        ("{validate: none, reconstruct: {points: all}}", dict(interpret=1)),  # without corrected errors
         ("{device: cpu, reconstruct: {points: all}}", {}),
         ("{train: {rigidity: [2.0]}, sweep: {points: [{rigidity: 8}]}}", dict(train=1, choose=1, generate=1)),
     ],

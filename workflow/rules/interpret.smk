@@ -26,7 +26,7 @@ rule interpret:
         disk_mb=disk("interpret"),
     params:
         settings=without_points("interpret"),
-        generate=config["generate"],
+        generate={key: value for key, value in config["generate"].items() if key != "series"},
     message:
         "Interpret the motion: {wildcards}"
     script:

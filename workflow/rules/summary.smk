@@ -39,6 +39,7 @@ rule summarise:
         scores=rules.choose.output.best if ARE_READ else [*VALIDATIONS, *HELD_OUT],
         reconstructed=reconstructed,
         validated=validated,
+        interpreted=interpreted,  # for the report: Snakemake forgets a second rule that waits for the choice
     output:
         table=report(RUN.table, caption="../report/sweep.rst", category="Sweep"),
     log:
@@ -65,7 +66,6 @@ rule report:
     input:
         table=rules.summarise.output.table,
         series=[RUN.generate(path).path for path in POINTS],
-        interpreted=interpreted,
         checksums=ancient(RUN.checksums),  # shown; others of them need no other report
         truth=rules.simulate.output.truth if config["simulate"] is not None else [],
     output:
