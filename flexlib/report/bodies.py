@@ -50,6 +50,7 @@ def bodies_section(results: Results, gallery: morph.Gallery) -> Markup:
         sentences=hinge_sentences(hinges) if hinges is not None and set(_HINGE_COLUMNS) <= set(hinges) else [],
         picture=_picture(results, folder, hinges, rotation),
         poses=record.body_poses,
+        files=folder,
         poses_file=folder.body_poses(1).relative_to(results.root).as_posix(),
     )
 
