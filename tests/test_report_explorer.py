@@ -31,13 +31,13 @@ from flexlib.imaging.fourier import fourier_pad_map
 from flexlib.imaging.maps import read_map
 from flexlib.layout import GenerateFolder, RunFolder
 from flexlib.model.frame import MotionFrame
-from flexlib.model.rigid_bodies import rotations
 from flexlib.render.surface import isosurface
 from flexlib.report import explorer, sections
 from flexlib.report.explorer import EXPLORER_ROOM_BYTES, Reach, explorer_content
 from flexlib.report.morph import Gallery, trained_motion
 from flexlib.report.page import build_page
 from flexlib.report.results import Results
+from flexlib.tetra.rotations import rotations
 from flexlib.workflow_support.settings import Align, GenerateSettings
 
 NO_MORE_A = 0.5  # rms between the surface in the page and that of the generated map

@@ -9,12 +9,14 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import sparse
 from scipy.spatial import cKDTree  # its type
 
 from flexlib.atoms.model import AtomicModel
 from flexlib.errors import InputError
 from flexlib.runtime import kd_tree
+from flexlib.tetra.rotations import rotations
 from flexlib.tetra.tetmesh import TetraMesh
 
 logger = logging.getLogger(__name__)
@@ -77,28 +79,14 @@ class RigidBodies:
         before, after = (np.add.reduceat(points[self.reference], first, axis=0) / size for points in (rest_A, moved_A))
         body = self.reference_body
         arms, moved_arms = rest_A[self.reference] - before[body], moved_A[self.reference] - after[body]
-        rotation = polar_rotations(*(np.add.reduceat(points[:, :, None] * arms[:, None], first, axis=0)
-                                     for points in (moved_arms, arms)))  # fmt: skip
+        sums = (
+            np.add.reduceat(points[:, :, None] * arms[:, None], first, axis=0) for points in (moved_arms - arms, arms)
+        )
+        rotation = rotations(*map(torch.from_numpy, sums)).numpy()
         result = moved_A.copy()
         own = self.member_body
         result[self.member] = after[own] + np.einsum("mij,mj->mi", rotation[own], rest_A[self.member] - before[own])
         return result
-
-
-def polar_rotations(overlap: np.ndarray, at_rest: np.ndarray) -> np.ndarray:
-    """(n, 3, 3) proper rotations that best turn arms at rest into moved ones (Kabsch).
-
-    Parameters
-    ----------
-    overlap
-        (n, 3, 3) sums of moved arm (rows) times arm at rest (columns).
-    at_rest
-        (n, 3, 3) the same sums of the arms at rest with themselves: where they lie on one line, nothing turns about it.
-    """
-    size = np.trace(at_rest, axis1=1, axis2=2)[:, None, None]
-    left, _, right = np.linalg.svd(overlap + (1e-9 * size + 1e-12) * np.eye(3))
-    left[:, :, 2] *= np.sign(np.linalg.det(left @ right))[:, None]
-    return left @ right
 
 
 def ride_on(mesh: TetraMesh, model: AtomicModel, centred_A: np.ndarray, rigid_residues: bool = False) -> Ride:

@@ -23,8 +23,8 @@ from flexlib.mesh.lattice import bcc_mesh
 from flexlib.mesh.segments import load_segmentation
 from flexlib.mesh.surface import surface_mesh
 from flexlib.mesh.weights import rigidity_weights
+from flexlib.tetra.gradients import barycentric_gradients
 from flexlib.tetra.io import write_mesh
-from flexlib.tetra.rigidity import barycentric_gradients
 from flexlib.tetra.tetmesh import MeshVoxels, TetraMesh
 from flexlib.tetra.voxels import tetra_index_map, voxelise
 from flexlib.workflow_support.connections import check_mesh_keys

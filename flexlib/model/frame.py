@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from flexlib.model.flex_model import FlexModel
-from flexlib.model.rigid_bodies import STILL_A, States, patches, rotations, settled
+from flexlib.model.rigid_bodies import STILL_A, States, patches, settled
+from flexlib.tetra.rotations import rotations
 from flexlib.workflow_support.settings import Align
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import torch
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.motion import density_at_vertices
 from flexlib.projection.op import VoxelTensors
+from flexlib.tetra.rotations import rotations
 from flexlib.tetra.voxels import voxelise
 
 STILL_A = 1e-3  # rms residual of one rigid body below which all is one
@@ -98,24 +99,6 @@ def settled(states: States, weight: torch.Tensor, scale_A: float, rounds: int) -
     for _ in range(rounds):
         weight = (1 + states.squared_residual_A2(weight) / scale_A**2) ** -2
     return weight
-
-
-def rotations(overlap: torch.Tensor, at_rest: torch.Tensor) -> torch.Tensor:
-    """Proper rotations (..., 3, 3) that best turn vertices at rest into moved ones (Kabsch).
-
-    Parameters
-    ----------
-    overlap
-        (..., 3, 3) sums over the vertices of mass times displacement (rows) times position from the centre (columns).
-    at_rest
-        The same sums of the positions at rest in place of the displacement.
-    """
-    # where all mass lies on one line, nothing says how far it turns about that: then it does not
-    size = at_rest.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[..., None, None]
-    still = 1e-9 * size * torch.eye(3, dtype=at_rest.dtype)
-    left, _, right = torch.linalg.svd(overlap + at_rest + still)
-    proper = torch.linalg.det(left @ right)[..., None, None]
-    return torch.cat([left[..., :2], left[..., 2:] * proper], dim=-1) @ right
 
 
 def rigid_motions(

@@ -22,7 +22,7 @@ from scipy.sparse.linalg import splu
 from threadpoolctl import threadpool_limits
 
 from flexlib.runtime import kd_tree
-from flexlib.tetra.rigidity import barycentric_gradients
+from flexlib.tetra.gradients import barycentric_gradients
 from flexlib.tetra.tetmesh import TetraMesh
 
 logger = logging.getLogger(__name__)

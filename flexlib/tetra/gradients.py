@@ -9,11 +9,11 @@ from flexlib.tetra.tetmesh import TetraMesh
 
 
 def barycentric_gradients(mesh: TetraMesh) -> np.ndarray:
-    """(nc, 4, 3) gradients, in 1/A, of the barycentric coordinates of each cell."""
-    corners = mesh.vertices_A[mesh.cells]
-    edges = (corners[:, 1:] - corners[:, :1]).transpose(0, 2, 1)
-    gradients = np.linalg.inv(edges)  # of the coordinates 1 to 3
-    return np.concatenate([-gradients.sum(1, keepdims=True), gradients], axis=1)
+    """(nc, 4, 3) float64 gradient, in 1/A, of the barycentric weight of each of a cell's vertices."""
+    corner = mesh.vertices_A[mesh.cells]
+    edges = corner[:, 1:] - corner[:, :1]
+    last = np.linalg.inv(edges).transpose(0, 2, 1)
+    return np.concatenate([-last.sum(1, keepdims=True), last], axis=1)
 
 
 def directional_derivative(mesh: TetraMesh, shift_A: np.ndarray) -> sparse.csr_array:

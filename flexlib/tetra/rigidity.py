@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 
 from flexlib.runtime import has_triton
+from flexlib.tetra.gradients import barycentric_gradients
 from flexlib.tetra.tetmesh import TetraMesh
 
 NEWTON_STEPS = 6  # reaches float32 rounding from strains of 1 and more
@@ -40,14 +40,6 @@ class RigidityTensors:
             torch.as_tensor(barycentric_gradients(mesh), dtype=dtype, device=device),
             torch.as_tensor(mesh.rigidity * volume / volume.sum(), dtype=dtype, device=device),
         )
-
-
-def barycentric_gradients(mesh: TetraMesh) -> np.ndarray:
-    """(nc, 4, 3) float64 gradient, in 1/A, of the barycentric weight of each of a cell's vertices."""
-    corner = mesh.vertices_A[mesh.cells]
-    edges = corner[:, 1:] - corner[:, :1]
-    last = np.linalg.inv(edges).transpose(0, 2, 1)
-    return np.concatenate([-last.sum(1, keepdims=True), last], axis=1)
 
 
 def deformation_gradients(tensors: RigidityTensors, vertices_A: torch.Tensor) -> torch.Tensor:
