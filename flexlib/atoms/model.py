@@ -105,6 +105,8 @@ def read_atomic_model(path: str | os.PathLike[str]) -> AtomicModel:
         structure.setup_entities()
         structure.assign_label_seq_id()
         model = _from_gemmi(path, structure)
+        # what the header of a damaged file names may be no text that mmCIF can hold: seen here, before anything long
+        gemmi.cif.read_string(_topology(model).as_string())
     if others:
         logger.warning("%s: %d models: the first is taken", path, others + 1)
     return model

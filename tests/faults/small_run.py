@@ -257,7 +257,7 @@ def remove_outputs(folder: Path, stage: str) -> None:
 
 def content(path: Path) -> Any:
     """What a file says, but for the time that it took and when that was."""
-    if path.name == "validation.json":
+    if path.name in ("validation.json", "interpretation.json"):
         return {key: value for key, value in json.loads(path.read_text()).items() if key != "wall_s"}
     if path.name in ("sweep.csv", "log.csv"):  # seconds are last
         return re.sub(r"(?m)[^,\n]*$", "", path.read_text())
