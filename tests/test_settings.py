@@ -15,7 +15,13 @@ from packaging.specifiers import SpecifierSet
 from flexlib.errors import InputError
 from flexlib.imaging.maps import write_map
 from flexlib.simulate.settings import Simulation
-from flexlib.workflow_support.checks import check_config, check_maps, check_paths, settle_validation
+from flexlib.workflow_support.checks import (
+    check_conditions,
+    check_config,
+    check_maps,
+    check_paths,
+    settle_validation,
+)
 from flexlib.workflow_support.gpus import gpu_complaint, tasks_complaint, tasks_of
 from flexlib.workflow_support.run_settings import SECTIONS
 from flexlib.workflow_support.schema import made_files
@@ -382,3 +388,20 @@ def test_environments_install_flexlib_itself(name):
     script = (ROOT / f"envs/{name}.post-deploy.sh").read_text()
     assert script == (ROOT / "envs/cpu.post-deploy.sh").read_text()
     assert all((ROOT / item).exists() for item in re.search(r"\{(.*)\}", script)[1].split(","))
+
+
+@pytest.mark.parametrize("name", ["p.star", "p.cs"])
+def test_conditions_by_a_column_that_is_not_there_are_refused_before_any_job(tmp_path, name):
+    path = tmp_path / name
+    config = check_config({**MINIMAL, "particles": str(path), "interpret": {"conditions": "rlnBeamTiltClass"}})
+    check_conditions(config)  # not there yet: another check's business
+    if name == "p.star":
+        path.write_text("data_particles\n\nloop_\n_rlnImageName #1\n_rlnBeamTiltClassB #2\n1@s.mrcs 4\n")
+    else:
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3, [("uid", "<u8"), ("rlnBeamTiltClassB", "<u4")]))
+    with pytest.raises(InputError, match=f"interpret.conditions: .*{name} has no column 'rlnBeamTiltClass'"):
+        check_conditions(config)
+    check_conditions({**config, "interpret": {"conditions": "rlnBeamTiltClassB"}})
+    check_conditions({**config, "interpret": {"conditions": None}})
+    check_conditions({**config, "interpret": {"conditions": [str(path)]}})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from flexlib.errors import InputError
-from flexlib.files import is_there
+from flexlib.files import is_there, reading
 from flexlib.workflow_support.estimates import MapSize, read_map_size
 from flexlib.workflow_support.run_settings import SECTIONS, RunSettings
 from flexlib.workflow_support.schema import config_schema
@@ -20,6 +20,7 @@ from flexlib.workflow_support.series import series_files
 from flexlib.workflow_support.settings import make_settings
 
 _MOST_VALUES, _DEEPEST, _LARGEST = 20_000, 10, 1e15
+_HEADER_BYTES = 1 << 20  # of a particle file, that its columns' names are in
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -255,6 +256,32 @@ def settle_validation(given: Mapping[str, Any], config: dict[str, Any], num_cand
         raise InputError(f"config: {told}")
     validate["points"] = "none"
     return told
+
+
+def check_conditions(config: Mapping[str, Any]) -> None:
+    """Refuse conditions by a column whose name is nowhere in the particles' files; what is not there is passed over.
+
+    The stage that reads the column comes after the training; its own check is the strict one.
+
+    Raises
+    ------
+    InputError
+        Names the column and the file.
+    """
+    column = config["interpret"]["conditions"]
+    if not isinstance(column, str):
+        return
+    paths = [Path(config[key]) for key in ("particles", "passthrough") if config.get(key) is not None]
+    if not all(is_there(path, as_file=True) for path in paths):
+        return
+    for path in paths:
+        with reading(path), path.open("rb") as file:
+            start = file.read(_HEADER_BYTES)
+        is_named = re.search(rf"(?<!\w)_?{re.escape(column)}(?!\w)".encode(), start)
+        is_whole = len(start) < _HEADER_BYTES or path.suffix == ".cs" or b"\ndata_particles" in start
+        if is_named or not is_whole:
+            return
+    raise InputError(f"config: interpret.conditions: {paths[0]} has no column {column!r}")
 
 
 def check_maps(config: Mapping[str, Any]) -> None:

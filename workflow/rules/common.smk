@@ -14,6 +14,7 @@ from flexlib.records import ChoiceRecord
 from flexlib.workflow_support import estimates
 from flexlib.workflow_support.checks import (
     check_choice,
+    check_conditions,
     check_config,
     check_maps,
     check_paths,
@@ -33,6 +34,7 @@ def checked(config):
     try:
         complete = check_config(config)
         check_paths(complete)
+        check_conditions(complete)
         check_maps(complete)
         check_mesh_keys(make_settings(MeshSettings, {**complete["mesh"], "cells": 1}))
         points = sweep_points(complete)
