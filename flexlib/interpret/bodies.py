@@ -17,7 +17,7 @@ from flexlib.tetra.tetmesh import MeshVoxels
 
 logger = logging.getLogger(__name__)
 
-_MOST_BODIES = 12
+MOST_BODIES = 12
 # of the squared motion a further body must explain this; or the second, and leave no more than half of what was left
 _GAIN, _LEAST_GAIN, _MOST_LEFT = 0.1, 0.02, 0.5
 _LEAST_SHARE = 0.03  # of the density, that a body has
@@ -150,7 +150,7 @@ def find_bodies(states: States, cells: np.ndarray, number: int | Literal["auto"]
     near = _neighbours(cells, states.share)
     label = torch.zeros(len(states.share), dtype=torch.int64)
     total = _unexplained_A2(states, label)
-    explained, most = [0.0], _MOST_BODIES if number == "auto" else number
+    explained, most = [0.0], MOST_BODIES if number == "auto" else number
     while len(explained) < most:
         further = _one_more(states, near, label)
         if further is None:

@@ -12,7 +12,7 @@ import pandas as pd
 from flexlib.files import atomic_path
 from flexlib.imaging.maps import Map, read_map, write_label_map, write_map
 from flexlib.imaging.masks import FULL_FLOOR, inside_mask, soft_edge
-from flexlib.interpret.bodies import Bodies, find_bodies, one_body
+from flexlib.interpret.bodies import MOST_BODIES, Bodies, find_bodies, one_body
 from flexlib.interpret.body_poses import write_body_poses
 from flexlib.interpret.hinges import BodyMotions, Hinge, body_motions, find_hinges
 from flexlib.interpret.strain import Deformation, deformation
@@ -21,7 +21,7 @@ from flexlib.model.flex_model import FlexModel
 from flexlib.model.frame import MotionFrame
 from flexlib.model.rigid_bodies import States
 from flexlib.records import AgreementRecord, PreparedRecord
-from flexlib.render.colours import SEGMENT_COLOURS
+from flexlib.render.colours import SEGMENT_COLOURS, rgb
 from flexlib.tetra.io import write_cell_data
 from flexlib.tetra.voxels import voxelise
 from flexlib.workflow_support.settings import Align, InterpretSettings
@@ -29,7 +29,6 @@ from flexlib.workflow_support.settings import Align, InterpretSettings
 logger = logging.getLogger(__name__)
 
 _DEFORMED_STATES = 150  # whose cells are looked at
-_MOST_BODIES = 12  # of an earlier run, whose files are removed
 _DILATE_PX, _EDGE_PX = 1.0, 6.0  # of the bodies' masks
 _CONFIRMING_ERRORS = 2.0  # standard errors of the cross gain that confirm motion
 
@@ -194,10 +193,9 @@ def _write_arrows(out: InterpretFolder, bodies: Bodies, hinges: list[Hinge], lik
         reach_A = 0.6 * float(np.ptp((second - hinge.point_A) @ hinge.axis)) + 10.0
         ends = [corner_A + hinge.point_A + sign * reach_A * hinge.axis for sign in (-1, 1)]
         colour = SEGMENT_COLOURS[hinge.second % len(SEGMENT_COLOURS)]
-        rgb = " ".join(f"{int(colour[at : at + 2], 16) / 255:.3f}" for at in (1, 3, 5))
         lines += [
             f".comment bodies {hinge.first + 1} and {hinge.second + 1}: {hinge.kind}, {hinge.range_deg:.1f} degrees",
-            f".color {rgb}",
+            ".color " + " ".join(f"{part:.3f}" for part in rgb(colour)),
             ".arrow " + " ".join(f"{value:.2f}" for value in np.concatenate(ends)) + " 1 2.5 0.85",
         ]
     with atomic_path(out.arrows) as temporary:
@@ -214,7 +212,7 @@ def _write_poses(
     """Write poses and masks of two bodies and more; whether it did."""
     labels, mask = seen
     num = motions.rotation.shape[1]
-    for number in range(1, _MOST_BODIES + 1):
+    for number in range(1, MOST_BODIES + 1):  # of an earlier run too
         for path in (out.body_poses(number), out.body_mask(number)):
             path.unlink(missing_ok=True)
     if num == 1:

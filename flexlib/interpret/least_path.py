@@ -104,9 +104,8 @@ def path_table(landscape: Landscape, path: np.ndarray, whole: np.ndarray, metric
     """
     density, least = landscape.density, landscape.least
     values, drawn = np.maximum(density.at(path), least), np.maximum(density.bootstraps_at(path), least)
-    highest = int(landscape.values.argmax())
-    free = -np.log(values / landscape.values[highest])
-    error = np.log(drawn / landscape.bootstraps[highest]).std(1)
+    free = -np.log(values / landscape.values.max())
+    error = np.log(drawn).std(1)  # of -ln p itself, as in the landscape
     step = np.diff(whole, axis=0)
     length = np.sqrt(np.maximum(np.einsum("pk,kl,pl->p", step, metric, step), 0.0))
     known = landscape.is_known(values, error)

@@ -11,7 +11,7 @@ from flexlib.files import atomic_path
 from flexlib.imaging.maps import Map
 from flexlib.layout import MeshFolder
 from flexlib.render.chimerax import chimerax_text
-from flexlib.render.colours import segment_colours
+from flexlib.render.colours import rgb, segment_colours
 from flexlib.tetra.tetmesh import TetraMesh, boundary_faces
 
 _RAMP = np.array([[0.99, 0.89, 0.49], [0.25, 0.65, 0.55], [0.27, 0.15, 0.40]])  # soft to rigid
@@ -37,7 +37,7 @@ def write_chimerax(out: MeshFolder, mesh: TetraMesh, consensus: Map, map_path: P
     points = mesh.vertices_A + centre_A
     faces, owner = boundary_faces(mesh)
     colours = segment_colours(mesh.segment)
-    by_segment = np.array([_rgb(colours[int(one)]) for one in mesh.segment[owner]])
+    by_segment = np.array([rgb(colours[int(one)]) for one in mesh.segment[owner]])
     low, high = mesh.rigidity.min(), mesh.rigidity.max()
     part = np.log(mesh.rigidity[owner] / low) / np.log(high / low) if high > low else np.ones(len(owner))
     by_rigidity = np.stack([np.interp(part, (0, 0.5, 1), _RAMP[:, band]) for band in range(3)], axis=1)
@@ -63,14 +63,10 @@ def _write_bild(path: Path, points: np.ndarray, faces: np.ndarray, colour: np.nd
     shade = np.tile(np.round(colour, 2), (3, 1))[first]
     order = np.lexsort(shade.T)
     lines, previous = [], None
-    for edge, rgb in zip(edges[order], shade[order].tolist(), strict=True):
-        if rgb != previous:
-            lines.append(".color {:g} {:g} {:g}".format(*rgb))
-            previous = rgb
+    for edge, colour in zip(edges[order], shade[order].tolist(), strict=True):
+        if colour != previous:
+            lines.append(".color {:g} {:g} {:g}".format(*colour))
+            previous = colour
         lines.append(".vector " + " ".join(f"{value:.2f}" for value in points[edge].ravel()))
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
-
-
-def _rgb(colour: str) -> list[float]:
-    return [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -18,6 +18,7 @@ from flexlib.imaging.fourier import fourier_crop_map, fourier_pad_map
 from flexlib.model.flex_model import FlexModel
 from flexlib.model.frame import MotionFrame, RigidCore
 from flexlib.render import surface
+from flexlib.render.colours import rgb
 from flexlib.report.formats import number, shell_word
 from flexlib.report.markup import render
 from flexlib.report.morph import Gallery
@@ -132,7 +133,7 @@ def explorer_content(
         "fewest": near.fewest,
         "most_points": MAX_FRAMES,
         "rotation": _numbers(rotation),
-        "paint": [[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in surface.PAINT],
+        "paint": [rgb(colour) for colour in surface.PAINT],
     }
     model = motion.model
     voxels = voxelise(model.mesh, model.canonical != 0, model.pixel_size_A)
