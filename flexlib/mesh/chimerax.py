@@ -63,10 +63,10 @@ def _write_bild(path: Path, points: np.ndarray, faces: np.ndarray, colour: np.nd
     shade = np.tile(np.round(colour, 2), (3, 1))[first]
     order = np.lexsort(shade.T)
     lines, previous = [], None
-    for edge, colour in zip(edges[order], shade[order].tolist(), strict=True):
-        if colour != previous:
-            lines.append(".color {:g} {:g} {:g}".format(*colour))
-            previous = colour
+    for edge, one in zip(edges[order], shade[order].tolist(), strict=True):
+        if one != previous:
+            lines.append(".color {:g} {:g} {:g}".format(*one))
+            previous = one
         lines.append(".vector " + " ".join(f"{value:.2f}" for value in points[edge].ravel()))
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
